@@ -1,0 +1,367 @@
+//! The command line: what can be written, what its help says, and the checks that need no daemon.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+
+use crate::failure::Failure;
+use crate::text;
+
+/// The shortest epoch: below it the pauses alone (3-5 ms) would take a fifth of the guest's time.
+pub const INTERVAL_MIN: Duration = Duration::from_millis(25);
+/// The longest epoch: with more the loss at a disaster is that of an ordinary snapshot.
+pub const INTERVAL_MAX: Duration = Duration::from_secs(60);
+
+const OVERVIEW: &str = "\
+Protects running libvirt/KVM guests against the loss of a site. On the protected host an agent takes an incremental
+checkpoint of the whole guest (memory, devices, disks) many times a second and streams it to a receiver at the backup
+site, which can resume the guest from the newest one: same processes, same memory, same disks.
+
+On the protected host:  doctor, prepare, protect, status, unprotect.
+At the backup site:     status, points, activate, forget.";
+
+const EXAMPLES: &str = "\
+Examples, in the order in which they are used:
+  vmdr doctor web1                           can web1 be protected? what is in the way?
+  vmdr prepare web1                          give web1 a control socket, from its next start
+  vmdr protect web1 --receiver b.example     start; ends when the first recovery point is safe at the backup site
+  vmdr status                                what is protected here, and how much a failure now would lose
+  vmdr points web1                           (backup site) what can be activated
+  vmdr activate web1 --dry-run               (backup site) what would happen, and what would be lost
+  vmdr activate web1                         (backup site) run web1 here
+
+Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 daemon not reachable, 4 domain not found,
+5 already so, 6 no answer in time.";
+
+/// Everything on the command line.
+#[derive(Debug, Parser)]
+#[command(
+    name = "vmdr",
+    version,
+    about = "Protects running libvirt/KVM guests against the loss of a site",
+    long_about = OVERVIEW,
+    after_help = EXAMPLES,
+    max_term_width = 110,
+    disable_help_subcommand = true
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// What every command takes.
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// Options that every command takes.
+#[derive(Debug, Args)]
+pub struct Common {
+    /// How results are written to stdout; errors and progress always go to stderr as text
+    #[arg(short, long, global = true, value_enum, default_value_t = Output::Table, value_name = "FORMAT")]
+    pub output: Output,
+    /// Control socket of vmdr-agent
+    #[arg(long, global = true, env = "VMDR_AGENT_SOCKET", default_value = vmdr_proto::AGENT_SOCKET, value_name = "PATH")]
+    pub agent_socket: PathBuf,
+    /// Control socket of vmdr-receiver
+    #[arg(
+        long, global = true, env = "VMDR_RECEIVER_SOCKET", default_value = vmdr_proto::RECEIVER_SOCKET,
+        value_name = "PATH"
+    )]
+    pub receiver_socket: PathBuf,
+}
+
+/// The form of results.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// Text for people, at most 120 columns wide.
+    Table,
+    /// One JSON document with a version field.
+    Json,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Check whether this host, and a domain on it, can be protected
+    ///
+    /// Changes nothing. Every finding names a fact and its remedy; a domain is refused when one finding is a refusal.
+    /// Exits with 1 when anything is refused.
+    #[command(
+        after_help = "Examples:\n  vmdr doctor            this host alone\n  vmdr doctor web1       web1 as well, and what the receiver could not run"
+    )]
+    Doctor {
+        /// Name or UUID; without it the host alone is checked
+        domain: Option<Domain>,
+    },
+    /// Give a domain a control socket of its own, from its next start
+    ///
+    /// Adds a second QEMU monitor socket to the persistent domain XML. Without it vmdr goes through libvirt's own
+    /// monitor, which serves for intervals of 1 s and more. A running guest is not touched; run it twice and nothing
+    /// changes the second time.
+    #[command(after_help = "Example:\n  vmdr prepare web1 && virsh shutdown web1 && virsh start web1")]
+    Prepare {
+        /// Name or UUID
+        domain: Domain,
+    },
+    /// Start protecting a running domain
+    ///
+    /// Ends when the first recovery point is safe at the receiver: memory and disks have been copied once, which can
+    /// take long. The guest runs meanwhile, with short pauses. Checks everything that `doctor` checks first, and
+    /// changes nothing when that refuses.
+    #[command(
+        after_help = "Examples:\n  vmdr protect web1\n  vmdr protect web1 --interval 1s --receiver 10.0.9.2:7420\n  vmdr protect web1 --receiver '[fd00:9::2]:7420'"
+    )]
+    Protect {
+        /// Name or UUID
+        domain: Domain,
+        /// Time from one checkpoint to the next, 25ms to 60s [default: the agent's configuration, else 100ms]
+        #[arg(long, value_name = "DURATION", value_parser = interval)]
+        interval: Option<Interval>,
+        /// Where to send to; port 7420 unless given [default: the agent's configuration]
+        #[arg(long, value_name = "HOST[:PORT]", value_parser = receiver)]
+        receiver: Option<String>,
+    },
+    /// Stop protecting a domain; the guest runs on
+    ///
+    /// The recovery points stay at the receiver (`vmdr forget` deletes them there).
+    #[command(after_help = "Example:\n  vmdr unprotect web1")]
+    Unprotect {
+        /// Name or UUID
+        domain: Domain,
+    },
+    /// Show what is protected, standing by or active on this host
+    ///
+    /// Asks the agent and the receiver, whichever is there. RPO is what a failure now would lose: the age of the
+    /// newest recovery point; WORST is the largest in the last hour. PAUSE is the median and the 99th percentile of
+    /// the guest's pauses. DIRTY is pages of 4 KiB and SENT bytes on the wire, both per epoch.
+    #[command(after_help = "Examples:\n  vmdr status\n  vmdr status web1 -o json | jq '.domains[0].rpo_seconds'")]
+    Status {
+        /// Name or UUID; without it all of them
+        domain: Option<Domain>,
+    },
+    /// List what of a domain can be activated here (backup site)
+    #[command(after_help = "Example:\n  vmdr points web1")]
+    Points {
+        /// Name or UUID
+        domain: Domain,
+    },
+    /// Run a domain here, from its newest recovery point (backup site)
+    ///
+    /// Shows the plan and what is lost, asks for the domain's name, then starts the guest where it was at the newest
+    /// recovery point. Make sure that the guest no longer runs at the other site: this version does not check.
+    /// Interrupted or run twice, it never starts a second guest here.
+    #[command(
+        after_help = "Examples:\n  vmdr activate web1 --dry-run      show the plan, change nothing\n  vmdr activate web1                ask, then do it\n  vmdr activate web1 --yes --wait   from a script; end when the guest runs"
+    )]
+    Activate {
+        /// Name or UUID
+        domain: Domain,
+        /// Show the plan and what is lost; change nothing. Exits with 1 when activation would be refused
+        #[arg(long)]
+        dry_run: bool,
+        /// Do not ask; needed where stdin is not a terminal
+        #[arg(short, long)]
+        yes: bool,
+        /// Wait until everything received is applied, and for the guest to run
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Delete what is stored of a domain here (backup site)
+    ///
+    /// Refused while the domain is being received or runs here.
+    #[command(after_help = "Example:\n  vmdr forget web1")]
+    Forget {
+        /// Name or UUID
+        domain: Domain,
+        /// Do not ask; needed where stdin is not a terminal
+        #[arg(short, long)]
+        yes: bool,
+    },
+    /// Write a completion script for a shell to stdout
+    #[command(after_help = "Example:\n  vmdr completions bash > /etc/bash_completion.d/vmdr")]
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// A domain's name or UUID as typed; the daemons find out which.
+#[derive(Debug, Clone)]
+pub struct Domain(pub String);
+
+impl std::str::FromStr for Domain {
+    type Err = String;
+
+    fn from_str(typed: &str) -> Result<Self, String> {
+        if typed.is_empty() {
+            // On the wire an empty name means "all".
+            return Err("a domain's name is not empty".to_owned());
+        }
+        if typed.chars().any(char::is_control) {
+            return Err("a domain's name has no control characters".to_owned());
+        }
+        Ok(Domain(typed.to_owned()))
+    }
+}
+
+/// Whole milliseconds within [`INTERVAL_MIN`] and [`INTERVAL_MAX`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Interval {
+    /// Milliseconds.
+    pub ms: u32,
+}
+
+fn interval(typed: &str) -> Result<Interval, String> {
+    let length = humantime::parse_duration(typed).map_err(|e| format!("{e}; write it like 100ms or 2s"))?;
+    if length < INTERVAL_MIN || length > INTERVAL_MAX {
+        return Err(format!(
+            "an interval is {} to {}",
+            humantime::format_duration(INTERVAL_MIN),
+            humantime::format_duration(INTERVAL_MAX).to_string().replace("1m", "60s")
+        ));
+    }
+    if length.subsec_nanos() % 1_000_000 != 0 {
+        return Err("an interval is a whole number of milliseconds".to_owned());
+    }
+    u32::try_from(length.as_millis()).map(|ms| Interval { ms }).map_err(|_| "too long".to_owned())
+}
+
+/// `HOST`, `HOST:PORT`, `ADDRESS6` in brackets with or without a port; the answer always has a port.
+fn receiver(typed: &str) -> Result<String, String> {
+    let (host, port) = if let Some(rest) = typed.strip_prefix('[') {
+        let (address, after) = rest.split_once(']').ok_or("the closing bracket is missing")?;
+        address.parse::<std::net::Ipv6Addr>().map_err(|e| format!("in the brackets: {e}"))?;
+        let port = match after.strip_prefix(':') {
+            Some(port) => Some(port),
+            None if after.is_empty() => None,
+            None => return Err("after the brackets only :PORT can follow".to_owned()),
+        };
+        (format!("[{address}]"), port)
+    } else {
+        match typed.split_once(':') {
+            Some((_, rest)) if rest.contains(':') => {
+                return Err("write an IPv6 address in brackets: [ADDRESS]:PORT".to_owned());
+            }
+            Some((host, port)) => (host.to_owned(), Some(port)),
+            None => (typed.to_owned(), None),
+        }
+    };
+    let in_a_name = |c: char| c.is_ascii_alphanumeric() || "-._[]:".contains(c);
+    if host.is_empty() || !host.chars().all(in_a_name) {
+        return Err("the host is not a name or an address".to_owned());
+    }
+    let port = match port {
+        None => vmdr_proto::RECEIVER_PORT,
+        Some(port) => match port.parse::<u16>() {
+            Ok(port) if port > 0 => port,
+            _ => return Err("a port is a number from 1 to 65535".to_owned()),
+        },
+    };
+    Ok(format!("{host}:{port}"))
+}
+
+/// Why there is no command to run.
+pub enum Stop {
+    /// Help or version was asked for and has been written.
+    Shown,
+    /// The command line is wrong.
+    Usage(Failure),
+}
+
+/// Parses this process's command line.
+pub fn parse() -> Result<Cli, Stop> {
+    parse_from(std::env::args_os())
+}
+
+fn parse_from(arguments: impl IntoIterator<Item = OsString>) -> Result<Cli, Stop> {
+    Cli::try_parse_from(arguments).map_err(|error| {
+        use clap::error::ErrorKind;
+        match error.kind() {
+            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+                let _ = error.print();
+                Stop::Shown
+            }
+            ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+                Stop::Usage(Failure::Usage("a command is missing; `vmdr --help` lists them".to_owned()))
+            }
+            _ => Stop::Usage(Failure::Usage(first_paragraph(&error.to_string()))),
+        }
+    })
+}
+
+/// clap's own text is a paragraph with what is wrong, then tips and usage: the first is kept.
+fn first_paragraph(text: &str) -> String {
+    let paragraph: Vec<&str> = text.lines().map(str::trim).take_while(|line| !line.is_empty()).collect();
+    let line = text::one_line(&paragraph.join(" "));
+    format!("{}; see `vmdr --help`", line.strip_prefix("error: ").unwrap_or(&line))
+}
+
+/// The completion script for a shell.
+pub fn completions(shell: clap_complete::Shell) -> Vec<u8> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "vmdr", &mut script);
+    script
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn intervals() {
+        for (typed, ms) in
+            [("25ms", 25), ("100ms", 100), ("1s", 1000), ("60s", 60_000), ("1m", 60_000), ("1s 5ms", 1005)]
+        {
+            assert_eq!(interval(typed), Ok(Interval { ms }), "{typed}");
+        }
+        for typed in ["24ms", "0ms", "61s", "100", "", "-1s", "1.5ms", "30ms 1us", "99999999999999999h", "x"] {
+            assert!(interval(typed).is_err(), "{typed}");
+        }
+        assert_eq!(interval("1ms").unwrap_err(), "an interval is 25ms to 60s");
+    }
+
+    #[test]
+    fn receivers() {
+        for (typed, sent) in [
+            ("b", "b:7420"),
+            ("b.example:7", "b.example:7"),
+            ("10.0.0.2:65535", "10.0.0.2:65535"),
+            ("[fd00::2]", "[fd00::2]:7420"),
+            ("[fd00::2]:80", "[fd00::2]:80"),
+        ] {
+            assert_eq!(receiver(typed).as_deref(), Ok(sent), "{typed}");
+        }
+        for typed in
+            ["", ":7420", "b:", "b:0", "b:65536", "b:x", "fd00::2", "[fd00::2", "[b]:1", "[::1]x", "a b", "http://b"]
+        {
+            assert!(receiver(typed).is_err(), "{typed}");
+        }
+    }
+
+    #[test]
+    fn errors_are_one_line() {
+        let line = |arguments: &[&str]| match parse_from(arguments.iter().map(OsString::from)) {
+            Err(Stop::Usage(failure)) => failure.to_string(),
+            _ => panic!("{arguments:?} was accepted"),
+        };
+        for arguments in [
+            &["vmdr"][..],
+            &["vmdr", "protect"],
+            &["vmdr", "explode"],
+            &["vmdr", "protect", "web1", "--interval", "1ms"],
+            &["vmdr", "status", "--nonsense"],
+            &["vmdr", "status", ""],
+        ] {
+            let line = line(arguments);
+            assert!(!line.contains('\n') && !line.starts_with("error"), "{line}");
+        }
+        assert!(line(&["vmdr", "protect", "web1", "--interval", "1ms"]).contains("an interval is 25ms to 60s"));
+    }
+}

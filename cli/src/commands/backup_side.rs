@@ -1,0 +1,204 @@
+//! Commands to the receiver: `points`, `activate`, `forget`.
+
+use std::io::Write;
+use std::time::SystemTime;
+
+use vmdr_proto::control::{ActivateRequest, ActivationPlan, ActivationReport, DomainRequest, Point, StatusRequest};
+
+use super::{Out, findings_table, refused};
+use crate::args::{Common, Domain};
+use crate::client::{self, Daemon, answer};
+use crate::failure::Failure;
+use crate::style::Tone;
+use crate::table::{Cell, Side, Table};
+use crate::{confirm, json, progress, text};
+
+/// Lists the recovery points.
+pub async fn points(common: &Common, out: Out, domain: &Domain) -> Result<(), Failure> {
+    let request = DomainRequest { domain: domain.0.clone() };
+    let reply = answer(Daemon::Receiver, "points", client::receiver(common).await?.points(request)).await?;
+    out.result(
+        "points",
+        || json::Points { domain: domain.0.clone(), points: reply.points.iter().map(json::Point::from).collect() },
+        || points_table(out, domain, &reply.points),
+    )
+}
+
+fn points_table(out: Out, domain: &Domain, points: &[Point]) -> String {
+    if points.is_empty() {
+        return format!("{} has no recovery point here yet: its first copy is not whole\n", text::one_line(&domain.0));
+    }
+    let now = SystemTime::now();
+    let mut table = Table::new([
+        ("POINT", Side::Left),
+        ("CUT (UTC)", Side::Left),
+        ("AGE", Side::Right),
+        ("CONSISTENCY", Side::Left),
+        ("SIZE", Side::Right),
+        ("NOTE", Side::Left),
+    ]);
+    for point in points {
+        let note = match (point.newest, point.pinned) {
+            (true, true) => "newest, pinned",
+            (true, false) => "newest",
+            (false, true) => "pinned",
+            (false, false) => "",
+        };
+        table.row(
+            [
+                text::one_line(&point.id).into(),
+                text::instant_short(point.cut_unix_ns).into(),
+                text::age_seconds(point.cut_unix_ns, now).map_or("-".to_owned(), text::seconds).into(),
+                text::one_line(&point.consistency).into(),
+                text::bytes(point.bytes as f64).into(),
+                Cell::toned(note, if point.newest { Tone::Good } else { Tone::Plain }),
+            ],
+            String::new(),
+        );
+    }
+    table.render(out.style)
+}
+
+/// The options of `activate`.
+#[derive(Clone, Copy)]
+pub struct Activate {
+    /// Only show the plan.
+    pub dry_run: bool,
+    /// Do not ask.
+    pub yes: bool,
+    /// Wait for everything.
+    pub wait: bool,
+}
+
+/// Shows the plan, asks, activates, reports.
+pub async fn activate(common: &Common, out: Out, domain: &Domain, options: Activate) -> Result<(), Failure> {
+    if !options.dry_run {
+        confirm::possible("activate", options.yes)?;
+    }
+    let mut receiver = client::receiver(common).await?;
+    let request = ActivateRequest { domain: domain.0.clone(), dry_run: options.dry_run, wait: options.wait };
+    let plan = answer(Daemon::Receiver, "activate", receiver.plan_activation(request.clone())).await?;
+    let refused = refused(&plan.findings);
+    if options.dry_run {
+        out.result("activate-plan", || json::DryRun { plan: json::Plan::from(&plan) }, || plan_text(out, &plan))?;
+    } else if out.is_json() {
+        // Whoever is asked must see what about; stdout is for the document alone.
+        if !options.yes || refused > 0 {
+            // A stderr that is gone only means that nobody reads it.
+            let _ = std::io::stderr().write_all(plan_text(out, &plan).as_bytes());
+        }
+    } else {
+        super::write_stdout(plan_text(out, &plan).as_bytes())?;
+    }
+    let name = text::one_line(&plan.name);
+    if refused > 0 {
+        let findings = if refused == 1 { "1 finding refuses it" } else { "findings refuse it" };
+        return Err(Failure::Failed(format!("{name} cannot be activated here: {findings}; nothing was done")));
+    }
+    if options.dry_run {
+        return Ok(());
+    }
+    if !options.yes && !plan.already_active {
+        let about = format!("This starts {name} here. Make sure that it no longer runs at the other site.\n");
+        confirm::typed(&about, &plan.name).await?;
+    }
+    let stream = receiver
+        .activate(request)
+        .await
+        .map_err(|status| Failure::from_status(Daemon::Receiver, "activate", &status))?;
+    let outcome = progress::follow(Daemon::Receiver, "activate", stream.into_inner()).await?;
+    let report = outcome.report.ok_or_else(|| {
+        Failure::Failed(format!(
+            "the receiver ended the activation of {name} without a report: run `vmdr activate {name}` again, which \
+             never starts a second guest"
+        ))
+    })?;
+    out.result(
+        "activate",
+        || json::Activation { plan: json::Plan::from(&plan), report: json::Report::from(&report) },
+        || {
+            let messages: String = outcome.messages.iter().map(|message| text::wrapped("", message)).collect();
+            messages + &report_text(out, &report)
+        },
+    )
+}
+
+fn plan_text(out: Out, plan: &ActivationPlan) -> String {
+    let mut text = format!("Plan: activate {} ({})\n", text::one_line(&plan.name), text::one_line(&plan.uuid));
+    if plan.already_active {
+        text.push_str("  It is active here already: nothing will be done to a guest that runs.\n");
+    } else {
+        match &plan.point {
+            Some(point) => {
+                text.push_str(&format!("  recovery point: {}\n", point_text(point)));
+                let lost = format!(
+                    "everything after that: {} until now, and more while you read this",
+                    text::seconds(plan.lost_seconds)
+                );
+                text.push_str(&format!("  what is lost:   {}\n", out.paint(Tone::Bold, &lost)));
+            }
+            None => text.push_str("  recovery point: none\n"),
+        }
+        for (number, step) in plan.steps.iter().enumerate() {
+            text.push_str(&text::wrapped(&format!("  {}. ", number + 1), &text::one_line(step)));
+        }
+    }
+    text + &findings_table(out, &plan.findings)
+}
+
+fn point_text(point: &Point) -> String {
+    format!("{}, cut {} UTC, {}", text::one_line(&point.id), text::instant_short(point.cut_unix_ns), {
+        match text::one_line(&point.consistency) {
+            consistency if consistency.is_empty() => "crash-consistent".to_owned(),
+            consistency => format!("{consistency}-consistent"),
+        }
+    })
+}
+
+fn report_text(out: Out, report: &ActivationReport) -> String {
+    let name = text::one_line(&report.name);
+    if report.was_active {
+        return format!("{}\n", out.paint(Tone::Good, &format!("{name} was running here already: nothing was done")));
+    }
+    let mut text = format!("{}\n", out.paint(Tone::Good, &format!("{name} runs here")));
+    text.push_str(&format!(
+        "  RTO:            {}, from the request to the running guest\n",
+        text::seconds(report.rto_seconds)
+    ));
+    if let Some(point) = &report.point {
+        text.push_str(&format!("  recovery point: {}\n", point_text(point)));
+    }
+    text.push_str(&format!("  lost:           {}\n", text::seconds(report.lost_seconds)));
+    text.push_str(&format!("  generation:     {}\n", report.generation));
+    text
+}
+
+/// Asks, then deletes what is stored.
+pub async fn forget(common: &Common, out: Out, domain: &Domain, yes: bool) -> Result<(), Failure> {
+    confirm::possible("forget", yes)?;
+    let mut receiver = client::receiver(common).await?;
+    if !yes {
+        let request = StatusRequest { domain: domain.0.clone() };
+        let reply = answer(Daemon::Receiver, "status", receiver.status(request)).await?;
+        let [status] = reply.domains.as_slice() else {
+            return Err(Failure::NotFound(format!(
+                "nothing is stored here of {}; `vmdr status` lists what is",
+                text::one_line(&domain.0)
+            )));
+        };
+        let about = format!(
+            "This deletes all recovery points of {} ({}) at this site: {}.\n",
+            text::one_line(&status.name),
+            text::one_line(&status.uuid),
+            text::bytes(status.stored_bytes as f64)
+        );
+        confirm::typed(&about, &status.name).await?;
+    }
+    let request = DomainRequest { domain: domain.0.clone() };
+    let reply = answer(Daemon::Receiver, "forget", receiver.forget(request)).await?;
+    out.result(
+        "forget",
+        || json::Forget { domain: domain.0.clone(), freed_bytes: reply.freed_bytes },
+        || format!("{} is forgotten: {} freed\n", text::one_line(&domain.0), text::bytes(reply.freed_bytes as f64)),
+    )
+}

@@ -1,0 +1,100 @@
+//! The commands: one function each, from the parsed command line to what stands on stdout.
+
+use std::io::{ErrorKind, Write};
+
+use vmdr_proto::control;
+
+use crate::args::{self, Cli, Command, Output};
+use crate::failure::Failure;
+use crate::json;
+use crate::style::{Style, Tone};
+use crate::text;
+
+mod backup_side;
+mod protected_side;
+mod status;
+
+/// Does what the command line says.
+pub async fn run(cli: &Cli) -> Result<(), Failure> {
+    let out = Out { output: cli.common.output, style: Style::of(&std::io::stdout()) };
+    let common = &cli.common;
+    match &cli.command {
+        Command::Doctor { domain } => protected_side::doctor(common, out, domain.as_ref()).await,
+        Command::Prepare { domain } => protected_side::prepare(common, out, domain).await,
+        Command::Protect { domain, interval, receiver } => {
+            protected_side::protect(common, out, domain, *interval, receiver.as_deref()).await
+        }
+        Command::Unprotect { domain } => protected_side::unprotect(common, out, domain).await,
+        Command::Status { domain } => status::status(common, out, domain.as_ref()).await,
+        Command::Points { domain } => backup_side::points(common, out, domain).await,
+        Command::Activate { domain, dry_run, yes, wait } => {
+            let options = backup_side::Activate { dry_run: *dry_run, yes: *yes, wait: *wait };
+            backup_side::activate(common, out, domain, options).await
+        }
+        Command::Forget { domain, yes } => backup_side::forget(common, out, domain, *yes).await,
+        Command::Completions { shell } => write_stdout(&args::completions(*shell)),
+    }
+}
+
+/// How results are written.
+#[derive(Clone, Copy)]
+struct Out {
+    output: Output,
+    style: Style,
+}
+
+impl Out {
+    fn is_json(self) -> bool {
+        self.output == Output::Json
+    }
+
+    fn paint(self, tone: Tone, text: &str) -> String {
+        self.style.paint(tone, text)
+    }
+
+    /// The result in the form that was asked for; only that one is made.
+    fn result<T: serde::Serialize>(
+        self,
+        kind: &str,
+        document: impl FnOnce() -> T,
+        table: impl FnOnce() -> String,
+    ) -> Result<(), Failure> {
+        let text = if self.is_json() { json::document(kind, document())? } else { table() };
+        write_stdout(text.as_bytes())
+    }
+}
+
+fn write_stdout(bytes: &[u8]) -> Result<(), Failure> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+        Ok(()) => Ok(()),
+        // The reader has seen enough (`vmdr points web1 | head`).
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
+        Err(e) => Err(Failure::Failed(format!("cannot write the result: {e}"))),
+    }
+}
+
+fn refused(findings: &[control::Finding]) -> usize {
+    findings.iter().filter(|finding| json::severity(finding) == "refused").count()
+}
+
+/// `refused  hostdev  fact` with its remedy below, for each finding.
+fn findings_table(out: Out, findings: &[control::Finding]) -> String {
+    let mut text = String::new();
+    for finding in findings {
+        let word = json::severity(finding);
+        let tone = match word {
+            "ok" => Tone::Good,
+            "warning" => Tone::Care,
+            _ => Tone::Bad,
+        };
+        let (subject, fact) = (text::one_line(&finding.subject), text::one_line(&finding.fact));
+        let line = text::wrapped(&format!("{word:<7}  "), &format!("{subject}: {fact}"));
+        text.push_str(&line.replacen(word, &out.paint(tone, word), 1));
+        let remedy = text::one_line(&finding.remedy);
+        if !remedy.is_empty() && word != "ok" {
+            text.push_str(&text::wrapped("         -> ", &remedy));
+        }
+    }
+    text
+}

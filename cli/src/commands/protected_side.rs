@@ -1,0 +1,113 @@
+//! Commands to the agent: `doctor`, `prepare`, `protect`, `unprotect`.
+
+use vmdr_proto::control::{DoctorRequest, DomainRequest, ProtectRequest};
+
+use super::{Out, findings_table, refused};
+use crate::args::{Common, Domain, Interval};
+use crate::client::{self, Daemon, answer};
+use crate::failure::Failure;
+use crate::style::Tone;
+use crate::{json, progress, text};
+
+/// Shows the findings; fails when one of them is a refusal.
+pub async fn doctor(common: &Common, out: Out, domain: Option<&Domain>) -> Result<(), Failure> {
+    let name = domain.map(|domain| domain.0.clone());
+    let request = DoctorRequest { domain: name.clone().unwrap_or_default() };
+    let reply = answer(Daemon::Agent, "doctor", client::agent(common).await?.doctor(request)).await?;
+    let refused = refused(&reply.findings);
+    let subject = name.as_deref().map_or_else(|| "this host".to_owned(), text::one_line);
+    out.result(
+        "doctor",
+        || json::Doctor {
+            domain: name.clone(),
+            ok: refused == 0,
+            findings: reply.findings.iter().map(json::Finding::from).collect(),
+        },
+        || {
+            let mut table = findings_table(out, &reply.findings);
+            if refused == 0 {
+                let verdict = format!("{subject} can be used for protection");
+                let verdict = if name.is_some() { format!("{subject} can be protected") } else { verdict };
+                table.push_str(&format!("{}\n", out.paint(Tone::Good, &verdict)));
+            }
+            table
+        },
+    )?;
+    match refused {
+        0 => Ok(()),
+        1 => Err(Failure::Failed(format!("{subject} cannot be protected: 1 finding refuses it"))),
+        n => Err(Failure::Failed(format!("{subject} cannot be protected: {n} findings refuse it"))),
+    }
+}
+
+/// Adds the socket to the persistent XML.
+pub async fn prepare(common: &Common, out: Out, domain: &Domain) -> Result<(), Failure> {
+    let request = DomainRequest { domain: domain.0.clone() };
+    let reply = answer(Daemon::Agent, "prepare", client::agent(common).await?.prepare(request)).await?;
+    out.result(
+        "prepare",
+        || json::Prepare {
+            domain: domain.0.clone(),
+            changed: reply.changed,
+            restart_needed: reply.restart_needed,
+            qmp_socket: reply.qmp_socket.clone(),
+        },
+        || {
+            let name = text::one_line(&domain.0);
+            let socket = text::one_line(&reply.qmp_socket);
+            let first = if reply.changed {
+                format!("{name} is prepared: its control socket will be {socket}\n")
+            } else {
+                format!("{name} was prepared already: its control socket is {socket}\n")
+            };
+            let next = if reply.restart_needed {
+                "It is there from the guest's next start (shut it down and start it; a reboot inside the guest is not enough). \
+                 Until then it can be protected at intervals of 1 s and more."
+            } else {
+                "It can be protected at intervals of 25 ms and more."
+            };
+            first + &text::wrapped("", next)
+        },
+    )
+}
+
+/// Starts protection and waits for the first recovery point.
+pub async fn protect(
+    common: &Common,
+    out: Out,
+    domain: &Domain,
+    interval: Option<Interval>,
+    receiver: Option<&str>,
+) -> Result<(), Failure> {
+    let request = ProtectRequest {
+        domain: domain.0.clone(),
+        interval_ms: interval.map_or(0, |interval| interval.ms),
+        receiver: receiver.unwrap_or_default().to_owned(),
+    };
+    let mut agent = client::agent(common).await?;
+    let stream =
+        agent.protect(request).await.map_err(|status| Failure::from_status(Daemon::Agent, "protect", &status))?;
+    let outcome = progress::follow(Daemon::Agent, "protect", stream.into_inner()).await?;
+    out.result(
+        "protect",
+        || json::Protect { domain: domain.0.clone(), protected: true, messages: outcome.messages.clone() },
+        || {
+            let mut table: String = outcome.messages.iter().map(|message| text::wrapped("", message)).collect();
+            let line = format!("{} is protected", text::one_line(&domain.0));
+            table.push_str(&format!("{}\n", out.paint(Tone::Good, &line)));
+            table
+        },
+    )
+}
+
+/// Ends protection.
+pub async fn unprotect(common: &Common, out: Out, domain: &Domain) -> Result<(), Failure> {
+    let request = DomainRequest { domain: domain.0.clone() };
+    let reply = answer(Daemon::Agent, "unprotect", client::agent(common).await?.unprotect(request)).await?;
+    let name = if reply.domain.is_empty() { domain.0.clone() } else { reply.domain };
+    out.result(
+        "unprotect",
+        || json::Unprotect { domain: name.clone(), protected: false },
+        || format!("{} is no longer protected; its recovery points stay at the receiver\n", text::one_line(&name)),
+    )
+}

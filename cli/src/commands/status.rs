@@ -1,0 +1,165 @@
+//! `status`: one table out of what both daemons of this host say.
+//!
+//! A host that can be failed back to runs both daemons, a protected host only the agent, a backup host only the
+//! receiver: so a socket that is not there is no error while the other is. A socket that is there without an answer
+//! is one, after what the other daemon says has been shown.
+
+use vmdr_proto::control::{self, StatusRequest};
+
+use super::Out;
+use crate::args::{Common, Domain};
+use crate::client::{self, Daemon, answer};
+use crate::failure::Failure;
+use crate::style::Tone;
+use crate::table::{Cell, Side, Table};
+use crate::{json, text};
+
+/// The longest name shown whole.
+const NAME_COLUMNS: usize = 18;
+
+type Rows = Vec<(Daemon, control::DomainStatus)>;
+
+/// Asks, merges, shows.
+pub async fn status(common: &Common, out: Out, domain: Option<&Domain>) -> Result<(), Failure> {
+    let daemons: Vec<Daemon> =
+        [Daemon::Agent, Daemon::Receiver].into_iter().filter(|daemon| daemon.socket(common).exists()).collect();
+    if daemons.is_empty() {
+        return Err(Failure::Unreachable(format!(
+            "no vmdr daemon on this host: neither {} nor {} exists; start vmdr-agent or vmdr-receiver, or name a \
+             socket with --agent-socket or --receiver-socket",
+            common.agent_socket.display(),
+            common.receiver_socket.display()
+        )));
+    }
+    let mut rows = Rows::new();
+    let (mut unknown, mut silent) = (Vec::new(), Vec::new());
+    for daemon in daemons {
+        let name = domain.map(|domain| domain.0.clone()).unwrap_or_default();
+        match ask(common, daemon, name).await {
+            Ok(reply) => rows.extend(reply.domains.into_iter().map(|status| (daemon, status))),
+            Err(failure @ Failure::NotFound(_)) => unknown.push(failure),
+            Err(failure) => silent.push((daemon, failure)),
+        }
+    }
+    rows.sort_by(|(a, x), (b, y)| (&x.name, *a == Daemon::Receiver).cmp(&(&y.name, *b == Daemon::Receiver)));
+    // Nobody answered, or nobody who did knows the domain: there is nothing to show.
+    if rows.is_empty() && (domain.is_some() || unknown.is_empty() && !silent.is_empty()) {
+        let missing = || {
+            let name = domain.map(|domain| text::one_line(&domain.0)).unwrap_or_default();
+            Failure::NotFound(format!("{name} is neither protected here nor stored here; `vmdr status` lists what is"))
+        };
+        return Err(match silent.into_iter().next() {
+            Some((_, failure)) => failure,
+            None => unknown.into_iter().next_back().unwrap_or_else(missing),
+        });
+    }
+    out.result(
+        "status",
+        || json::Status {
+            domains: rows.iter().map(|(daemon, status)| json::DomainStatus::new(*daemon, status)).collect(),
+            unreachable: silent.iter().map(|(daemon, _)| daemon.to_string()).collect(),
+        },
+        || table(out, &rows),
+    )?;
+    silent.into_iter().next().map_or(Ok(()), |(_, failure)| Err(failure))
+}
+
+async fn ask(common: &Common, daemon: Daemon, domain: String) -> Result<control::StatusReply, Failure> {
+    let request = StatusRequest { domain };
+    match daemon {
+        Daemon::Agent => answer(daemon, "status", client::agent(common).await?.status(request)).await,
+        Daemon::Receiver => answer(daemon, "status", client::receiver(common).await?.status(request)).await,
+    }
+}
+
+fn table(out: Out, rows: &Rows) -> String {
+    if rows.is_empty() {
+        return "no domain is protected or stored on this host; `vmdr protect DOMAIN` protects one\n".to_owned();
+    }
+    let mut table = Table::new([
+        ("DOMAIN", Side::Left),
+        ("ROLE", Side::Left),
+        ("STATE", Side::Left),
+        ("EPOCH", Side::Right),
+        ("RPO", Side::Right),
+        ("WORST", Side::Right),
+        ("PAUSE p50/p99", Side::Right),
+        ("DIRTY", Side::Right),
+        ("SENT", Side::Right),
+        ("LINK", Side::Right),
+    ]);
+    for (daemon, status) in rows {
+        let mut below = String::new();
+        for (label, sentence) in [("  last error: ", &status.last_error), ("  advice: ", &status.advice)] {
+            if !sentence.is_empty() {
+                below.push_str(&text::wrapped(label, &text::one_line(sentence)));
+            }
+        }
+        table.row(cells(*daemon, status), below);
+    }
+    table.render(out.style)
+}
+
+fn cells(daemon: Daemon, status: &control::DomainStatus) -> [Cell; 10] {
+    let none = || "-".to_owned();
+    let rpo = |seconds: f64| if json::has_rpo(status) { text::seconds(seconds) } else { none() };
+    let replicating = status.role != "active";
+    let known = |value: f64, text: fn(f64) -> String| if replicating { text(value) } else { none() };
+    // The agent counts what it cut; the receiver has only what is durable.
+    let epoch = if daemon == Daemon::Receiver { status.epoch.max(status.durable_epoch) } else { status.epoch };
+    let pause = if status.pause_p50_seconds > 0.0 {
+        format!("{}/{} ms", text::milliseconds(status.pause_p50_seconds), text::milliseconds(status.pause_p99_seconds))
+    } else {
+        none()
+    };
+    let link = match known(status.link_bytes_per_second, text::bytes) {
+        link if link == "-" => link,
+        link => link + "/s",
+    };
+    [
+        text::shortened(&text::one_line(&status.name), NAME_COLUMNS).into(),
+        text::one_line(&status.role).into(),
+        Cell::toned(text::one_line(&status.state), Tone::of_state(&status.state)),
+        format!("{}-{epoch}", status.generation).into(),
+        rpo(status.rpo_seconds).into(),
+        rpo(status.rpo_worst_hour_seconds).into(),
+        pause.into(),
+        known(status.dirty_pages_per_epoch, text::count).into(),
+        known(status.bytes_per_epoch, text::bytes).into(),
+        link.into(),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::Output;
+    use crate::style::Style;
+
+    #[test]
+    fn the_widest_rows_fit() {
+        let status = control::DomainStatus {
+            name: "a-name-that-is-far-too-long-for-any-table".into(),
+            role: "protected".into(),
+            state: "disconnected".into(),
+            generation: 12,
+            epoch: 87_654_321,
+            durable_epoch: 87_654_320,
+            rpo_seconds: 119.0 * 60.0,
+            rpo_worst_hour_seconds: 119.0 * 60.0,
+            pause_p50_seconds: 1.234,
+            pause_p99_seconds: 12.345,
+            dirty_pages_per_epoch: 99_999.0,
+            bytes_per_epoch: 999.0 * 1024.0 * 1024.0,
+            link_bytes_per_second: 999.0 * 1024.0 * 1024.0,
+            last_error: "the receiver does not answer ".repeat(10),
+            advice: "wait ".repeat(50),
+            ..control::DomainStatus::default()
+        };
+        let text = table(Out { output: Output::Table, style: Style::plain() }, &vec![(Daemon::Agent, status)]);
+        for line in text.lines() {
+            assert!(line.chars().count() <= text::COLUMNS, "{} columns: {line}", line.chars().count());
+        }
+        assert!(text.contains("12-87654321"), "{text}");
+    }
+}

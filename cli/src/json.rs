@@ -1,0 +1,300 @@
+//! The JSON documents that `-o json` writes: one per command, described in `docs/cli.md`.
+//!
+//! [`VERSION`] rises when a field goes away or changes its meaning; fields may be added without that. `null` means
+//! "not known, or does not apply". Units are last in names; times are UTC.
+
+use serde::Serialize;
+use vmdr_proto::control;
+
+use crate::client::Daemon;
+use crate::failure::Failure;
+use crate::text;
+
+/// Version of all documents.
+pub const VERSION: u32 = 1;
+
+#[derive(Serialize)]
+struct Document<'a, T> {
+    version: u32,
+    kind: &'a str,
+    #[serde(flatten)]
+    body: T,
+}
+
+/// A document as text, its last line ended.
+pub fn document(kind: &str, body: impl Serialize) -> Result<String, Failure> {
+    serde_json::to_string_pretty(&Document { version: VERSION, kind, body })
+        .map(|text| text + "\n")
+        .map_err(|e| Failure::Failed(format!("cannot write JSON: {e}")))
+}
+
+/// One finding of a check.
+#[derive(Serialize)]
+pub struct Finding {
+    severity: &'static str,
+    subject: String,
+    fact: String,
+    remedy: Option<String>,
+}
+
+impl From<&control::Finding> for Finding {
+    fn from(finding: &control::Finding) -> Finding {
+        Finding {
+            severity: severity(finding),
+            subject: finding.subject.clone(),
+            fact: finding.fact.clone(),
+            remedy: (!finding.remedy.is_empty()).then(|| finding.remedy.clone()),
+        }
+    }
+}
+
+/// The word for a severity. One that this version does not know is a refusal: better too careful.
+pub fn severity(finding: &control::Finding) -> &'static str {
+    match control::Severity::try_from(finding.severity) {
+        Ok(control::Severity::Ok) => "ok",
+        Ok(control::Severity::Warning) => "warning",
+        Ok(control::Severity::Refused) | Err(_) => "refused",
+    }
+}
+
+/// `doctor`.
+#[derive(Serialize)]
+pub struct Doctor {
+    /// None: the host alone.
+    pub domain: Option<String>,
+    /// Whether nothing is refused.
+    pub ok: bool,
+    /// As the agent ordered them.
+    pub findings: Vec<Finding>,
+}
+
+/// `prepare`.
+#[derive(Serialize)]
+pub struct Prepare {
+    /// As typed.
+    pub domain: String,
+    /// Whether the persistent XML was changed.
+    pub changed: bool,
+    /// Whether the running guest has no socket yet.
+    pub restart_needed: bool,
+    /// Path.
+    pub qmp_socket: String,
+}
+
+/// `protect`.
+#[derive(Serialize)]
+pub struct Protect {
+    /// As typed.
+    pub domain: String,
+    /// Always true: otherwise there is no document.
+    pub protected: bool,
+    /// What the agent said on the way.
+    pub messages: Vec<String>,
+}
+
+/// `unprotect`.
+#[derive(Serialize)]
+pub struct Unprotect {
+    /// Its name.
+    pub domain: String,
+    /// Always false: otherwise there is no document.
+    pub protected: bool,
+}
+
+/// `status`.
+#[derive(Serialize)]
+pub struct Status {
+    /// Sorted by name, the agent's before the receiver's.
+    pub domains: Vec<DomainStatus>,
+    /// Daemons that are configured here and did not answer.
+    pub unreachable: Vec<String>,
+}
+
+/// One domain as one daemon sees it.
+#[derive(Serialize)]
+pub struct DomainStatus {
+    pub(crate) daemon: &'static str,
+    pub(crate) name: String,
+    uuid: String,
+    role: String,
+    state: String,
+    generation: u64,
+    epoch: u64,
+    durable_epoch: u64,
+    rpo_seconds: Option<f64>,
+    rpo_worst_hour_seconds: Option<f64>,
+    pause_p50_seconds: Option<f64>,
+    pause_p99_seconds: Option<f64>,
+    paused_ratio: Option<f64>,
+    dirty_pages_per_epoch: Option<f64>,
+    bytes_per_epoch: Option<f64>,
+    link_bytes_per_second: Option<f64>,
+    interval_ms: Option<u32>,
+    monitor: Option<String>,
+    peer: Option<String>,
+    stored_bytes: Option<u64>,
+    last_error: Option<String>,
+    advice: Option<String>,
+}
+
+/// Whether an RPO can be told: there is a recovery point, and the guest does not run here from it.
+pub fn has_rpo(status: &control::DomainStatus) -> bool {
+    let point = status.durable_epoch > 0 || (status.role != "protected" && status.epoch > 0);
+    point && status.role != "active"
+}
+
+impl DomainStatus {
+    /// What a daemon says, with "does not apply" told apart from 0.
+    pub fn new(daemon: Daemon, status: &control::DomainStatus) -> DomainStatus {
+        let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+        let rpo = |seconds: f64| has_rpo(status).then_some(seconds).filter(|s| s.is_finite());
+        // Only the protected side pauses a guest, and only after its first cut is there a figure.
+        let cutting = |value: f64| (status.pause_p50_seconds > 0.0).then_some(value).filter(|v| v.is_finite());
+        DomainStatus {
+            daemon: match daemon {
+                Daemon::Agent => "agent",
+                Daemon::Receiver => "receiver",
+            },
+            name: status.name.clone(),
+            uuid: status.uuid.clone(),
+            role: status.role.clone(),
+            state: status.state.clone(),
+            generation: status.generation,
+            epoch: status.epoch,
+            durable_epoch: status.durable_epoch,
+            rpo_seconds: rpo(status.rpo_seconds),
+            rpo_worst_hour_seconds: rpo(status.rpo_worst_hour_seconds),
+            pause_p50_seconds: cutting(status.pause_p50_seconds),
+            pause_p99_seconds: cutting(status.pause_p99_seconds),
+            paused_ratio: cutting(status.paused_ratio),
+            dirty_pages_per_epoch: (status.role != "active").then_some(status.dirty_pages_per_epoch),
+            bytes_per_epoch: (status.role != "active").then_some(status.bytes_per_epoch),
+            link_bytes_per_second: (status.role != "active").then_some(status.link_bytes_per_second),
+            interval_ms: (status.interval_ms > 0).then_some(status.interval_ms),
+            monitor: text(&status.monitor),
+            peer: text(&status.peer),
+            stored_bytes: (daemon == Daemon::Receiver).then_some(status.stored_bytes),
+            last_error: text(&status.last_error),
+            advice: text(&status.advice),
+        }
+    }
+}
+
+/// `points`.
+#[derive(Serialize)]
+pub struct Points {
+    /// As typed.
+    pub domain: String,
+    /// As the receiver ordered them.
+    pub points: Vec<Point>,
+}
+
+/// A recovery point.
+#[derive(Serialize)]
+pub struct Point {
+    id: String,
+    generation: u64,
+    epoch: u64,
+    cut: Option<String>,
+    cut_unix_ms: Option<u64>,
+    consistency: String,
+    bytes: u64,
+    pinned: bool,
+    newest: bool,
+}
+
+impl From<&control::Point> for Point {
+    fn from(point: &control::Point) -> Point {
+        Point {
+            id: point.id.clone(),
+            generation: point.generation,
+            epoch: point.epoch,
+            cut: text::instant(point.cut_unix_ns),
+            cut_unix_ms: (point.cut_unix_ns > 0).then_some(point.cut_unix_ns / 1_000_000),
+            consistency: point.consistency.clone(),
+            bytes: point.bytes,
+            pinned: point.pinned,
+            newest: point.newest,
+        }
+    }
+}
+
+/// What an activation would do: `activate --dry-run`, and part of `activate`.
+#[derive(Serialize)]
+pub struct Plan {
+    name: String,
+    uuid: String,
+    /// Whether nothing is refused.
+    ok: bool,
+    already_active: bool,
+    point: Option<Point>,
+    lost_seconds: f64,
+    steps: Vec<String>,
+    findings: Vec<Finding>,
+}
+
+impl From<&control::ActivationPlan> for Plan {
+    fn from(plan: &control::ActivationPlan) -> Plan {
+        Plan {
+            name: plan.name.clone(),
+            uuid: plan.uuid.clone(),
+            ok: plan.findings.iter().all(|finding| severity(finding) != "refused"),
+            already_active: plan.already_active,
+            point: plan.point.as_ref().map(Point::from),
+            lost_seconds: plan.lost_seconds,
+            steps: plan.steps.clone(),
+            findings: plan.findings.iter().map(Finding::from).collect(),
+        }
+    }
+}
+
+/// `activate --dry-run`.
+#[derive(Serialize)]
+pub struct DryRun {
+    /// What would happen.
+    pub plan: Plan,
+}
+
+/// `activate`.
+#[derive(Serialize)]
+pub struct Activation {
+    /// What was to happen.
+    pub plan: Plan,
+    /// What happened.
+    pub report: Report,
+}
+
+/// What an activation did.
+#[derive(Serialize)]
+pub struct Report {
+    name: String,
+    uuid: String,
+    generation: u64,
+    was_active: bool,
+    point: Option<Point>,
+    rto_seconds: f64,
+    lost_seconds: f64,
+}
+
+impl From<&control::ActivationReport> for Report {
+    fn from(report: &control::ActivationReport) -> Report {
+        Report {
+            name: report.name.clone(),
+            uuid: report.uuid.clone(),
+            generation: report.generation,
+            was_active: report.was_active,
+            point: report.point.as_ref().map(Point::from),
+            rto_seconds: report.rto_seconds,
+            lost_seconds: report.lost_seconds,
+        }
+    }
+}
+
+/// `forget`.
+#[derive(Serialize)]
+pub struct Forget {
+    /// As typed.
+    pub domain: String,
+    /// Space that is free again.
+    pub freed_bytes: u64,
+}

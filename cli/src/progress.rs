@@ -1,0 +1,134 @@
+//! Follows a stream of progress to its end: one line that is rewritten, on stderr and only where that is a terminal.
+//!
+//! Messages that a daemon sends on the way (a warning, say) are for the operator even without a terminal: they are
+//! given back, the newest last, and shown on a terminal at once.
+
+use std::io::{IsTerminal, Write};
+
+use tonic::Streaming;
+use vmdr_proto::control::{ActivationReport, Progress};
+
+use crate::client::Daemon;
+use crate::failure::Failure;
+use crate::text;
+
+/// How many messages are kept: what a person would read.
+const MESSAGES_MAX: usize = 32;
+
+/// What a stream brought.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// In order, without repetitions in a row.
+    pub messages: Vec<String>,
+    /// The last message of an activation carries it.
+    pub report: Option<ActivationReport>,
+}
+
+/// Reads until the daemon ends the stream.
+pub async fn follow(daemon: Daemon, request: &str, mut stream: Streaming<Progress>) -> Result<Outcome, Failure> {
+    let mut line = Line::new(std::io::stderr().is_terminal());
+    let mut outcome = Outcome::default();
+    loop {
+        match stream.message().await {
+            Ok(Some(progress)) => {
+                line.show(&rendered(&progress));
+                let message = text::one_line(&progress.message);
+                if !message.is_empty() && outcome.messages.last() != Some(&message) {
+                    line.above(&message);
+                    if outcome.messages.len() == MESSAGES_MAX {
+                        outcome.messages.remove(0);
+                    }
+                    outcome.messages.push(message);
+                }
+                if progress.activation.is_some() {
+                    outcome.report = progress.activation;
+                }
+            }
+            Ok(None) => return Ok(outcome),
+            Err(status) => return Err(Failure::from_status(daemon, request, &status)),
+        }
+    }
+}
+
+/// `copy memory  123 MiB of 512 MiB  24 %`.
+fn rendered(progress: &Progress) -> String {
+    let step = text::one_line(&progress.step);
+    let amount = |n: u64| match progress.unit.as_str() {
+        "bytes" => text::bytes(n as f64),
+        unit => format!("{} {}", text::count(n as f64), text::one_line(unit)).trim_end().to_owned(),
+    };
+    match (progress.done, progress.total) {
+        (0, 0) => step,
+        (done, 0) => format!("{step}  {}", amount(done)),
+        (done, total) => {
+            let share = (done as f64 / total as f64 * 100.0).min(100.0);
+            format!("{step}  {} of {}  {share:.0} %", amount(done), amount(total))
+        }
+    }
+}
+
+/// The line that is rewritten; it is wiped when this is dropped, so that what follows starts clean.
+struct Line {
+    terminal: bool,
+    shown: bool,
+}
+
+impl Line {
+    fn new(terminal: bool) -> Line {
+        Line { terminal, shown: false }
+    }
+
+    fn show(&mut self, text: &str) {
+        if self.terminal && !text.is_empty() {
+            // Short of the width of any terminal that is still in use, so that it never wraps.
+            self.write(&format!("\r\x1b[K{}", text::shortened(text, 79)));
+            self.shown = true;
+        }
+    }
+
+    fn above(&mut self, message: &str) {
+        if self.terminal {
+            self.clear();
+            self.write(&format!("{message}\n"));
+        }
+    }
+
+    fn clear(&mut self) {
+        if self.shown {
+            self.write("\r\x1b[K");
+            self.shown = false;
+        }
+    }
+
+    fn write(&self, text: &str) {
+        // Progress that cannot be shown is no reason to stop what it is about.
+        let mut stderr = std::io::stderr();
+        let _ = stderr.write_all(text.as_bytes()).and_then(|()| stderr.flush());
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines() {
+        let progress = |done, total, unit: &str| Progress {
+            step: "copy\nmemory".into(),
+            done,
+            total,
+            unit: unit.into(),
+            ..Progress::default()
+        };
+        assert_eq!(rendered(&progress(0, 0, "")), "copy memory");
+        assert_eq!(rendered(&progress(1 << 27, 1 << 29, "bytes")), "copy memory  128 MiB of 512 MiB  25 %");
+        assert_eq!(rendered(&progress(12, 0, "pages")), "copy memory  12 pages");
+        assert_eq!(rendered(&progress(9, 3, "")), "copy memory  9 of 3  100 %");
+    }
+}
