@@ -20,7 +20,7 @@ impl Order {
     /// The order of a round.
     pub fn new(seed: u64, round: u64, pages: u64) -> Self {
         let random = mix(seed ^ mix(round));
-        let mut factor = random % pages | 1;
+        let mut factor = (random % pages) | 1;
         while gcd(factor, pages) != 1 {
             factor += 2;
         }

@@ -22,7 +22,9 @@ pub fn run(options: Workload) -> Result<()> {
     let mut disk = None;
     let mut readers = Readers::default();
     if let Some(path) = &options.disk {
-        disk = Some(Disk::open(path, &options)?);
+        let opened = Disk::open(path, &options)?;
+        state.acknowledged.store(opened.acknowledged(), SeqCst);
+        disk = Some(opened);
         readers = Readers::start(path, &options)?;
     }
     serve::start(&options, &state)?;
