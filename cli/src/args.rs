@@ -43,7 +43,6 @@ Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 daemon not reachable, 
     about = "Protects running libvirt/KVM guests against the loss of a site",
     long_about = OVERVIEW,
     after_help = EXAMPLES,
-    max_term_width = 110,
     disable_help_subcommand = true
 )]
 pub struct Cli {
@@ -58,15 +57,15 @@ pub struct Cli {
 /// Options that every command takes.
 #[derive(Debug, Args)]
 pub struct Common {
-    /// How results are written to stdout; errors and progress always go to stderr as text
+    /// Form of the results on stdout
     #[arg(short, long, global = true, value_enum, default_value_t = Output::Table, value_name = "FORMAT")]
     pub output: Output,
-    /// Control socket of vmdr-agent
-    #[arg(long, global = true, env = "VMDR_AGENT_SOCKET", default_value = vmdr_proto::AGENT_SOCKET, value_name = "PATH")]
+    /// Socket of the agent
+    #[arg(long, global = true, env = "VMDR_AGENT_SOCKET", hide_env_values = true, default_value = vmdr_proto::AGENT_SOCKET, value_name = "PATH")]
     pub agent_socket: PathBuf,
-    /// Control socket of vmdr-receiver
+    /// Socket of the receiver
     #[arg(
-        long, global = true, env = "VMDR_RECEIVER_SOCKET", default_value = vmdr_proto::RECEIVER_SOCKET,
+        long, global = true, env = "VMDR_RECEIVER_SOCKET", hide_env_values = true, default_value = vmdr_proto::RECEIVER_SOCKET,
         value_name = "PATH"
     )]
     pub receiver_socket: PathBuf,
@@ -89,6 +88,7 @@ pub enum Command {
     /// Changes nothing. Every finding names a fact and its remedy; a domain is refused when one finding is a refusal.
     /// Exits with 1 when anything is refused.
     #[command(
+        verbatim_doc_comment,
         after_help = "Examples:\n  vmdr doctor            this host alone\n  vmdr doctor web1       web1 as well, and what the receiver could not run"
     )]
     Doctor {
@@ -100,7 +100,10 @@ pub enum Command {
     /// Adds a second QEMU monitor socket to the persistent domain XML. Without it vmdr goes through libvirt's own
     /// monitor, which serves for intervals of 1 s and more. A running guest is not touched; run it twice and nothing
     /// changes the second time.
-    #[command(after_help = "Example:\n  vmdr prepare web1 && virsh shutdown web1 && virsh start web1")]
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Example:\n  vmdr prepare web1 && virsh shutdown web1 && virsh start web1"
+    )]
     Prepare {
         /// Name or UUID
         domain: Domain,
@@ -111,22 +114,23 @@ pub enum Command {
     /// take long. The guest runs meanwhile, with short pauses. Checks everything that `doctor` checks first, and
     /// changes nothing when that refuses.
     #[command(
+        verbatim_doc_comment,
         after_help = "Examples:\n  vmdr protect web1\n  vmdr protect web1 --interval 1s --receiver 10.0.9.2:7420\n  vmdr protect web1 --receiver '[fd00:9::2]:7420'"
     )]
     Protect {
         /// Name or UUID
         domain: Domain,
-        /// Time from one checkpoint to the next, 25ms to 60s [default: the agent's configuration, else 100ms]
+        /// Time between checkpoints, 25ms to 60s [default: as configured, else 100ms]
         #[arg(long, value_name = "DURATION", value_parser = interval)]
         interval: Option<Interval>,
-        /// Where to send to; port 7420 unless given [default: the agent's configuration]
+        /// Where to send to; port 7420 unless given [default: as configured]
         #[arg(long, value_name = "HOST[:PORT]", value_parser = receiver)]
         receiver: Option<String>,
     },
     /// Stop protecting a domain; the guest runs on
     ///
     /// The recovery points stay at the receiver (`vmdr forget` deletes them there).
-    #[command(after_help = "Example:\n  vmdr unprotect web1")]
+    #[command(verbatim_doc_comment, after_help = "Example:\n  vmdr unprotect web1")]
     Unprotect {
         /// Name or UUID
         domain: Domain,
@@ -136,13 +140,16 @@ pub enum Command {
     /// Asks the agent and the receiver, whichever is there. RPO is what a failure now would lose: the age of the
     /// newest recovery point; WORST is the largest in the last hour. PAUSE is the median and the 99th percentile of
     /// the guest's pauses. DIRTY is pages of 4 KiB and SENT bytes on the wire, both per epoch.
-    #[command(after_help = "Examples:\n  vmdr status\n  vmdr status web1 -o json | jq '.domains[0].rpo_seconds'")]
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Examples:\n  vmdr status\n  vmdr status web1 -o json | jq '.domains[0].rpo_seconds'"
+    )]
     Status {
         /// Name or UUID; without it all of them
         domain: Option<Domain>,
     },
     /// List what of a domain can be activated here (backup site)
-    #[command(after_help = "Example:\n  vmdr points web1")]
+    #[command(verbatim_doc_comment, after_help = "Example:\n  vmdr points web1")]
     Points {
         /// Name or UUID
         domain: Domain,
@@ -153,6 +160,7 @@ pub enum Command {
     /// recovery point. Make sure that the guest no longer runs at the other site: this version does not check.
     /// Interrupted or run twice, it never starts a second guest here.
     #[command(
+        verbatim_doc_comment,
         after_help = "Examples:\n  vmdr activate web1 --dry-run      show the plan, change nothing\n  vmdr activate web1                ask, then do it\n  vmdr activate web1 --yes --wait   from a script; end when the guest runs"
     )]
     Activate {
@@ -171,7 +179,7 @@ pub enum Command {
     /// Delete what is stored of a domain here (backup site)
     ///
     /// Refused while the domain is being received or runs here.
-    #[command(after_help = "Example:\n  vmdr forget web1")]
+    #[command(verbatim_doc_comment, after_help = "Example:\n  vmdr forget web1")]
     Forget {
         /// Name or UUID
         domain: Domain,
@@ -180,7 +188,7 @@ pub enum Command {
         yes: bool,
     },
     /// Write a completion script for a shell to stdout
-    #[command(after_help = "Example:\n  vmdr completions bash > /etc/bash_completion.d/vmdr")]
+    #[command(verbatim_doc_comment, after_help = "Example:\n  vmdr completions bash > /etc/bash_completion.d/vmdr")]
     Completions {
         /// Which shell
         shell: clap_complete::Shell,

@@ -1,0 +1,307 @@
+//! The real `vmdr` binary against daemons that answer as the test wants: exit codes, errors, what goes where,
+//! questions, and the JSON that must not change (`tests/golden/`).
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use common::{Host, UUID};
+
+/// Compares with the file of that name. `VMDR_GOLDEN=write` writes it instead, for a change that is meant.
+#[track_caller]
+fn golden(name: &str, text: &str) {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    if std::env::var_os("VMDR_GOLDEN").is_some_and(|value| value == "write") {
+        std::fs::write(&path, text).unwrap();
+    }
+    let expected = std::fs::read_to_string(&path).unwrap();
+    assert!(text == expected, "{} is not what the command writes now:\n{text}", path.display());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn json_keeps_its_shape() {
+    let host = Host::with_both();
+    let cases: [(&str, &[&str]); 9] = [
+        ("doctor.json", &["doctor", "web1"]),
+        ("prepare.json", &["prepare", "web1"]),
+        ("protect.json", &["protect", "web1"]),
+        ("unprotect.json", &["unprotect", "web1"]),
+        ("status.json", &["status"]),
+        ("points.json", &["points", "web1"]),
+        ("activate-plan.json", &["activate", "web1", "--dry-run"]),
+        ("activate.json", &["activate", "web1", "--yes"]),
+        ("forget.json", &["forget", "web1", "--yes"]),
+    ];
+    for (name, arguments) in cases {
+        let ran = host.run(&[arguments, &["-o", "json"]].concat()).await;
+        golden(name, ran.succeeded());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_keep_their_shape() {
+    let host = Host::with_both();
+    let cases: [(&str, &[&str]); 6] = [
+        ("doctor.txt", &["doctor", "web1"]),
+        ("prepare.txt", &["prepare", "web1"]),
+        ("protect.txt", &["protect", "web1"]),
+        ("status.txt", &["status"]),
+        ("activate-plan.txt", &["activate", "web1", "--dry-run"]),
+        ("activate.txt", &["activate", "web1", "--yes"]),
+    ];
+    for (name, arguments) in cases {
+        let ran = host.run(arguments).await;
+        golden(name, ran.succeeded());
+        assert!(ran.stdout.lines().all(|line| line.chars().count() <= 120), "{}", ran.stdout);
+        assert!(!ran.stdout.contains('\x1b'), "{:?}", ran.stdout);
+    }
+    let points = host.run(&["points", "web1"]).await;
+    assert!(points.succeeded().contains("3-1000  2026-01-31 12:00:00.123"), "{}", points.stdout);
+    let fresh = host.run(&["points", "fresh"]).await;
+    assert_eq!(fresh.succeeded(), "fresh has no recovery point here yet: its first copy is not whole\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_refusal_has_its_exit_code_and_one_line() {
+    let host = Host::with_both();
+    for (domain, code, line) in [
+        ("refused", 1, "hostdev0 is passed through from the host: detach it"),
+        ("broken", 1, "disk vda: the mirror failed"),
+        ("halfway", 1, "halfway was shut down during the first copy"),
+        ("odd", 2, "interval of 7 ms is below 25 ms"),
+        ("lonely", 3, "the receiver b.example:7420 does not answer"),
+        ("unknown", 4, "there is no domain 'unknown'; `virsh list --all` lists them"),
+        ("twice", 5, "twice is protected already"),
+        ("late", 6, "libvirt did not answer within 10 s"),
+    ] {
+        for output in ["table", "json"] {
+            let ran = host.run(&["protect", domain, "-o", output]).await;
+            assert_eq!(ran.failed(code), line);
+            assert_eq!(ran.stdout, "", "{domain}");
+        }
+    }
+    for command in ["doctor", "prepare", "unprotect", "points", "status"] {
+        host.run(&[command, "unknown"]).await.failed(4);
+    }
+    for command in ["activate", "forget"] {
+        host.run(&[command, "unknown", "--yes"]).await.failed(4);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_usage_never_reaches_a_daemon() {
+    let host = Host::with_both();
+    let cases: [&[&str]; 9] = [
+        &[],
+        &["explode"],
+        &["protect"],
+        &["protect", ""],
+        &["protect", "web1", "--interval", "24ms"],
+        &["protect", "web1", "--interval", "61s"],
+        &["protect", "web1", "--receiver", "fd00::2"],
+        &["status", "-o", "xml"],
+        &["completions", "tcsh++"],
+    ];
+    for arguments in cases {
+        let ran = host.run(arguments).await;
+        ran.failed(2);
+        assert_eq!(ran.stdout, "", "{arguments:?}");
+    }
+    assert_eq!(host.calls(), Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn protect_passes_on_what_was_asked() {
+    let host = Host::with_both();
+    host.run(&["protect", "web1"]).await.succeeded();
+    host.run(&["protect", "web1", "--interval", "1s 250ms", "--receiver", "b.example"]).await.succeeded();
+    assert_eq!(
+        host.calls(),
+        ["agent protect web1", "interval 0 receiver", "agent protect web1", "interval 1250 receiver b.example:7420"]
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn doctor_fails_when_something_is_refused() {
+    let host = Host::with_both();
+    let ran = host.run(&["doctor", "bad"]).await;
+    assert_eq!(ran.failed(1), "bad cannot be protected: 1 finding refuses it");
+    assert!(
+        ran.stdout.contains("refused  hostdev0: a PCI device of the host\n         -> detach it\n"),
+        "{}",
+        ran.stdout
+    );
+    let ran = host.run(&["doctor", "bad", "-o", "json"]).await;
+    ran.failed(1);
+    assert!(ran.stdout.contains("\"ok\": false"), "{}", ran.stdout);
+    assert!(host.run(&["doctor"]).await.succeeded().ends_with("this host can be used for protection\n"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_daemon() {
+    let host = Host::empty();
+    let ran = host.run(&["status"]).await;
+    assert!(ran.failed(3).starts_with("no vmdr daemon on this host: neither "), "{}", ran.stderr);
+    let ran = host.run(&["protect", "web1"]).await;
+    assert!(ran.failed(3).starts_with("no vmdr agent on this host: "), "{}", ran.stderr);
+    let ran = host.run(&["points", "web1"]).await;
+    assert!(ran.failed(3).contains("start vmdr-receiver"), "{}", ran.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_socket_with_nobody_behind_it() {
+    let host = Host::empty();
+    drop(std::os::unix::net::UnixListener::bind(host.agent_socket()).unwrap());
+    let ran = host.run(&["doctor"]).await;
+    assert!(ran.failed(3).contains("does not run: nobody listens at"), "{}", ran.stderr);
+    // The receiver's side is shown all the same, and the exit code says that it is not all.
+    host.start_receiver();
+    let ran = host.run(&["status", "-o", "json"]).await;
+    ran.failed(3);
+    let status: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(status["unreachable"], serde_json::json!(["agent"]));
+    assert_eq!(status["domains"][0]["name"], "web2");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_closes_the_connection() {
+    let host = Host::empty();
+    let listener = tokio::net::UnixListener::bind(host.agent_socket()).unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            drop(stream);
+        }
+    });
+    let ran = host.run(&["doctor"]).await;
+    ran.failed(3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn status_asks_whoever_is_there() {
+    let host = Host::empty();
+    host.start_receiver();
+    let ran = host.run(&["status", "web2"]).await;
+    assert!(ran.succeeded().contains("web2"), "{}", ran.stdout);
+    assert_eq!(host.calls(), ["receiver status web2"]);
+    host.start_agent();
+    // Known to one daemon is known; each says "not found" of the other's.
+    host.run(&["status", "web2"]).await.succeeded();
+    host.run(&["status", "web1"]).await.succeeded();
+    assert_eq!(host.run(&["status", "nobody"]).await.failed(4), "nothing is stored here of nobody");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sockets_by_option() {
+    let host = Host::empty();
+    let other = Host::with_both();
+    let socket = other.agent_socket();
+    host.run(&["prepare", "web1", "--agent-socket", socket.to_str().unwrap()]).await.succeeded();
+    let socket = other.receiver_socket();
+    host.run(&["--receiver-socket", socket.to_str().unwrap(), "points", "web1"]).await.succeeded();
+    assert_eq!(other.calls(), ["agent prepare web1", "receiver points web1"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_to_ask_is_refused_before_anything() {
+    let host = Host::with_both();
+    for command in ["activate", "forget"] {
+        // Not even the right answer on stdin is taken for one.
+        let ran = host.run_with(&[command, "web1"], Some("web1\n")).await;
+        assert!(ran.failed(2).contains("give --yes"), "{}", ran.stderr);
+        assert_eq!(ran.stdout, "");
+    }
+    assert_eq!(host.calls(), Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn activate_asks_for_the_name() {
+    let host = Host::with_both();
+    let ran = host.run_on_terminal(&["activate", UUID], "web1\n", &[]).await;
+    assert_eq!(ran.code, 0, "{}", ran.stdout);
+    assert!(ran.stdout.contains("12 s until now, and more while you read this"), "{}", ran.stdout);
+    assert!(ran.stdout.contains("type the domain's name (web1):"), "{}", ran.stdout);
+    assert!(ran.stdout.contains("RTO:            512 ms"), "{}", ran.stdout);
+    assert_eq!(host.calls(), [format!("receiver plan {UUID}"), format!("receiver activate {UUID}")]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn any_other_answer_does_nothing() {
+    for answer in ["y\n", "yes\n", "\n", "web\n", "WEB1\n", "web11\n", "\u{4}"] {
+        let host = Host::with_both();
+        let ran = host.run_on_terminal(&["activate", "web1"], answer, &[]).await;
+        assert_eq!(ran.code, 1, "{answer:?}: {}", ran.stdout);
+        assert!(ran.stdout.contains("vmdr: that is not web1: nothing was done"), "{}", ran.stdout);
+        assert_eq!(host.calls(), ["receiver plan web1"], "{answer:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn forget_asks_for_the_name() {
+    let host = Host::with_both();
+    let ran = host.run_on_terminal(&["forget", "web2"], "web2\n", &[]).await;
+    assert_eq!(ran.code, 0, "{}", ran.stdout);
+    assert!(ran.stdout.contains("3.0 GiB freed"), "{}", ran.stdout);
+    let ran = host.run_on_terminal(&["forget", "web2"], "web1\n", &[]).await;
+    assert_eq!(ran.code, 1, "{}", ran.stdout);
+    assert_eq!(host.calls(), ["receiver status web2", "receiver forget web2", "receiver status web2"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_that_is_refused_activates_nothing() {
+    let host = Host::with_both();
+    for arguments in [&["activate", "bad", "--yes"][..], &["activate", "bad", "--dry-run"]] {
+        let ran = host.run(arguments).await;
+        assert!(ran.failed(1).ends_with("nothing was done"), "{}", ran.stderr);
+        assert!(ran.stdout.contains("refused  hostdev0"), "{}", ran.stdout);
+    }
+    let ran = host.run(&["activate", "bad", "--dry-run", "-o", "json"]).await;
+    ran.failed(1);
+    let plan: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(plan["plan"]["ok"], false);
+    assert!(host.calls().iter().all(|call| call == "receiver plan bad"), "{:?}", host.calls());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn activate_twice_and_without_a_report() {
+    let host = Host::with_both();
+    // What is active already needs no question: nothing will be done.
+    let ran = host.run_on_terminal(&["activate", "running"], "", &[]).await;
+    assert_eq!(ran.code, 0, "{}", ran.stdout);
+    assert!(ran.stdout.contains("was running here already: nothing was done"), "{}", ran.stdout);
+    let ran = host.run(&["activate", "unreported", "--yes", "--wait"]).await;
+    assert!(ran.failed(1).contains("without a report"), "{}", ran.stderr);
+    assert_eq!(host.calls().last().map(String::as_str), Some("receiver activate-and-wait unreported"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn colour_and_progress_only_on_a_terminal() {
+    let host = Host::with_both();
+    let coloured = host.run_on_terminal(&["status"], "", &[]).await;
+    assert!(coloured.stdout.contains("\x1b[32mprotected\x1b[0m"), "{:?}", coloured.stdout);
+    for (name, value) in [("NO_COLOR", "1"), ("TERM", "dumb")] {
+        let plain = host.run_on_terminal(&["status"], "", &[(name, value)]).await;
+        assert_eq!(plain.code, 0);
+        assert!(!plain.stdout.contains('\x1b'), "{name}: {:?}", plain.stdout);
+    }
+    let json = host.run_on_terminal(&["status", "-o", "json"], "", &[]).await;
+    assert!(!json.stdout.contains('\x1b'), "{:?}", json.stdout);
+    let progress = host.run_on_terminal(&["protect", "web1"], "", &[("NO_COLOR", "1")]).await;
+    assert!(progress.stdout.contains("copy memory  256 MiB of 512 MiB  50 %"), "{:?}", progress.stdout);
+    assert!(host.run(&["protect", "web1"]).await.stderr.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn help_version_completions() {
+    let host = Host::empty();
+    for arguments in [&["--help"][..], &["-h"], &["activate", "--help"], &["protect", "-h"], &["--version"]] {
+        let ran = host.run(arguments).await;
+        assert!(!ran.succeeded().is_empty());
+        assert!(ran.stdout.lines().all(|line| line.chars().count() <= 120), "{}", ran.stdout);
+    }
+    for shell in ["bash", "zsh", "fish"] {
+        let ran = host.run(&["completions", shell]).await;
+        for command in ["doctor", "prepare", "protect", "unprotect", "status", "points", "activate", "forget"] {
+            assert!(ran.succeeded().contains(command), "{shell}");
+        }
+    }
+}

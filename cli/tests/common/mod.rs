@@ -1,0 +1,360 @@
+//! A host with vmdr daemons that answer as the test wants, and the real `vmdr` binary run against them.
+
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixListener;
+use tokio::process::Command;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
+use tonic::{Request, Response, Status};
+use vmdr_proto::control::agent_server::{Agent, AgentServer};
+use vmdr_proto::control::receiver_server::{Receiver, ReceiverServer};
+use vmdr_proto::control::*;
+
+/// For one run of the command, with two busy cores.
+const RUN_LIMIT: Duration = Duration::from_secs(120);
+/// 2026-01-31T12:00:00.123456789Z.
+pub const CUT_UNIX_NS: u64 = 1_769_860_800_123_456_789;
+pub const UUID: &str = "11111111-2222-4333-8444-555555555555";
+
+type Calls = Arc<Mutex<Vec<String>>>;
+type Stream = std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<Progress, Status>> + Send>>;
+
+/// Both daemons' sockets in a directory of their own; what they were asked is recorded.
+pub struct Host {
+    directory: tempfile::TempDir,
+    calls: Calls,
+}
+
+pub struct Ran {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Host {
+    /// A host without daemons.
+    pub fn empty() -> Host {
+        Host { directory: tempfile::tempdir().unwrap(), calls: Calls::default() }
+    }
+
+    pub fn with_both() -> Host {
+        let host = Host::empty();
+        host.start_agent();
+        host.start_receiver();
+        host
+    }
+
+    pub fn agent_socket(&self) -> PathBuf {
+        self.directory.path().join("agent.sock")
+    }
+
+    pub fn receiver_socket(&self) -> PathBuf {
+        self.directory.path().join("receiver.sock")
+    }
+
+    pub fn start_agent(&self) {
+        let listener = UnixListener::bind(self.agent_socket()).unwrap();
+        let service = AgentServer::new(Daemon { calls: self.calls.clone(), who: "agent" });
+        tokio::spawn(Server::builder().add_service(service).serve_with_incoming(UnixListenerStream::new(listener)));
+    }
+
+    pub fn start_receiver(&self) {
+        let listener = UnixListener::bind(self.receiver_socket()).unwrap();
+        let service = ReceiverServer::new(Daemon { calls: self.calls.clone(), who: "receiver" });
+        tokio::spawn(Server::builder().add_service(service).serve_with_incoming(UnixListenerStream::new(listener)));
+    }
+
+    /// What the daemons were asked, in order, as `daemon request domain`.
+    pub fn calls(&self) -> Vec<String> {
+        self.calls.lock().unwrap().clone()
+    }
+
+    pub async fn run(&self, arguments: &[&str]) -> Ran {
+        self.run_with(arguments, None).await
+    }
+
+    /// Runs the command with this on its stdin, which is no terminal.
+    pub async fn run_with(&self, arguments: &[&str], stdin: Option<&str>) -> Ran {
+        let mut command = self.command(Path::new(env!("CARGO_BIN_EXE_vmdr")));
+        command.args(arguments);
+        finish(command, stdin.unwrap_or_default()).await
+    }
+
+    /// Runs the command on a terminal (made by `script`), with this typed. Its stdout and stderr come as one.
+    pub async fn run_on_terminal(&self, arguments: &[&str], typed: &str, environment: &[(&str, &str)]) -> Ran {
+        let mut line = env!("CARGO_BIN_EXE_vmdr").to_owned();
+        for argument in arguments {
+            line.push_str(&format!(" '{argument}'"));
+        }
+        let mut command = self.command(Path::new("script"));
+        command.envs(environment.iter().copied());
+        command.args(["--quiet", "--return", "--flush", "--echo", "never", "--command", &line, "/dev/null"]);
+        finish(command, typed).await
+    }
+
+    fn command(&self, program: &Path) -> Command {
+        let mut command = Command::new(program);
+        command.env_clear();
+        command.env("PATH", std::env::var_os("PATH").unwrap_or_default());
+        command.env("TERM", "xterm").env("SHELL", "/bin/sh");
+        command.env("VMDR_AGENT_SOCKET", self.agent_socket());
+        command.env("VMDR_RECEIVER_SOCKET", self.receiver_socket());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        command
+    }
+}
+
+async fn finish(mut command: Command, stdin: &str) -> Ran {
+    let mut child = command.spawn().unwrap();
+    let mut input = child.stdin.take().unwrap();
+    // A command that never reads may have closed it already.
+    let _ = input.write_all(stdin.as_bytes()).await;
+    drop(input);
+    let Output { status, stdout, stderr } =
+        tokio::time::timeout(RUN_LIMIT, child.wait_with_output()).await.expect("the command did not end").unwrap();
+    Ran {
+        code: status.code().expect("ended by a signal"),
+        stdout: String::from_utf8(stdout).unwrap(),
+        stderr: String::from_utf8(stderr).unwrap(),
+    }
+}
+
+impl Ran {
+    /// Ended with this code, with exactly one line on stderr.
+    #[track_caller]
+    pub fn failed(&self, code: i32) -> &str {
+        assert_eq!(self.code, code, "stdout: {}\nstderr: {}", self.stdout, self.stderr);
+        assert_eq!(self.stderr.matches('\n').count(), 1, "one line: {:?}", self.stderr);
+        self.stderr.strip_prefix("vmdr: ").expect(&self.stderr).trim_end()
+    }
+
+    /// Ended well, with nothing on stderr.
+    #[track_caller]
+    pub fn succeeded(&self) -> &str {
+        assert_eq!((self.code, self.stderr.as_str()), (0, ""), "stdout: {}", self.stdout);
+        &self.stdout
+    }
+}
+
+/// Answers by the domain's name.
+struct Daemon {
+    calls: Calls,
+    who: &'static str,
+}
+
+impl Daemon {
+    fn asked(&self, request: &str, domain: &str) -> Result<(), Status> {
+        self.calls.lock().unwrap().push(format!("{} {request} {domain}", self.who).trim_end().to_owned());
+        match domain {
+            "unknown" => Err(Status::not_found("there is no domain 'unknown'; `virsh list --all` lists them")),
+            "refused" => Err(Status::failed_precondition("hostdev0 is passed through\nfrom the host: detach it")),
+            "twice" => Err(Status::already_exists("twice is protected already")),
+            "lonely" => Err(Status::unavailable("the receiver b.example:7420 does not answer")),
+            "odd" => Err(Status::invalid_argument("interval of 7 ms is below 25 ms")),
+            "late" => Err(Status::deadline_exceeded("libvirt did not answer within 10 s")),
+            "broken" => Err(Status::internal("disk vda: the mirror failed")),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn finding(severity: Severity, subject: &str, fact: &str, remedy: &str) -> Finding {
+    Finding { severity: severity.into(), subject: subject.into(), fact: fact.into(), remedy: remedy.into() }
+}
+
+fn hostdev() -> Finding {
+    finding(Severity::Refused, "hostdev0", "a PCI device of the host", "detach it")
+}
+
+fn point(epoch: u64, newest: bool) -> Point {
+    Point {
+        id: format!("3-{epoch}"),
+        generation: 3,
+        epoch,
+        cut_unix_ns: CUT_UNIX_NS - (1000 - epoch) * 100_000_000,
+        consistency: "crash".into(),
+        bytes: 512 << 20,
+        pinned: !newest,
+        newest,
+    }
+}
+
+fn progress(step: &str, done: u64, total: u64, unit: &str, message: &str) -> Result<Progress, Status> {
+    let (step, unit, message) = (step.into(), unit.into(), message.into());
+    Ok(Progress { step, done, total, unit, message, activation: None })
+}
+
+fn stream(messages: Vec<Result<Progress, Status>>) -> Response<Stream> {
+    Response::new(Box::pin(tokio_stream::iter(messages)))
+}
+
+fn protected(name: &str) -> DomainStatus {
+    DomainStatus {
+        name: name.into(),
+        uuid: UUID.into(),
+        role: "protected".into(),
+        state: "protected".into(),
+        generation: 3,
+        epoch: 1001,
+        durable_epoch: 1000,
+        rpo_seconds: 0.142,
+        rpo_worst_hour_seconds: 0.391,
+        pause_p50_seconds: 0.0046,
+        pause_p99_seconds: 0.0123,
+        dirty_pages_per_epoch: 496.5,
+        bytes_per_epoch: 81920.0,
+        link_bytes_per_second: 819200.0,
+        peer: "b.example:7420".into(),
+        interval_ms: 100,
+        paused_ratio: 0.046,
+        monitor: "direct".into(),
+        ..DomainStatus::default()
+    }
+}
+
+#[tonic::async_trait]
+impl Agent for Daemon {
+    async fn doctor(&self, request: Request<DoctorRequest>) -> Result<Response<DoctorReply>, Status> {
+        let domain = request.into_inner().domain;
+        self.asked("doctor", &domain)?;
+        let mut findings = vec![
+            finding(Severity::Ok, "qemu", "10.0.2", ""),
+            finding(Severity::Warning, "monitor", "no socket of its own", "`vmdr prepare`, then restart the guest"),
+        ];
+        if domain == "bad" {
+            findings.push(hostdev());
+        }
+        Ok(Response::new(DoctorReply { findings }))
+    }
+
+    async fn prepare(&self, request: Request<DomainRequest>) -> Result<Response<PrepareReply>, Status> {
+        self.asked("prepare", &request.into_inner().domain)?;
+        let qmp_socket = "/run/vmdr/qmp/web1.sock".into();
+        Ok(Response::new(PrepareReply { changed: true, restart_needed: true, qmp_socket }))
+    }
+
+    type ProtectStream = Stream;
+
+    async fn protect(&self, request: Request<ProtectRequest>) -> Result<Response<Stream>, Status> {
+        let ProtectRequest { domain, interval_ms, receiver } = request.into_inner();
+        self.asked("protect", &domain)?;
+        self.calls.lock().unwrap().push(format!("interval {interval_ms} receiver {receiver}").trim_end().to_owned());
+        let mut messages = vec![
+            progress("check", 0, 0, "", ""),
+            progress("copy memory", 256 << 20, 512 << 20, "bytes", "no socket of its own: intervals of 1 s and more"),
+        ];
+        match domain.as_str() {
+            "halfway" => messages.push(Err(Status::failed_precondition("halfway was shut down during the first copy"))),
+            _ => messages.push(progress("first recovery point", 0, 0, "", "")),
+        }
+        Ok(stream(messages))
+    }
+
+    async fn unprotect(&self, request: Request<DomainRequest>) -> Result<Response<UnprotectReply>, Status> {
+        let domain = request.into_inner().domain;
+        self.asked("unprotect", &domain)?;
+        Ok(Response::new(UnprotectReply { domain }))
+    }
+
+    async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
+        let domain = request.into_inner().domain;
+        self.asked("status", &domain)?;
+        let seeding = DomainStatus {
+            state: "seeding".into(),
+            epoch: 1,
+            durable_epoch: 0,
+            rpo_seconds: 0.0,
+            pause_p50_seconds: 0.0,
+            last_error: "the link\x1b[2J was lost".into(),
+            advice: "wait for the first copy to end".into(),
+            ..protected("db1")
+        };
+        let domains = match domain.as_str() {
+            "" => vec![protected("web1"), seeding],
+            "db1" => vec![seeding],
+            "web1" => vec![protected("web1")],
+            _ => return Err(Status::not_found(format!("{domain} is not protected here"))),
+        };
+        Ok(Response::new(StatusReply { domains }))
+    }
+}
+
+#[tonic::async_trait]
+impl Receiver for Daemon {
+    async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
+        let domain = request.into_inner().domain;
+        self.asked("status", &domain)?;
+        if !["", "web2"].contains(&domain.as_str()) {
+            return Err(Status::not_found(format!("nothing is stored here of {domain}")));
+        }
+        let standby = DomainStatus {
+            name: "web2".into(),
+            role: "standby".into(),
+            state: "ready".into(),
+            epoch: 77,
+            durable_epoch: 77,
+            stored_bytes: 3 << 30,
+            pause_p50_seconds: 0.0,
+            pause_p99_seconds: 0.0,
+            paused_ratio: 0.0,
+            monitor: String::new(),
+            peer: "a.example".into(),
+            ..protected("web2")
+        };
+        Ok(Response::new(StatusReply { domains: vec![standby] }))
+    }
+
+    async fn points(&self, request: Request<DomainRequest>) -> Result<Response<PointsReply>, Status> {
+        let domain = request.into_inner().domain;
+        self.asked("points", &domain)?;
+        let points = if domain == "fresh" { Vec::new() } else { vec![point(1000, true), point(990, false)] };
+        Ok(Response::new(PointsReply { points }))
+    }
+
+    async fn plan_activation(&self, request: Request<ActivateRequest>) -> Result<Response<ActivationPlan>, Status> {
+        let domain = request.into_inner().domain;
+        self.asked("plan", &domain)?;
+        let mut plan = ActivationPlan {
+            name: if domain == UUID { "web1".into() } else { domain.clone() },
+            uuid: UUID.into(),
+            point: Some(point(1000, true)),
+            lost_seconds: 12.5,
+            steps: vec!["stop receiving".into(), "restore the guest".into()],
+            findings: vec![finding(Severity::Warning, "network", "bridge br1 has no uplink", "check it")],
+            already_active: domain == "running",
+        };
+        if domain == "bad" {
+            plan.findings.push(hostdev());
+        }
+        Ok(Response::new(plan))
+    }
+
+    type ActivateStream = Stream;
+
+    async fn activate(&self, request: Request<ActivateRequest>) -> Result<Response<Stream>, Status> {
+        let ActivateRequest { domain, wait, .. } = request.into_inner();
+        self.asked(if wait { "activate-and-wait" } else { "activate" }, &domain)?;
+        let report = ActivationReport {
+            name: "web1".into(),
+            uuid: UUID.into(),
+            point: Some(point(1000, true)),
+            rto_seconds: 0.512,
+            lost_seconds: 12.7,
+            was_active: domain == "running",
+            generation: 4,
+        };
+        let activation = (domain != "unreported").then_some(report);
+        let last = Progress { step: "run".into(), activation, ..Progress::default() };
+        Ok(stream(vec![progress("apply", 1, 2, "epochs", ""), progress("restore", 0, 0, "", ""), Ok(last)]))
+    }
+
+    async fn forget(&self, request: Request<DomainRequest>) -> Result<Response<ForgetReply>, Status> {
+        self.asked("forget", &request.into_inner().domain)?;
+        Ok(Response::new(ForgetReply { freed_bytes: 3 << 30 }))
+    }
+}
