@@ -4,12 +4,14 @@
 //! - [`domain_xml`]: what a domain definition says, and changes to it.
 //! - [`libvirt`]: connections and domains; every call blocks until libvirt answers, so daemons call from threads that may.
 //! - [`block`]: block jobs: the mirror of a disk into an NBD server.
+//! - [`host`]: what the host could give a domain: networks, CPU features.
 //! - [`events`]: what libvirt tells by itself.
 
 pub mod block;
 pub mod domain_xml;
 pub mod error;
 pub mod events;
+pub mod host;
 pub mod libvirt;
 pub mod xml;
 

@@ -279,6 +279,32 @@ unsafe extern "C" fn on_close(_connect: sys::virConnectPtr, reason: c_int, opaqu
     sink.deliver(Event::Disconnected(Disconnect::from_raw(reason)));
 }
 
+/// An error, with what is lacking in its message, if QEMU here cannot give a guest this CPU.
+pub(crate) fn compare_hypervisor_cpu(
+    connect: &Connect,
+    emulator: Option<&CStr>,
+    arch: &CStr,
+    machine: &CStr,
+    virt_type: &CStr,
+    cpu: &CStr,
+) -> Result<(), Error> {
+    let emulator = emulator.map_or(ptr::null(), CStr::as_ptr);
+    let flags = sys::VIR_CONNECT_COMPARE_CPU_FAIL_INCOMPATIBLE;
+    // SAFETY: the connection is live; the strings are NUL-terminated and outlive the call; libvirt allows a null emulator.
+    let result = unsafe {
+        sys::virConnectCompareHypervisorCPU(
+            connect.as_ptr(),
+            emulator,
+            arch.as_ptr(),
+            machine.as_ptr(),
+            virt_type.as_ptr(),
+            cpu.as_ptr(),
+            flags,
+        )
+    };
+    check(result)
+}
+
 fn check(result: c_int) -> Result<(), Error> {
     if result < 0 { Err(Error::last_error()) } else { Ok(()) }
 }
