@@ -49,6 +49,12 @@ impl Failure {
     /// message is already a sentence for the operator.
     pub fn from_status(daemon: Daemon, request: &str, status: &Status) -> Failure {
         if let Some(source) = status.source() {
+            // hyper does not export the type of this cause.
+            if innermost(source).ends_with("timed out") {
+                return Failure::NoAnswer(format!(
+                    "the {daemon} does not answer any longer (asked: `{request}`): see its log, and whether it hangs"
+                ));
+            }
             return Failure::Unreachable(format!(
                 "the connection to the {daemon} was lost during `{request}` ({}): see `vmdr status`, then run it again",
                 innermost(source)
@@ -113,6 +119,8 @@ mod tests {
         let failure = Failure::from_status(Daemon::Receiver, "activate", &status);
         assert_eq!(failure.code(), 3);
         assert!(failure.to_string().contains("broken pipe"), "{failure}");
+        status.set_source(std::sync::Arc::new(std::io::Error::other("keep-alive timed out")));
+        assert_eq!(Failure::from_status(Daemon::Receiver, "activate", &status).code(), 6);
         let failure = Failure::from_status(Daemon::Receiver, "activate", &Status::new(Code::Internal, ""));
         assert!(failure.to_string().contains("its log has more"), "{failure}");
     }
