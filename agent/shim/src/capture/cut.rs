@@ -1,0 +1,368 @@
+//! The two things that stop the guest: a pass (scan and protect, copy later) and the cut (the end of an epoch).
+//!
+//! ```text
+//!   query-status, stop ........ ours only if the guest ran; drains and flushes all disks
+//!   query-block-jobs .......... every mirror ready and actively-synced, else no recovery point
+//!   info ramblock ............. the blocks as they are at this instant
+//!   xen-save-devices-state      | meanwhile: scan all, protect what was found, copy it
+//!   scan once more ............ what saving the devices wrote (little or nothing)
+//!   take the disks' logs
+//!   cont ...................... only because this cut stopped the guest
+//! ```
+//!
+//! All commands before `cont` are sent at once. Whatever fails, the guest is resumed, and pages that were
+//! protected again stay pending.
+
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, anyhow};
+use rustix::fs::{SeekFrom, seek};
+use serde_json::{Value, json};
+use vmdr_proto::PAGE_BYTES;
+use vmdr_proto::shim::{ArenaRange, NoPartReason, Part, RamBlock, Timing};
+
+use super::{Capture, CaptureError, Copied, DEVICE_FD_SET, PREFAULT_BYTES, mirror_of};
+use crate::dirty_log::Run;
+use crate::qmp::{Command, QmpError, Sent};
+use crate::ramblock;
+
+/// How long a resumed guest's RESUME event is waited for, and a late answer to `stop`.
+const LATE_LIMIT: Duration = Duration::from_secs(30);
+/// Arena bytes that device state and disk logs may take in a cut, beside pages.
+const CUT_SPARE_BYTES: u64 = 4 << 20;
+
+/// Why there is no recovery point. Nothing is lost: what was dirty still is.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct NoCut {
+    /// For the program.
+    pub reason: NoPartReason,
+    /// For the operator.
+    pub message: String,
+    /// Of the pause, if there was one.
+    pub timing: Timing,
+}
+
+impl NoCut {
+    fn new(reason: NoPartReason, message: impl Into<String>) -> Self {
+        Self { reason, message: message.into(), timing: Timing::default() }
+    }
+}
+
+/// What a pass found.
+#[derive(Debug)]
+pub struct Passed {
+    /// Pages written since the last pass or cut.
+    pub dirty_pages: u64,
+    /// Pages that are in no part yet, these included.
+    pub pending_pages: u64,
+    /// Of the pause.
+    pub timing: Timing,
+}
+
+/// What happened between `stop` and `cont`.
+enum InPause<T> {
+    Done(T),
+    Not(NoCut),
+}
+
+impl Capture {
+    /// A short pause: scan and protect again; what was found is pending.
+    pub fn pass(&mut self) -> Result<Result<Passed, NoCut>, CaptureError> {
+        self.ready_to_stop()?;
+        let outcome =
+            self.while_paused([("human-monitor-command", Some(&ramblock_arguments()))], |this, [blocks], timing| {
+                let blocks = this.qmp.wait(blocks, this.cut_limit())?;
+                this.follow(&blocks)?;
+                let dirty_pages = this.scan_and_protect(timing)?.1;
+                Ok(InPause::Done(dirty_pages))
+            })?;
+        let pending_pages = self.pending_pages();
+        Ok(outcome.map(|(dirty_pages, timing)| Passed { dirty_pages, pending_pages, timing }))
+    }
+
+    /// Ends the epoch: a part with `last`, or the reason why not. `pages_max` of 0 is the configured limit.
+    pub fn cut(&mut self, pages_max: u64) -> Result<Result<Part, NoCut>, CaptureError> {
+        self.ready_to_stop()?;
+        let pages_max = if pages_max == 0 { self.config.cut_pages_max } else { pages_max };
+        if let Some(no) = self.not_now(pages_max) {
+            return Ok(Err(no));
+        }
+        seek(&self.device_writer, SeekFrom::Start(0)).context("rewind the device state")?;
+        let save = json!({ "filename": format!("/dev/fdset/{DEVICE_FD_SET}"), "live": false });
+        let ramblock = ramblock_arguments();
+        let outcome = self.while_paused(
+            [
+                ("query-block-jobs", None),
+                ("human-monitor-command", Some(&ramblock)),
+                ("xen-save-devices-state", Some(&save)),
+            ],
+            |this, [jobs, blocks, save], timing| {
+                let cut_unix_ns = unix_ns();
+                let limit = this.cut_limit();
+                let jobs = this.qmp.wait(jobs, limit)?;
+                let blocks = this.qmp.wait(blocks, limit)?;
+                let mirrors = this.check_mirrors(&jobs);
+                // From here QEMU is writing device state; its answer has to be taken whatever happens.
+                let copied = match mirrors {
+                    Ok(()) => this.capture_memory(&blocks, pages_max, timing),
+                    Err(error) => Ok(InPause::Not(NoCut::new(NoPartReason::Mirror, format!("{error:#}")))),
+                };
+                let started = Instant::now();
+                let saved = this.qmp.wait(save, limit);
+                timing.device_ns = nanos(started);
+                let mut copied = match copied? {
+                    InPause::Done(copied) => copied,
+                    not @ InPause::Not(_) => return Ok(not),
+                };
+                saved?;
+                // Saving may have written to guest memory: a second, small look.
+                let (runs, _) = this.scan_and_protect(timing)?;
+                this.copy(&runs, &mut copied)?;
+                for (index, disk) in this.disks.iter().enumerate() {
+                    copied.add_log(index, disk.take());
+                }
+                copied.part.cut_unix_ns = cut_unix_ns;
+                Ok(InPause::Done(copied))
+            },
+        )?;
+        let (mut copied, timing) = match outcome {
+            Ok(done) => done,
+            Err(no) => return Ok(Err(no)),
+        };
+        let finished = self.finish(&mut copied, timing);
+        self.arena.prefault(copied.pages as usize * PAGE_BYTES + PREFAULT_BYTES);
+        // Taken disk writes are in `copied` alone: an epoch that cannot be finished is a part all the same.
+        let part = self.hold(copied, finished.is_ok());
+        match finished {
+            Ok(()) => Ok(Ok(part)),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Before the guest is stopped: what makes this cut pointless.
+    fn not_now(&self, pages_max: u64) -> Option<NoCut> {
+        if let Some((disk, _)) = self
+            .disks
+            .iter()
+            .zip(&self.catch_up)
+            .find(|(disk, catch_up)| disk.remembered_bytes() + catch_up.bytes() > 0)
+        {
+            let message = format!("disk {} is behind: written places are remembered without their data", disk.target());
+            return Some(NoCut::new(NoPartReason::Pending, message));
+        }
+        let pending = self.pending_pages();
+        if pending > pages_max {
+            return Some(NoCut::new(
+                NoPartReason::Pending,
+                format!("{pending} pages are pending, {pages_max} may be copied in a pause"),
+            ));
+        }
+        let need = pending * PAGE_BYTES as u64 + CUT_SPARE_BYTES;
+        (self.arena.free_bytes() < need).then(|| {
+            NoCut::new(NoPartReason::NoSpace, "the arena is full of parts that are not durable yet".to_owned())
+        })
+    }
+
+    fn ready_to_stop(&mut self) -> Result<(), CaptureError> {
+        if self.log.is_none() {
+            return Err(CaptureError::Refused("not armed".to_owned()));
+        }
+        if self.fenced {
+            return Err(CaptureError::Refused("fenced: another site owns this guest".to_owned()));
+        }
+        let events = self.qmp.events()?;
+        self.note(events);
+        Ok(())
+    }
+
+    /// Stops the guest, runs `work`, resumes the guest. `commands` are sent together with `stop`; `work` gets them to
+    /// wait for. Not at all if the guest was not running.
+    #[allow(clippy::type_complexity)]
+    fn while_paused<const N: usize, T>(
+        &mut self,
+        commands: [Command<'_>; N],
+        work: impl FnOnce(&mut Self, [Sent; N], &mut Timing) -> Result<InPause<T>, CaptureError>,
+    ) -> Result<Result<(T, Timing), NoCut>, CaptureError> {
+        let mut timing = Timing::default();
+        let limit = self.cut_limit();
+        let started = Instant::now();
+        self.page.set_paused(true);
+        // All in QEMU's socket before it has worked on the first: none waits for a round trip.
+        let [status, stop] = self.qmp.send([("query-status", None), ("stop", None)])?;
+        let sent = self.qmp.send(commands)?;
+        let status = match self.qmp.wait(status, limit) {
+            Ok(status) => status,
+            Err(error) => return self.give_up(stop, error),
+        };
+        let state = status.get("status").and_then(Value::as_str).unwrap_or("unknown").to_owned();
+        match self.qmp.wait(stop, limit) {
+            Ok(_) => {}
+            Err(error @ QmpError::Timeout { .. }) => {
+                tracing::warn!(domain = self.config.domain_name, "stop: {error}");
+                return self.resume_late();
+            }
+            Err(error) => return Err(error.into()),
+        }
+        timing.stop_ns = nanos(started);
+        if state != "running" {
+            // Not our stop: not our cont either.
+            self.page.set_paused(false);
+            for sent in sent {
+                match self.qmp.wait(sent, limit) {
+                    Err(error) if error.is_fatal() => return Err(error.into()),
+                    _ => {}
+                }
+            }
+            let message = format!("the guest is {state}, and vmdr did not stop it");
+            return Ok(Err(NoCut::new(NoPartReason::NotRunning, message)));
+        }
+        let stopped = self.qmp.wait_event("STOP", Duration::ZERO)?;
+        let done = work(self, sent, &mut timing);
+        let resuming = Instant::now();
+        let resumed = self.resume();
+        timing.resume_ns = nanos(resuming);
+        let resumed = resumed?;
+        if let (Some(stop), Some(resume)) = (stopped, resumed) {
+            timing.pause_ns = resume.saturating_sub(stop.at_us) * 1000;
+        }
+        Ok(match done? {
+            InPause::Done(value) => Ok((value, timing)),
+            InPause::Not(no) => Err(NoCut { timing, ..no }),
+        })
+    }
+
+    /// Resumes the guest that this cut stopped; answers with the time of the RESUME event in microseconds.
+    fn resume(&mut self) -> Result<Option<u64>, CaptureError> {
+        let [cont] = self.qmp.send([("cont", None)])?;
+        self.qmp.wait(cont, LATE_LIMIT)?;
+        self.page.set_paused(false);
+        Ok(self.qmp.wait_event("RESUME", Duration::ZERO)?.map(|event| event.at_us))
+    }
+
+    /// `stop` takes too long, storage hangs perhaps: queue `cont` behind it and end this cut.
+    fn resume_late<T>(&mut self) -> Result<Result<T, NoCut>, CaptureError> {
+        self.resume()?;
+        Ok(Err(NoCut::new(
+            NoPartReason::TimeLimit,
+            format!("stopping the guest took more than {:?}: its storage is slow or hangs", self.cut_limit()),
+        )))
+    }
+
+    fn give_up<T>(&mut self, stop: Sent, error: QmpError) -> Result<Result<T, NoCut>, CaptureError> {
+        if error.is_fatal() {
+            return Err(error.into());
+        }
+        tracing::warn!(domain = self.config.domain_name, "query-status before stop: {error}");
+        // The monitor did not answer at all, so it is unknown whether the guest ran: find out from `stop`'s event.
+        self.qmp.wait(stop, LATE_LIMIT)?;
+        if self.qmp.wait_event("STOP", Duration::ZERO)?.is_some() {
+            return self.resume_late();
+        }
+        self.page.set_paused(false);
+        Ok(Err(NoCut::new(NoPartReason::NotRunning, "the guest was not running")))
+    }
+
+    /// Brings the watch in line with `info ramblock`'s answer.
+    fn follow(&mut self, blocks: &Value) -> anyhow::Result<()> {
+        let blocks = ramblock::parse(blocks.as_str().unwrap_or_default()).context("list RAM blocks")?;
+        let log = self.log.as_mut().context("not armed")?;
+        let fresh = log.follow(&blocks)?;
+        if !fresh.is_empty() {
+            tracing::info!(domain = self.config.domain_name, "RAM blocks have changed");
+            self.add_pending(&fresh);
+        }
+        Ok(())
+    }
+
+    /// Scans all blocks, remembers what was found as pending, and only then protects it.
+    fn scan_and_protect(&mut self, timing: &mut Timing) -> anyhow::Result<(Vec<Run>, u64)> {
+        let started = Instant::now();
+        let mut runs = std::mem::take(&mut self.runs);
+        let log = self.log.as_mut().context("not armed")?;
+        log.scan(&mut runs)?;
+        timing.scan_ns += nanos(started);
+        self.add_pending(&runs);
+        let started = Instant::now();
+        let log = self.log.as_mut().context("not armed")?;
+        log.protect(&runs).context("protect guest memory again")?;
+        timing.protect_ns += nanos(started);
+        let pages = runs.iter().map(|run| run.pages).sum();
+        Ok((runs, pages))
+    }
+
+    fn capture_memory(
+        &mut self,
+        blocks: &Value,
+        pages_max: u64,
+        timing: &mut Timing,
+    ) -> Result<InPause<Copied>, CaptureError> {
+        self.follow(blocks)?;
+        self.runs = self.scan_and_protect(timing)?.0;
+        let started = Instant::now();
+        let pending = self.pending_pages();
+        if pending > pages_max || pending * PAGE_BYTES as u64 + CUT_SPARE_BYTES > self.arena.free_bytes() {
+            let message = format!("{pending} pages are dirty, more than may be copied in a pause");
+            return Ok(InPause::Not(NoCut::new(NoPartReason::Pending, message)));
+        }
+        let runs = self.pending_runs(u64::MAX);
+        let mut copied = Copied::default();
+        self.copy(&runs, &mut copied)?;
+        timing.copy_ns = nanos(started);
+        Ok(InPause::Done(copied))
+    }
+
+    fn check_mirrors(&self, jobs: &Value) -> anyhow::Result<()> {
+        for disk in &self.disks {
+            let target = disk.target();
+            let job = mirror_of(jobs, target)?;
+            let is = |key: &str| job.get(key).and_then(Value::as_bool);
+            let synced = is("actively-synced")
+                .ok_or_else(|| anyhow!("QEMU does not tell whether mirrors are synced: 8.2 or later is needed"))?;
+            if is("ready") != Some(true) || !synced {
+                return Err(anyhow!("the mirror of disk {target} is not ready yet"));
+            }
+            let (sessions, connected) = disk.sessions();
+            if connected != 1 {
+                return Err(anyhow!("the mirror of disk {target} has {connected} connections (of {sessions} so far)"));
+            }
+        }
+        Ok(())
+    }
+
+    /// What can be done after the guest runs again: device state into the arena, and the list of blocks.
+    fn finish(&mut self, copied: &mut Copied, timing: Timing) -> anyhow::Result<()> {
+        let pending: Vec<Run> = self.pending_runs(u64::MAX);
+        self.remove_pending(&pending);
+        let bytes = seek(&self.device_writer, SeekFrom::Current(0)).context("measure the device state")? as usize;
+        let mut chunk = self.arena.take_contiguous(bytes).context("no room for the device state in the arena")?;
+        self.device_memory.read_exact_at(&mut chunk.bytes_mut()[..bytes], 0).context("read the device state")?;
+        copied.part.device_state = Some(ArenaRange { offset: chunk.offset(), length: bytes as u64 });
+        copied.chunks.push(chunk);
+        let log = self.log.as_ref().context("not armed")?;
+        copied.part.blocks = log
+            .blocks()
+            .iter()
+            .map(|watched| RamBlock {
+                name: watched.block.name.clone(),
+                used_bytes: if watched.present { watched.block.used_bytes } else { 0 },
+                page_bytes: watched.block.page_bytes as u32,
+            })
+            .collect();
+        copied.part.timing = Some(timing);
+        Ok(())
+    }
+}
+
+fn ramblock_arguments() -> Value {
+    json!({ "command-line": "info ramblock" })
+}
+
+fn nanos(since: Instant) -> u64 {
+    since.elapsed().as_nanos() as u64
+}
+
+fn unix_ns() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64
+}

@@ -1,0 +1,219 @@
+//! The control socket: one agent at a time, one request at a time ([`vmdr_proto::frame`]).
+//!
+//! The agent may go away at any moment and come back as another process; everything it needs to go on is in
+//! [`State`](vmdr_proto::shim::State) and in the parts that are not released.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmdr_proto::SHIM_VERSION;
+use vmdr_proto::frame::{self, FrameError};
+use vmdr_proto::shim::{Failed, FromShim, NoPart, NoPartReason, Passed, ToShim, from_shim, to_shim};
+
+use crate::arena::Arena;
+use crate::capture::{Capture, CaptureError, NoCut};
+use crate::config::Config;
+use crate::disk::Disk;
+use crate::nbd::{Export, Server};
+use crate::state_page::StatePage;
+
+/// How often the heartbeat in the state page rises.
+pub const HEARTBEAT: Duration = Duration::from_millis(50);
+/// How often QEMU's events are looked at when the agent asks for nothing.
+const IDLE: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
+/// An agent that stops reading in the middle of an answer is dropped after this time.
+const WRITE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How a shim ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The agent detached it.
+    Detached,
+    /// QEMU is gone.
+    GuestGone,
+}
+
+enum Next {
+    Goes,
+    Ends(End),
+}
+
+/// Runs a shim until it is detached or its guest is gone.
+pub fn run(config: Config) -> anyhow::Result<End> {
+    std::fs::create_dir_all(&config.directory).with_context(|| format!("make {}", config.directory.display()))?;
+    // QEMU has to reach its sockets in here; they have owners of their own.
+    std::fs::set_permissions(&config.directory, std::fs::Permissions::from_mode(0o711))?;
+    let arena = Arena::new(config.arena_bytes).context("make the arena")?;
+    let disks: Vec<Arc<Disk>> = config
+        .disks
+        .iter()
+        .map(|disk| Arc::new(Disk::new(&disk.target, disk.size_bytes, arena.clone(), arena.bytes() / 4)))
+        .collect();
+    let exports = disks.iter().map(|disk| disk.clone() as Arc<dyn Export>).collect();
+    let nbd = Server::start(&config.nbd_socket(), exports, Some(config.qemu_uid)).context("start the NBD server")?;
+    let page = Arc::new(StatePage::create(&config.state_page()).context("make the state page")?);
+    let heart = page.clone();
+    std::thread::Builder::new().name("heartbeat".to_owned()).spawn(move || {
+        loop {
+            heart.beat();
+            std::thread::sleep(HEARTBEAT);
+        }
+    })?;
+    let directory = config.directory.clone();
+    let listener = listen(&config.control_socket())?;
+    let mut capture = Capture::new(config, page, arena, disks)?;
+    let end = serve(&listener, &mut capture)?;
+    capture.detach();
+    nbd.stop();
+    std::fs::remove_dir_all(&directory).with_context(|| format!("remove {}", directory.display()))?;
+    Ok(end)
+}
+
+fn listen(path: &Path) -> anyhow::Result<UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            return Err(e).with_context(|| format!("remove {}", path.display()));
+        }
+        _ => {}
+    }
+    let listener = UnixListener::bind(path).with_context(|| format!("listen on {}", path.display()))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+fn serve(listener: &UnixListener, capture: &mut Capture) -> anyhow::Result<End> {
+    loop {
+        if !readable(listener)? {
+            if let Err(error) = capture.idle() {
+                return ended(&error);
+            }
+            continue;
+        }
+        let (stream, _) = listener.accept().context("accept an agent")?;
+        stream.set_write_timeout(Some(WRITE_LIMIT))?;
+        tracing::info!("an agent has connected");
+        match converse(&stream, capture) {
+            Ok(end) => return Ok(end),
+            Err(error) => tracing::info!("the agent is gone: {error}"),
+        }
+    }
+}
+
+/// Serves one connection; an error means that it is over, not the shim.
+fn converse(stream: &UnixStream, capture: &mut Capture) -> Result<End, FrameError> {
+    let (mut from, mut to) = (stream, stream);
+    let mut greeted = false;
+    loop {
+        if !readable(stream)? {
+            if let Err(error) = capture.idle() {
+                tracing::error!("{error}");
+                return Ok(End::GuestGone);
+            }
+            continue;
+        }
+        let request = frame::read::<ToShim>(&mut from)?.request;
+        greeted |= matches!(request, Some(to_shim::Request::Hello(_)));
+        let (reply, next) = match request {
+            Some(request) if greeted => answer(capture, request),
+            _ => (failed("a request before hello", false), Next::Goes),
+        };
+        let written = frame::write(&mut to, &FromShim { reply: Some(reply) });
+        if let Next::Ends(end) = next {
+            return Ok(end);
+        }
+        written?;
+    }
+}
+
+fn answer(capture: &mut Capture, request: to_shim::Request) -> (from_shim::Reply, Next) {
+    use to_shim::Request;
+    let result = match request {
+        Request::Hello(hello) if hello.protocol_version != SHIM_VERSION => Err(CaptureError::Refused(format!(
+            "shim protocol {SHIM_VERSION} is spoken here, not {}",
+            hello.protocol_version
+        ))),
+        Request::Hello(_) | Request::GetState(_) => capture.state().map(from_shim::Reply::State),
+        Request::Arm(arm) => capture.arm(arm.generation, arm.epoch, arm.seed).and_then(|()| state(capture)),
+        Request::Pass(_) => capture.pass().map(|outcome| match outcome {
+            Ok(passed) => from_shim::Reply::Passed(Passed {
+                dirty_pages: passed.dirty_pages,
+                pending_pages: passed.pending_pages,
+                timing: Some(passed.timing),
+            }),
+            Err(no) => no_part(no),
+        }),
+        Request::Fill(fill) => capture.fill(fill.bytes_max).map(|part| match part {
+            Some(part) => from_shim::Reply::Part(part),
+            None => from_shim::Reply::NoPart(NoPart {
+                reason: NoPartReason::Nothing.into(),
+                message: "nothing is pending".to_owned(),
+                timing: None,
+            }),
+        }),
+        Request::Cut(cut) => capture.cut(cut.pages_max).map(|outcome| match outcome {
+            Ok(part) => from_shim::Reply::Part(part),
+            Err(no) => no_part(no),
+        }),
+        Request::Release(release) => {
+            capture.release(release.epoch, release.part);
+            state(capture)
+        }
+        Request::Resend(resend) => capture.resend(resend.epoch, resend.part).map(from_shim::Reply::Part),
+        Request::Fence(_) => capture.fence().and_then(|()| state(capture)),
+        Request::Detach(_) => {
+            return (
+                state(capture).unwrap_or_else(|error| failed(&error.to_string(), false)),
+                Next::Ends(End::Detached),
+            );
+        }
+    };
+    match result {
+        Ok(reply) => (reply, Next::Goes),
+        Err(CaptureError::NoSpace(message)) => {
+            let no = NoPart { reason: NoPartReason::NoSpace.into(), message, timing: None };
+            (from_shim::Reply::NoPart(no), Next::Goes)
+        }
+        Err(error) => {
+            tracing::warn!("{error}");
+            let next = if error.is_fatal() { Next::Ends(End::GuestGone) } else { Next::Goes };
+            (failed(&error.to_string(), error.is_fatal()), next)
+        }
+    }
+}
+
+fn state(capture: &mut Capture) -> Result<from_shim::Reply, CaptureError> {
+    capture.state().map(from_shim::Reply::State)
+}
+
+fn no_part(no: NoCut) -> from_shim::Reply {
+    from_shim::Reply::NoPart(NoPart { reason: no.reason.into(), message: no.message, timing: Some(no.timing) })
+}
+
+fn failed(message: &str, fatal: bool) -> from_shim::Reply {
+    from_shim::Reply::Failed(Failed { message: message.to_owned(), fatal })
+}
+
+fn ended(error: &CaptureError) -> anyhow::Result<End> {
+    if error.is_fatal() {
+        tracing::error!("{error}");
+        return Ok(End::GuestGone);
+    }
+    Err(anyhow::anyhow!("{error}"))
+}
+
+/// Waits until `fd` is readable, or for [`IDLE`].
+fn readable(fd: &impl AsFd) -> io::Result<bool> {
+    let mut fds = [PollFd::new(fd, PollFlags::IN)];
+    match poll(&mut fds, Some(&IDLE)) {
+        Ok(n) => Ok(n > 0),
+        Err(rustix::io::Errno::INTR) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
