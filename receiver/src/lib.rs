@@ -1,1 +1,3 @@
-//! Skeleton.
+//! The receiver: journal, standby, activation.
+
+pub mod activate;

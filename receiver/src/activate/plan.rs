@@ -1,0 +1,113 @@
+//! What an activation would do, what it would lose, and what stands in its way. Changes nothing.
+
+use std::path::{Path, PathBuf};
+
+use vmdr_hypervisor::domain_xml::DomainXml;
+use vmdr_hypervisor::xml::Element;
+use vmdr_proto::control::Finding;
+
+use super::checks;
+use super::findings;
+use super::host::Host;
+use super::memory::{self, Memory};
+use super::point::RecoveryPoint;
+use super::xml::{self, PlacedDisk, Placement, RAM_BACKEND, Transformed};
+use super::{ActivateError, Settings};
+
+/// Everything that was decided about an activation.
+#[derive(Debug)]
+pub struct Plan {
+    /// The stored definition.
+    pub domain: DomainXml,
+    /// How memory comes into the guest.
+    pub memory: Memory,
+    /// The definitions for this host.
+    pub transformed: Transformed,
+    /// Disks and their overlays in the attempt's directory.
+    pub disks: Vec<PlacedDisk>,
+    /// What this host lacks and what will be different.
+    pub findings: Vec<Finding>,
+    /// User and group that QEMU runs as here.
+    pub qemu_owner: Option<(u32, u32)>,
+}
+
+/// Makes the plan for restoring `point` with its overlays in `attempt_directory`.
+pub fn make(
+    point: &RecoveryPoint,
+    attempt_directory: &Path,
+    settings: &Settings,
+    host: &dyn Host,
+) -> Result<Plan, ActivateError> {
+    let element = Element::parse(&point.domain_xml).map_err(|e| ActivateError::DomainXml(e.to_string()))?;
+    let domain = DomainXml::from_element(&element).map_err(|e| ActivateError::DomainXml(e.to_string()))?;
+    let memory = memory::choose(&domain, &point.ram)?;
+    let disks: Vec<PlacedDisk> = point
+        .disks
+        .iter()
+        .map(|d| PlacedDisk {
+            target: d.target.clone(),
+            overlay: attempt_directory.join(overlay_name(&d.target)),
+            base: d.path.clone(),
+        })
+        .collect();
+    let ram = match memory {
+        Memory::Mapped(index) => Some((point.ram[index].path.as_path(), point.ram[index].used_bytes)),
+        Memory::Carried { .. } => None,
+    };
+    let placement = Placement { ram, disks: &disks, bridges: &settings.bridges };
+    let mut transformed = xml::transform(&point.domain_xml, &placement, host)?;
+    let mut found = checks::check(&element, &domain, &settings.bridges, host)?;
+    found.append(&mut transformed.findings);
+    if let Memory::Carried { reason } = &memory {
+        found.push(findings::warning(
+            "memory",
+            &format!("all {} MiB go through the save image, because {reason}", domain.memory_bytes >> 20),
+            "expect about a second per GiB until the guest runs",
+        ));
+    }
+    let qemu_owner = match checks::demanded_owner(&element) {
+        Some(owner) => Some(owner),
+        None => checks::qemu_owner(&host.capabilities()?, &domain.virt_type),
+    };
+    Ok(Plan { domain, memory, transformed, disks, findings: found, qemu_owner })
+}
+
+/// The targets of disks come from outside: only letters and digits, which libvirt's are, become part of a file name.
+fn overlay_name(target: &str) -> PathBuf {
+    let safe: String = target.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+    PathBuf::from(format!("{safe}.qcow2"))
+}
+
+/// The steps, in words.
+pub fn steps(plan: &Plan, point: &RecoveryPoint) -> Vec<String> {
+    let name = &plan.domain.name;
+    let next = point.generation.saturating_add(1);
+    let mut steps =
+        vec![format!("raise the generation of {name} to {next}: from then on its old host is refused (fenced)")];
+    for (disk, image) in plan.disks.iter().zip(&point.disks) {
+        steps.push(format!(
+            "create the overlay {} over {} ({} MiB), so that the recovery point stays as it is",
+            disk.overlay.display(),
+            disk.base.display(),
+            image.size_bytes >> 20
+        ));
+    }
+    match &plan.memory {
+        Memory::Mapped(index) => {
+            let block = &point.ram[*index];
+            steps.push(format!(
+                "map {} MiB of memory ({} as {RAM_BACKEND}) privately from {}",
+                block.used_bytes >> 20,
+                block.name,
+                block.path.display()
+            ));
+        }
+        Memory::Carried { reason } => {
+            let bytes: u64 = point.ram.iter().map(|b| b.used_bytes).sum();
+            steps.push(format!("write {} MiB of memory into the save image ({reason})", bytes >> 20));
+        }
+    }
+    steps.push(format!("restore {name} through libvirt and see it running"));
+    steps.push(format!("define {name} persistently on its overlays, without autostart"));
+    steps
+}

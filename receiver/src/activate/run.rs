@@ -1,0 +1,422 @@
+//! The activation itself: a flat list of steps, each preceded by its durable record.
+//!
+//! ```text
+//!            +-- the guest runs here ------------------------------------+
+//!            |                                                           v
+//!  request --+-- record Running, or written overlays: refuse (HasRun)   finish: define, record Running, tidy up
+//!            |                                                           ^
+//!            +-- checks -> Planned -> raise generation -> Fenced -> Restoring -> restore --+
+//!                  |                                        ^                       |
+//!                refuse, nothing changed                    +------ it failed ------+
+//! ```
+//! A receiver that is killed while libvirt restores leaves libvirt at work. Whoever comes next therefore never touches the
+//! files of an earlier attempt before it has seen which attempt's files the running guest has; libvirt itself lets only
+//! one domain of a UUID start.
+
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use uuid::Uuid;
+use vmdr_hypervisor::libvirt::DomainState;
+
+use super::files::{self, FileError};
+use super::findings;
+use super::host::{Guest, Host};
+use super::memory::Memory;
+use super::plan::{self, Plan};
+use super::point::RecoveryPoint;
+use super::record::{self, ActiveDirectory, PointId, Pristine, Record, Step};
+use super::save_image::{self, Block, Content};
+use super::xml::RAM_BACKEND;
+use super::{ActivateError, Settings};
+
+/// How long a guest may take from "libvirt has restored it" to running. libvirt answers when it runs, so this is only
+/// waited for after an interrupted activation, whose restore may still be at work on a slow disk.
+const RUNNING_WAIT_MAX: Duration = Duration::from_secs(120);
+/// Between two questions to libvirt.
+const POLL: Duration = Duration::from_millis(50);
+/// The largest device state read: QEMU's are hundreds of KiB; one of a guest with a large video device a few MiB.
+const DEVICE_STATE_BYTES_MAX: u64 = 256 << 20;
+/// Reads and writes of the save image.
+const BUFFER_BYTES: usize = 1 << 20;
+const SAVE_IMAGE: &str = "restore.save";
+
+/// The standby, as activation needs it.
+pub trait Standby {
+    /// The generation that is stored now.
+    fn generation(&self) -> Result<u64, ActivateError>;
+    /// Durably raises the generation, so that streams of older ones are refused and apply nothing any more. Nothing
+    /// happens if it is as high already.
+    fn raise_generation(&self, to: u64) -> Result<(), ActivateError>;
+    /// The newest recovery point, with everything applied that is durable.
+    fn recovery_point(&self) -> Result<RecoveryPoint, ActivateError>;
+    /// The directory of the domain.
+    fn directory(&self) -> PathBuf;
+}
+
+/// What came of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Activated {
+    /// Name of the guest.
+    pub name: String,
+    /// What it was activated from; `None`: it runs here, but not from an activation.
+    pub point: Option<PointId>,
+    /// The generation now.
+    pub generation: u64,
+    /// From the request to the running guest; `None`: it ran already.
+    pub rto: Option<Duration>,
+    /// Age of the point at the request.
+    pub lost_seconds: f64,
+    /// It ran already.
+    pub was_active: bool,
+}
+
+/// One activation of one domain. The caller sees to it that there is one at a time.
+pub struct Activation<'a> {
+    /// Its UUID.
+    pub uuid: Uuid,
+    /// Its name.
+    pub name: &'a str,
+    /// Its standby.
+    pub standby: &'a dyn Standby,
+    /// This host.
+    pub host: &'a dyn Host,
+    /// The configuration.
+    pub settings: &'a Settings,
+    /// When it was asked for.
+    pub requested: Instant,
+    /// The same by the wall clock.
+    pub requested_unix_ns: u64,
+}
+
+impl Activation<'_> {
+    /// Brings the guest up, or finds it up. `progress` is told each step when it begins.
+    pub fn run(&self, progress: &mut dyn FnMut(&str)) -> Result<Activated, ActivateError> {
+        let active = ActiveDirectory::of(&self.standby.directory());
+        let record = active.read(self.uuid)?;
+        if let Some(guest) = self.settled_guest()? {
+            progress("find the guest, which runs already");
+            return self.found_active(&active, record, guest);
+        }
+        let (generation, last_attempt) = match record.map(|r| r.step) {
+            None => (None, 0),
+            Some(Step::Planned { generation }) => (Some(generation), 0),
+            Some(Step::Fenced { generation, attempt, .. }) => (Some(generation), attempt),
+            Some(Step::Restoring { generation, attempt, overlays, point }) => {
+                self.refuse_written(&active, &overlays, point)?;
+                (Some(generation), attempt)
+            }
+            Some(Step::Running { point, .. }) => return Err(self.has_run(&active, point)),
+        };
+        let attempt = last_attempt + 1;
+
+        progress("check this host");
+        let preview = self.standby.recovery_point()?;
+        self.refuse(&plan::make(&preview, &active.attempt(attempt), self.settings, self.host)?)?;
+
+        progress("fence the old host");
+        let generation = match generation {
+            Some(generation) => generation,
+            None => self.standby.generation()? + 1,
+        };
+        if last_attempt == 0 {
+            active.write(self.uuid, self.name, &Step::Planned { generation })?;
+        }
+        self.standby.raise_generation(generation)?;
+        // Only now is it certain that no epoch is added any more.
+        let point = self.standby.recovery_point()?;
+        let id = point_id(&point);
+        active.write(self.uuid, self.name, &Step::Fenced { generation, point: id, attempt: last_attempt })?;
+
+        progress("prepare disks and memory");
+        let plan = plan::make(&point, &active.attempt(attempt), self.settings, self.host)?;
+        self.refuse(&plan)?;
+        let image = active.attempt(attempt).join(SAVE_IMAGE);
+        let overlays = self.prepare(&active, attempt, &point, &plan, &image)?;
+
+        progress("restore the guest");
+        let step = Step::Restoring { generation, point: id, attempt, overlays };
+        active.write(self.uuid, self.name, &step)?;
+        if let Err(source) = self.host.restore(&image) {
+            return self.restore_failed(&active, step, source);
+        }
+        self.finish(&active, generation, id, &plan, attempt, false)
+    }
+
+    fn refuse(&self, plan: &Plan) -> Result<(), ActivateError> {
+        let reasons: Vec<String> =
+            findings::refusals(&plan.findings).map(|f| format!("{}: {}; {}", f.subject, f.fact, f.remedy)).collect();
+        if reasons.is_empty() {
+            return Ok(());
+        }
+        Err(ActivateError::Refused { name: self.name.to_owned(), reasons: reasons.join(" | ") })
+    }
+
+    fn has_run(&self, active: &ActiveDirectory, point: PointId) -> ActivateError {
+        ActivateError::HasRun {
+            name: self.name.to_owned(),
+            point: format!("{}-{}", point.generation, point.epoch),
+            directory: active.path().to_owned(),
+        }
+    }
+
+    /// A restore of which the end is not known may have brought the guest up: what it wrote must not be lost.
+    fn refuse_written(
+        &self,
+        active: &ActiveDirectory,
+        overlays: &[Pristine],
+        point: PointId,
+    ) -> Result<(), ActivateError> {
+        for overlay in overlays {
+            if !files::is_pristine(overlay)? {
+                return Err(self.has_run(active, point));
+            }
+        }
+        Ok(())
+    }
+
+    /// The guest, if it is up or coming up. One that libvirt is just starting is waited for.
+    fn settled_guest(&self) -> Result<Option<Guest>, ActivateError> {
+        let deadline = Instant::now() + RUNNING_WAIT_MAX;
+        loop {
+            match self.host.guest(self.uuid)? {
+                None => return Ok(None),
+                Some(guest) if guest.state.is_active() => return Ok(Some(guest)),
+                Some(guest) if guest.persistent => return Ok(None),
+                // A transient domain without a process is one that libvirt is about to start.
+                Some(guest) if Instant::now() > deadline => return Err(self.not_running(guest.state)),
+                Some(_) => thread::sleep(POLL),
+            }
+        }
+    }
+
+    fn not_running(&self, state: DomainState) -> ActivateError {
+        ActivateError::NotRunning { name: self.name.to_owned(), state: state.to_string() }
+    }
+
+    fn found_active(
+        &self,
+        active: &ActiveDirectory,
+        record: Option<Record>,
+        guest: Guest,
+    ) -> Result<Activated, ActivateError> {
+        match record.map(|r| r.step) {
+            Some(Step::Restoring { generation, point, attempt, .. }) => {
+                let attempt = (1..=attempt).find(|n| guest_is_on(&guest, &active.attempt(*n))).unwrap_or(attempt);
+                let stored = self.standby.recovery_point()?;
+                let plan = plan::make(&stored, &active.attempt(attempt), self.settings, self.host)?;
+                self.finish(active, generation, point, &plan, attempt, true)
+            }
+            Some(Step::Running { generation, point, attempt, lost_seconds, .. }) => {
+                if !guest.persistent {
+                    let stored = self.standby.recovery_point()?;
+                    let plan = plan::make(&stored, &active.attempt(attempt), self.settings, self.host)?;
+                    self.host.define(&plan.transformed.persistent)?;
+                }
+                Ok(Activated {
+                    name: self.name.to_owned(),
+                    point: Some(point),
+                    generation,
+                    rto: None,
+                    lost_seconds,
+                    was_active: true,
+                })
+            }
+            None | Some(Step::Planned { .. } | Step::Fenced { .. }) => Ok(Activated {
+                name: self.name.to_owned(),
+                point: None,
+                generation: self.standby.generation()?,
+                rto: None,
+                lost_seconds: 0.0,
+                was_active: true,
+            }),
+        }
+    }
+
+    fn prepare(
+        &self,
+        active: &ActiveDirectory,
+        attempt: u32,
+        point: &RecoveryPoint,
+        plan: &Plan,
+        image: &Path,
+    ) -> Result<Vec<Pristine>, ActivateError> {
+        let directory = active.attempt(attempt);
+        // Made by a predecessor that did not get as far as recording it: nobody has used it.
+        files::remove_directory(&directory)?;
+        record::create_directory(&directory).map_err(io("create", &directory))?;
+        let top = &self.settings.state_directory;
+        let mut overlays = Vec::with_capacity(plan.disks.len());
+        for (disk, stored) in plan.disks.iter().zip(&point.disks) {
+            overlays.push(files::create_overlay(&disk.overlay, &disk.base, stored.size_bytes)?);
+            files::let_pass(top, &disk.overlay)?;
+            files::let_pass(top, &disk.base)?;
+        }
+        if let Memory::Mapped(index) = plan.memory {
+            let ram = &point.ram[index].path;
+            files::let_pass(top, ram)?;
+            files::give_to_read(ram, plan.qemu_owner)?;
+        }
+        write_save_image(image, point, plan)?;
+        record::sync_directory(&directory).map_err(io("sync", &directory))?;
+        Ok(overlays)
+    }
+
+    fn restore_failed(
+        &self,
+        active: &ActiveDirectory,
+        step: Step,
+        source: vmdr_hypervisor::Error,
+    ) -> Result<Activated, ActivateError> {
+        // A lost connection says nothing about the guest; the record stays at Restoring and the next run looks.
+        if source.is_connection() {
+            return Err(ActivateError::Hypervisor(source));
+        }
+        // The restore of a predecessor that was killed may have been faster than this one.
+        if let Some(guest) = self.settled_guest()? {
+            let record = active.read(self.uuid)?;
+            return self.found_active(active, record, guest);
+        }
+        if let Step::Restoring { generation, point, attempt, overlays } = step {
+            self.refuse_written(active, &overlays, point)?;
+            active.write(self.uuid, self.name, &Step::Fenced { generation, point, attempt })?;
+            files::remove_directory(&active.attempt(attempt))?;
+        }
+        Err(ActivateError::Restore { name: self.name.to_owned(), source })
+    }
+
+    /// The guest is up on the overlays of `attempt`: sees it running, makes it survive its own shutdown, and tidies up.
+    fn finish(
+        &self,
+        active: &ActiveDirectory,
+        generation: u64,
+        point: PointId,
+        plan: &Plan,
+        attempt: u32,
+        was_active: bool,
+    ) -> Result<Activated, ActivateError> {
+        self.wait_running()?;
+        let rto = self.requested.elapsed();
+        let lost_seconds = age_seconds(point.cut_unix_ns, self.requested_unix_ns);
+        // Recorded first: from here on it must never be restored again, whether or not defining it works.
+        let running_unix_ns = unix_ns(SystemTime::now());
+        let rto_seconds = (!was_active).then_some(rto.as_secs_f64());
+        let running = Step::Running { generation, point, attempt, running_unix_ns, rto_seconds, lost_seconds };
+        active.write(self.uuid, self.name, &running)?;
+        self.host.define(&plan.transformed.persistent)?;
+        for other in (1..=attempt + 1).filter(|n| *n != attempt) {
+            files::remove_directory(&active.attempt(other))?;
+        }
+        let image = active.attempt(attempt).join(SAVE_IMAGE);
+        match std::fs::remove_file(&image) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io("remove", &image)(e)),
+            _ => {}
+        }
+        let rto = (!was_active).then_some(rto);
+        Ok(Activated { name: self.name.to_owned(), point: Some(point), generation, rto, lost_seconds, was_active })
+    }
+
+    /// Waits for the guest to run. One that libvirt left paused (it was killed between loading and starting) is resumed
+    /// once; one that is paused for another reason stays so and is reported.
+    fn wait_running(&self) -> Result<(), ActivateError> {
+        let deadline = Instant::now() + RUNNING_WAIT_MAX;
+        let mut resumed = false;
+        loop {
+            let state = self.host.guest(self.uuid)?.map_or(DomainState::ShutOff, |g| g.state);
+            match state {
+                DomainState::Running | DomainState::Blocked => return Ok(()),
+                // libvirt refuses a resume while it is still loading, so an error here only means: not yet.
+                DomainState::Paused if !resumed => {
+                    resumed = self.host.resume(self.uuid).is_ok();
+                    thread::sleep(POLL);
+                }
+                DomainState::Paused if Instant::now() < deadline => thread::sleep(POLL),
+                other => return Err(self.not_running(other)),
+            }
+            if Instant::now() > deadline {
+                return Err(self.not_running(state));
+            }
+        }
+    }
+}
+
+fn guest_is_on(guest: &Guest, attempt: &Path) -> bool {
+    guest.disk_files.iter().any(|f| f.starts_with(attempt))
+}
+
+fn io(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> ActivateError {
+    let path = path.to_owned();
+    move |source| FileError::Io { what, path, source }.into()
+}
+
+/// The identity of a recovery point.
+pub fn point_id(point: &RecoveryPoint) -> PointId {
+    PointId { generation: point.generation, epoch: point.epoch, cut_unix_ns: point.cut_unix_ns }
+}
+
+/// Nanoseconds since 1970, 0 before.
+pub fn unix_ns(time: SystemTime) -> u64 {
+    time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
+}
+
+/// How old something is; never negative, whatever the clocks of two hosts say.
+pub fn age_seconds(then_unix_ns: u64, now_unix_ns: u64) -> f64 {
+    Duration::from_nanos(now_unix_ns.saturating_sub(then_unix_ns)).as_secs_f64()
+}
+
+fn write_save_image(path: &Path, point: &RecoveryPoint, plan: &Plan) -> Result<(), ActivateError> {
+    let device_state = read_device_state(&point.device_state)?;
+    let mapped = match plan.memory {
+        Memory::Mapped(index) => Some(index),
+        Memory::Carried { .. } => None,
+    };
+    let mut files = Vec::with_capacity(point.ram.len());
+    for (index, block) in point.ram.iter().enumerate() {
+        let open = || File::open(&block.path).map_err(io("open", &block.path));
+        files.push(if mapped == Some(index) { None } else { Some(BufReader::with_capacity(BUFFER_BYTES, open()?)) });
+    }
+    let mut blocks: Vec<Block<'_>> = point
+        .ram
+        .iter()
+        .zip(&mut files)
+        .map(|(block, file)| {
+            let sparse = is_guest_memory(&block.name);
+            let (name, content) = match file {
+                None => (RAM_BACKEND, Content::Mapped),
+                Some(file) => {
+                    let content = if sparse { Content::CarriedSparse(file) } else { Content::Carried(file) };
+                    (block.name.as_str(), content)
+                }
+            };
+            Block { name, used_bytes: block.used_bytes, content }
+        })
+        .collect();
+    let file = File::create(path).map_err(io("create", path))?;
+    let mut to = BufWriter::with_capacity(BUFFER_BYTES, file);
+    let xml = plan.transformed.restore.to_string();
+    save_image::write(&mut to, &xml, &point.machine, &mut blocks, &device_state)?;
+    to.flush().map_err(io("write", path))?;
+    Ok(())
+}
+
+/// Memory of a NUMA node or a memory device: fresh and zero in the restored QEMU, so its zero pages need not be sent.
+fn is_guest_memory(name: &str) -> bool {
+    let name = name.strip_prefix("/objects/").unwrap_or(name);
+    name.starts_with("ram-node") || name.starts_with("memdimm") || name.starts_with("memvirtiomem") || name == "pc.ram"
+}
+
+fn read_device_state(path: &Path) -> Result<Vec<u8>, ActivateError> {
+    let mut state = Vec::new();
+    let file = File::open(path).map_err(io("open", path))?;
+    file.take(DEVICE_STATE_BYTES_MAX + 1).read_to_end(&mut state).map_err(io("read", path))?;
+    if state.len() as u64 > DEVICE_STATE_BYTES_MAX {
+        return Err(save_image::SaveImageError::DeviceState("it is larger than any that QEMU writes").into());
+    }
+    Ok(state)
+}
+
+
+
