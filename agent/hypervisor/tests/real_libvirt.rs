@@ -3,6 +3,7 @@
 //! The test runs itself again within `unshare`: own mount, network and PID namespace, private /run, /etc/libvirt,
 //! /var/lib/libvirt and /var/log/libvirt. When that process ends, for whatever reason, the kernel ends everything in its
 //! PID namespace: libvirtd, QEMU, the NBD server. It needs root, libvirtd, virtlogd and QEMU with its tools.
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::os::fd::AsFd;
 use std::path::Path;
