@@ -282,7 +282,7 @@ impl<S: Read + Write> Session<'_, S> {
             return Err(Refusal::new(code, text));
         }
         let unit = self.agreed.capabilities.block_bytes_min;
-        if request.offset % u64::from(unit) != 0 || request.length % unit != 0 {
+        if !request.offset.is_multiple_of(unit.into()) || !request.length.is_multiple_of(unit) {
             return Err(Refusal::new(ErrorCode::Invalid, format!("not a multiple of {unit} bytes")));
         }
         Ok(())
