@@ -1,0 +1,342 @@
+//! The control record: what a domain's directory contains, in one small file that is replaced as a whole.
+
+use std::path::Path;
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::disk::{Disk, Mode, write_all};
+use crate::record::{u16_at, u32_at, u64_at, uuid_text};
+use crate::{FORMAT_VERSION, JournalError};
+
+/// The record's name in the domain's directory.
+pub const CONTROL_FILE: &str = "control";
+/// The name under which it is prepared.
+const CONTROL_NEW_FILE: &str = "control.new";
+
+const MAGIC: &[u8; 8] = b"VMDRCTL\0";
+const HEAD_BYTES: usize = 16;
+const SUM_BYTES: usize = 8;
+/// The longest control record read. Usual are 300 bytes.
+const CONTROL_BYTES_MAX: u64 = 1 << 20;
+/// A field with this bit in its tag must be understood; others are kept as they are.
+const TAG_CRITICAL: u16 = 0x8000;
+
+const TAG_UUID: u16 = 0x8001;
+const TAG_NAME: u16 = 0x0002;
+const TAG_GENERATION: u16 = 0x8003;
+const TAG_STANDBY: u16 = 0x8004;
+const TAG_SEED: u16 = 0x8005;
+const TAG_NEXT_DIR: u16 = 0x8006;
+const TAG_JOURNAL_FIRST: u16 = 0x8007;
+const TAG_DAMAGE: u16 = 0x0008;
+const TAG_FROZEN: u16 = 0x8009;
+
+/// The standby: which directory, and what it contains for certain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Standby {
+    /// The N of `standby.N`.
+    pub dir: u64,
+    /// Generation of the recovery point.
+    pub generation: u64,
+    /// The epoch up to which everything is applied and synced. Parts of later ones may be there too.
+    pub epoch: u64,
+    /// Wall clock of the protected host at its cut.
+    pub cut_unix_ns: u64,
+    /// The E of `device-E.state` of this epoch.
+    pub device_epoch: u64,
+    /// The E of `layout-E` that holds in this epoch.
+    pub layout_epoch: u64,
+    /// The E of `domain-E.xml` that holds in this epoch.
+    pub xml_epoch: u64,
+}
+
+/// A seed that is not whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seed {
+    /// The N of `standby.N` where it grows.
+    pub dir: u64,
+    /// Its generation.
+    pub generation: u64,
+    /// Its epoch.
+    pub epoch: u64,
+    /// How many of its parts, from 0, are applied and synced.
+    pub parts: u32,
+}
+
+/// What a domain's directory contains.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Control {
+    /// The domain.
+    pub uuid: [u8; 16],
+    /// Its name when it was last heard of.
+    pub name: String,
+    /// The highest generation seen: older hosts are refused.
+    pub generation: u64,
+    /// The standby, if there is a whole one.
+    pub standby: Option<Standby>,
+    /// A seed under way.
+    pub seed: Option<Seed>,
+    /// The N for the next `standby.N`; never used twice.
+    pub next_dir: u64,
+    /// Journal segments with lower numbers are rubbish.
+    pub journal_first: u64,
+    /// What the operator should know about damage that was found.
+    pub damage: Option<String>,
+    /// A guest runs on the standby: nothing may change it.
+    pub frozen: bool,
+    /// Fields of later versions that need not be understood.
+    extra: Vec<(u16, Vec<u8>)>,
+}
+
+impl Control {
+    /// For a domain of which nothing is stored.
+    pub fn new(uuid: [u8; 16], name: &str, generation: u64) -> Self {
+        Self {
+            uuid,
+            name: name.to_owned(),
+            generation,
+            standby: None,
+            seed: None,
+            next_dir: 1,
+            journal_first: 1,
+            damage: None,
+            frozen: false,
+            extra: Vec::new(),
+        }
+    }
+
+    /// Reads the record of the domain directory `dir`, which must be that of domain `uuid`.
+    pub fn load(disk: &dyn Disk, dir: &Path, uuid: &[u8; 16]) -> Result<Self, JournalError> {
+        let path = dir.join(CONTROL_FILE);
+        let file = disk.open(&path, Mode::Read).map_err(JournalError::io("open", &path))?;
+        let length = file.length().map_err(JournalError::io("read", &path))?;
+        let damaged = |what: String| JournalError::Damaged { path: path.clone(), what };
+        if length > CONTROL_BYTES_MAX {
+            return Err(damaged(format!("it has {length} bytes, at most {CONTROL_BYTES_MAX} are possible")));
+        }
+        let mut bytes = vec![0; length as usize];
+        let got = file.read_at(&mut bytes, 0).map_err(JournalError::io("read", &path))?;
+        bytes.truncate(got);
+        let control = Self::from_bytes(&bytes).map_err(|fault| match fault {
+            Fault::Damaged(what) => damaged(what),
+            Fault::Version(found) => JournalError::Version { path: path.clone(), found },
+        })?;
+        if control.uuid != *uuid {
+            let (expected, found) = (uuid_text(uuid), uuid_text(&control.uuid));
+            return Err(JournalError::WrongDomain { path, expected, found });
+        }
+        Ok(control)
+    }
+
+    /// Replaces the record in `dir`. After an error it is the old one or this one.
+    pub fn store(&self, disk: &dyn Disk, dir: &Path) -> Result<(), JournalError> {
+        let (new, path) = (dir.join(CONTROL_NEW_FILE), dir.join(CONTROL_FILE));
+        let file = disk.open(&new, Mode::Create).map_err(JournalError::io("create", &new))?;
+        write_all(&*file, &self.to_bytes(), 0).map_err(JournalError::io("write", &new))?;
+        file.sync().map_err(JournalError::io("sync", &new))?;
+        disk.rename(&new, &path).map_err(JournalError::io("replace", &path))?;
+        disk.sync_dir(dir).map_err(JournalError::io("sync", dir))
+    }
+
+    fn to_bytes(&self) -> Vec<u8> {
+        let mut to = Vec::with_capacity(512);
+        to.extend_from_slice(MAGIC);
+        to.extend_from_slice(&FORMAT_VERSION.to_le_bytes());
+        to.extend_from_slice(&0u32.to_le_bytes());
+        field(&mut to, TAG_UUID, &self.uuid);
+        field(&mut to, TAG_NAME, self.name.as_bytes());
+        field(&mut to, TAG_GENERATION, &self.generation.to_le_bytes());
+        if let Some(s) = &self.standby {
+            let numbers = [s.dir, s.generation, s.epoch, s.cut_unix_ns, s.device_epoch, s.layout_epoch, s.xml_epoch];
+            field(&mut to, TAG_STANDBY, &numbers.map(u64::to_le_bytes).concat());
+        }
+        if let Some(s) = &self.seed {
+            let numbers = [s.dir, s.generation, s.epoch, u64::from(s.parts)];
+            field(&mut to, TAG_SEED, &numbers.map(u64::to_le_bytes).concat());
+        }
+        field(&mut to, TAG_NEXT_DIR, &self.next_dir.to_le_bytes());
+        field(&mut to, TAG_JOURNAL_FIRST, &self.journal_first.to_le_bytes());
+        if let Some(damage) = &self.damage {
+            field(&mut to, TAG_DAMAGE, damage.as_bytes());
+        }
+        if self.frozen {
+            field(&mut to, TAG_FROZEN, &[1]);
+        }
+        for (tag, bytes) in &self.extra {
+            field(&mut to, *tag, bytes);
+        }
+        let length = (to.len() - HEAD_BYTES) as u32;
+        to[12..16].copy_from_slice(&length.to_le_bytes());
+        let sum = xxh3_64(&to);
+        to.extend_from_slice(&sum.to_le_bytes());
+        to
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Result<Self, Fault> {
+        let damaged = |what: &str| Fault::Damaged(what.to_owned());
+        if bytes.len() < HEAD_BYTES + SUM_BYTES || &bytes[..8] != MAGIC {
+            return Err(damaged("it is not a control record"));
+        }
+        let (fields, sum) = bytes.split_at(bytes.len() - SUM_BYTES);
+        if u64_at(sum, 0) != xxh3_64(fields) {
+            return Err(damaged("its checksum does not match"));
+        }
+        if u32_at(fields, 8) != FORMAT_VERSION {
+            return Err(Fault::Version(u32_at(fields, 8)));
+        }
+        let mut rest = &fields[HEAD_BYTES..];
+        if u32_at(fields, 12) as usize != rest.len() {
+            return Err(damaged("its length does not match"));
+        }
+        let mut uuid = None;
+        let mut control = Control::new([0; 16], "", 0);
+        while !rest.is_empty() {
+            if rest.len() < 6 {
+                return Err(damaged("a field is cut short"));
+            }
+            let (tag, length) = (u16_at(rest, 0), u32_at(rest, 2) as usize);
+            let Some((body, after)) = rest[6..].split_at_checked(length) else {
+                return Err(damaged("a field is cut short"));
+            };
+            rest = after;
+            let number = |i: usize| u64_at(body, i * 8);
+            let long = |n: usize| {
+                if body.len() == n { Ok(()) } else { Err(Fault::Damaged(format!("field {tag:#x} has {length} bytes"))) }
+            };
+            match tag {
+                TAG_UUID => {
+                    long(16)?;
+                    control.uuid.copy_from_slice(body);
+                    uuid = Some(());
+                }
+                TAG_NAME => control.name = String::from_utf8_lossy(body).into_owned(),
+                TAG_GENERATION => {
+                    long(8)?;
+                    control.generation = number(0);
+                }
+                TAG_STANDBY => {
+                    long(56)?;
+                    control.standby = Some(Standby {
+                        dir: number(0),
+                        generation: number(1),
+                        epoch: number(2),
+                        cut_unix_ns: number(3),
+                        device_epoch: number(4),
+                        layout_epoch: number(5),
+                        xml_epoch: number(6),
+                    });
+                }
+                TAG_SEED => {
+                    long(32)?;
+                    let parts = u32::try_from(number(3)).map_err(|_| damaged("the seed's parts are out of bounds"))?;
+                    control.seed = Some(Seed { dir: number(0), generation: number(1), epoch: number(2), parts });
+                }
+                TAG_NEXT_DIR => {
+                    long(8)?;
+                    control.next_dir = number(0);
+                }
+                TAG_JOURNAL_FIRST => {
+                    long(8)?;
+                    control.journal_first = number(0);
+                }
+                TAG_DAMAGE => control.damage = Some(String::from_utf8_lossy(body).into_owned()),
+                TAG_FROZEN => control.frozen = true,
+                _ if tag & TAG_CRITICAL != 0 => {
+                    return Err(Fault::Damaged(format!("field {tag:#x} is of a later version, use that")));
+                }
+                _ => control.extra.push((tag, body.to_vec())),
+            }
+        }
+        uuid.ok_or_else(|| damaged("it names no domain"))?;
+        Ok(control)
+    }
+}
+
+enum Fault {
+    Damaged(String),
+    Version(u32),
+}
+
+fn field(to: &mut Vec<u8>, tag: u16, body: &[u8]) {
+    to.extend_from_slice(&tag.to_le_bytes());
+    to.extend_from_slice(&(body.len() as u32).to_le_bytes());
+    to.extend_from_slice(body);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::FsDisk;
+    use proptest::prelude::*;
+
+    fn full() -> Control {
+        Control {
+            standby: Some(Standby {
+                dir: 3,
+                generation: 4,
+                epoch: 5,
+                cut_unix_ns: 6,
+                device_epoch: 7,
+                layout_epoch: 8,
+                xml_epoch: 9,
+            }),
+            seed: Some(Seed { dir: 10, generation: 11, epoch: 12, parts: 13 }),
+            next_dir: 14,
+            journal_first: 15,
+            damage: Some("epoch 16".to_owned()),
+            frozen: true,
+            extra: vec![(0x17, vec![1, 2, 3])],
+            ..Control::new([0xab; 16], "gast", 2)
+        }
+    }
+
+    #[test]
+    fn it_is_read_as_it_was_written() {
+        let dir = tempfile::tempdir().unwrap();
+        for control in [full(), Control::new([0xab; 16], "", 1)] {
+            control.store(&FsDisk, dir.path()).unwrap();
+            assert_eq!(Control::load(&FsDisk, dir.path(), &[0xab; 16]).unwrap(), control);
+        }
+        assert_eq!(FsDisk.list(dir.path()).unwrap(), [CONTROL_FILE]);
+    }
+
+    #[test]
+    fn another_domains_record_is_refused_by_both_names() {
+        let dir = tempfile::tempdir().unwrap();
+        full().store(&FsDisk, dir.path()).unwrap();
+        let error = Control::load(&FsDisk, dir.path(), &[0xcd; 16]).unwrap_err().to_string();
+        assert!(error.contains("abababab-abab-abab-abab-abababababab"), "{error}");
+        assert!(error.contains("cdcdcdcd-cdcd-cdcd-cdcd-cdcdcdcdcdcd"), "{error}");
+    }
+
+    #[test]
+    fn every_flipped_bit_and_every_cut_is_noticed() {
+        let mut bytes = full().to_bytes();
+        for bit in 0..bytes.len() * 8 {
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            assert!(Control::from_bytes(&bytes).is_err(), "bit {bit}");
+            bytes[bit / 8] ^= 1 << (bit % 8);
+        }
+        for length in 0..bytes.len() {
+            assert!(Control::from_bytes(&bytes[..length]).is_err(), "length {length}");
+        }
+    }
+
+    #[test]
+    fn a_field_that_must_be_understood_is_refused() {
+        let mut control = full();
+        control.extra = vec![(0x8017, vec![])];
+        assert!(
+            matches!(Control::from_bytes(&control.to_bytes()), Err(Fault::Damaged(what)) if what.contains("0x8017"))
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_fields_do_no_harm(fields in prop::collection::vec((0..0x12u16, prop::collection::vec(any::<u8>(), 0..64)), 0..8)) {
+            let mut control = Control::new([0; 16], "", 1);
+            control.extra = fields.into_iter().map(|(tag, body)| (if tag > 9 { tag - 9 } else { tag | 0x8000 }, body)).collect();
+            let _ = Control::from_bytes(&control.to_bytes());
+        }
+    }
+}
