@@ -1,1 +1,22 @@
-//! Skeleton.
+//! The two-site rig, for the end-to-end cases, the benchmarks and the demo.
+//!
+//! - [`rig`]: two sites on one machine, each with a libvirtd of its own, a link between them that can be cut, and a client.
+//! - [`guest`]: test guests: what they are made of, and how to ask them from outside.
+//! - [`daemon`]: vmdr's own processes in a site, and the `vmdr` command.
+//! - [`relay`]: a TCP relay on the link that delays, limits and stalls.
+//! - [`oracle`]: what a guest's memory and disks hold, read by a path that shares nothing with vmdr's.
+//! - [`images`]: what guests boot.
+//! - [`wait`]: waiting with a limit.
+//!
+//! Everything here needs root. Nothing outlives the process that made it: see [`rig`] for how.
+
+pub mod client;
+pub mod daemon;
+pub mod exec;
+pub mod guest;
+pub mod images;
+pub mod oracle;
+pub mod relay;
+pub mod rig;
+pub mod site;
+pub mod wait;

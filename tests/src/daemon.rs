@@ -1,0 +1,189 @@
+//! vmdr's own processes in a site, and the `vmdr` command.
+
+use crate::exec;
+use crate::site::Site;
+use crate::wait::wait_for;
+use anyhow::{Context, Result, bail};
+use rustix::process::Signal;
+use serde_json::Value;
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Child, Output, Stdio};
+use std::time::Duration;
+
+/// How long a daemon may take until its control socket is there.
+const START_SECONDS_MAX: u64 = 30;
+/// The limit of a `vmdr` command, unless another is given.
+const COMMAND_SECONDS_MAX: u64 = 120;
+
+/// Which daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Program {
+    /// `vmdr-agent`.
+    Agent,
+    /// `vmdr-receiver`.
+    Receiver,
+}
+
+impl Program {
+    fn name(self) -> &'static str {
+        match self {
+            Program::Agent => "vmdr-agent",
+            Program::Receiver => "vmdr-receiver",
+        }
+    }
+
+    fn socket(self) -> &'static str {
+        match self {
+            Program::Agent => vmdr_proto::AGENT_SOCKET,
+            Program::Receiver => vmdr_proto::RECEIVER_SOCKET,
+        }
+    }
+
+    fn config(self) -> &'static str {
+        match self {
+            Program::Agent => "/etc/vmdr/agent.toml",
+            Program::Receiver => "/etc/vmdr/receiver.toml",
+        }
+    }
+}
+
+/// Where cargo put a program of the workspace.
+pub fn binary(name: &str) -> Result<PathBuf> {
+    let own = std::env::current_exe().context("find this program")?;
+    let directory = own.parent().context("find this program's directory")?;
+    let directory = if directory.ends_with("deps") { directory.parent().unwrap_or(directory) } else { directory };
+    let path = directory.join(name);
+    if !path.exists() {
+        bail!("{} is missing: run `cargo build --workspace` first", path.display());
+    }
+    Ok(path)
+}
+
+/// A daemon that runs in a site. Dropping it kills it.
+pub struct Daemon {
+    program: Program,
+    nsenter: Child,
+    pid: u32,
+}
+
+impl Daemon {
+    /// Starts a daemon with this configuration file (TOML) and waits until its control socket is there.
+    pub fn start(site: &Site, program: Program, config: &str) -> Result<Self> {
+        let path = site.path(program.config());
+        fs::write(&path, config).with_context(|| format!("write {}", path.display()))?;
+        let socket = site.path(program.socket());
+        match fs::remove_file(&socket) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error).context("remove a socket"),
+            _ => {}
+        }
+        let log_path = log_path(site, program);
+        let log = fs::File::options().create(true).append(true).open(&log_path).context("open a daemon's log")?;
+        let binary = binary(program.name())?;
+        let mut command = site.enter();
+        command
+            .arg(&binary)
+            .args(["--config", program.config()])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().context("share a daemon's log")?)
+            .stderr(log);
+        let nsenter = command.spawn().with_context(|| format!("start {}", program.name()))?;
+        let mut daemon = Self { program, nsenter, pid: 0 };
+        wait_for(&format!("{} in {}", program.name(), site.name()), Duration::from_secs(START_SECONDS_MAX), || {
+            if let Some(status) = daemon.nsenter.try_wait().context("look at a daemon")? {
+                let log = fs::read_to_string(&log_path).unwrap_or_default();
+                let tail: Vec<&str> = log.lines().rev().take(5).collect();
+                bail!("{} ended with {status}; its log ends with {tail:?} (newest first)", program.name());
+            }
+            // nsenter forks: the daemon is its child.
+            daemon.pid = exec::children(daemon.nsenter.id()).first().copied().unwrap_or(0);
+            Ok((daemon.pid != 0 && socket.exists()).then_some(()))
+        })?;
+        Ok(daemon)
+    }
+
+    /// Its process, by the id it has outside.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// SIGKILL, and waits until it is gone. What it started stays.
+    pub fn kill(&mut self) -> Result<()> {
+        self.end(Signal::KILL)
+    }
+
+    /// SIGTERM, and waits until it is gone.
+    pub fn terminate(&mut self) -> Result<()> {
+        self.end(Signal::TERM)
+    }
+
+    fn end(&mut self, how: Signal) -> Result<()> {
+        if self.nsenter.try_wait().context("look at a daemon")?.is_some() {
+            return Ok(());
+        }
+        if exec::alive(self.pid) {
+            exec::signal(self.pid, how)?;
+        }
+        let name = self.program.name();
+        wait_for(&format!("the end of {name}"), Duration::from_secs(START_SECONDS_MAX), || {
+            // nsenter stops with a child that is stopped, and must then be woken to see its end.
+            let _ = exec::signal(self.nsenter.id(), Signal::CONT);
+            Ok(self.nsenter.try_wait().context("look at a daemon")?.map(|_| ()))
+        })
+    }
+
+    /// SIGSTOP: it is there and does nothing.
+    pub fn freeze(&self) -> Result<()> {
+        exec::signal(self.pid, Signal::STOP)
+    }
+
+    /// SIGCONT.
+    pub fn thaw(&self) -> Result<()> {
+        exec::signal(self.pid, Signal::CONT)?;
+        exec::signal(self.nsenter.id(), Signal::CONT)
+    }
+
+    /// Whether it still runs.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.nsenter.try_wait(), Ok(None)) && exec::alive(self.pid)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if let Err(error) = self.kill() {
+            eprintln!("rig: {} could not be ended: {error:#}", self.program.name());
+        }
+    }
+}
+
+/// Where a daemon of a site logs to, outside.
+pub fn log_path(site: &Site, program: Program) -> PathBuf {
+    site.path("/var/log/libvirt").join(format!("{}.log", program.name()))
+}
+
+/// What a daemon of a site has logged so far.
+pub fn log(site: &Site, program: Program) -> String {
+    fs::read(log_path(site, program)).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+}
+
+/// Runs the `vmdr` command in a site, for at most `seconds`, and gives what came of it.
+pub fn vmdr_output(site: &Site, seconds: u64, words: &[&str]) -> Result<Output> {
+    let binary = binary("vmdr")?;
+    let mut command = site.command_within(seconds, &binary.to_string_lossy());
+    exec::output(command.env("NO_COLOR", "1").args(words))
+}
+
+/// Runs the `vmdr` command in a site; a non-zero exit is an error.
+pub fn vmdr(site: &Site, words: &[&str]) -> Result<String> {
+    let binary = binary("vmdr")?;
+    let mut command = site.command_within(COMMAND_SECONDS_MAX, &binary.to_string_lossy());
+    exec::run(command.env("NO_COLOR", "1").args(words)).with_context(|| format!("in {}", site.name()))
+}
+
+/// Runs the `vmdr` command with JSON output and gives the document.
+pub fn vmdr_json(site: &Site, words: &[&str]) -> Result<Value> {
+    let words = [words, &["-o", "json"]].concat();
+    let text = vmdr(site, &words)?;
+    serde_json::from_str(&text).with_context(|| format!("read the JSON of `vmdr {}`: {text}", words.join(" ")))
+}
