@@ -29,6 +29,8 @@ const STATUS_BYTES_MAX: u64 = 2 << 30;
 const STATUS_REPLY_BYTES_MAX: u32 = 2 << 20;
 /// Longest error chunk: number, text of [`NAME_BYTES_MAX`], offset.
 const ERROR_CHUNK_BYTES_MAX: u32 = 4 + 2 + NAME_BYTES_MAX as u32 + 8;
+/// Pieces of one read: 32 MiB in sectors, the finest that QEMU tells data from holes.
+const PIECES_MAX: usize = 64 << 10;
 /// Replies to one option: a handful of information replies, and room.
 const OPTION_REPLIES_MAX: usize = 64;
 
@@ -483,6 +485,9 @@ impl Coverage {
         let before = self.ranges.range(..end).next_back();
         if start == end || before.is_some_and(|(_, before_end)| *before_end > start) {
             return unexpected("offset of data that is empty or sent before", start as u64);
+        }
+        if self.ranges.len() == PIECES_MAX {
+            return unexpected("number of pieces in the reply to a read", PIECES_MAX as u64 + 1);
         }
         self.ranges.insert(start, end);
         // No overlap, all inside: cannot underflow.

@@ -160,7 +160,7 @@ pub trait Export: Send + Sync {
     /// Any [`ExportError`].
     fn extents(&self, offset: u64, length: u64, limit: usize) -> Result<Vec<Extent>, ExportError>;
 
-    /// A client finished its handshake for this export; `session` is never used twice by one server.
+    /// A client chose this export and is about to be told that it may begin; `session` is never used twice by one server.
     fn connected(&self, session: u64);
 
     /// That session is over, however it ended; called exactly once after each [`connected`](Export::connected), when

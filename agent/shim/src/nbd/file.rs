@@ -149,7 +149,7 @@ impl Export for FileExport {
     }
 
     fn extents(&self, offset: u64, length: u64, limit: usize) -> Result<Vec<Extent>, ExportError> {
-        let end = offset + length;
+        let end = offset.saturating_add(length);
         let (mut at, mut extents) = (offset, Vec::new());
         while at < end && extents.len() < limit {
             let (next, hole) = self.run(at, end)?;

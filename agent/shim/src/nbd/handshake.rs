@@ -37,13 +37,46 @@ pub enum SessionError {
     TooManyOptions,
 }
 
+/// A session as its export knows it: told of the beginning when this is made, and of the end when it is dropped,
+/// also when a thread panics.
+pub struct Attachment {
+    export: Arc<dyn Export>,
+    session: u64,
+}
+
+impl Attachment {
+    fn new(export: Arc<dyn Export>, session: u64) -> Self {
+        export.connected(session);
+        Self { export, session }
+    }
+
+    /// The export.
+    #[must_use]
+    pub fn export(&self) -> &dyn Export {
+        &*self.export
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        self.export.disconnected(self.session);
+    }
+}
+
 /// What the two sides agreed on.
 pub struct Agreed {
     /// Chosen export.
-    pub export: Arc<dyn Export>,
-    /// Its size, as the client was told.
+    pub attachment: Attachment,
+    /// What the client was told of it.
+    pub terms: Terms,
+}
+
+/// What a client is told of an export, and holds the server to.
+#[derive(Clone, Copy, Debug)]
+pub struct Terms {
+    /// Size of the export.
     pub size_bytes: u64,
-    /// What it can do, as the client was told.
+    /// What it can do.
     pub capabilities: Capabilities,
     /// READ and BLOCK_STATUS are answered with structured replies.
     pub structured: bool,
@@ -51,11 +84,16 @@ pub struct Agreed {
     pub allocation: bool,
 }
 
-/// Leads the negotiation; `None` when the client ended it properly without choosing an export.
+/// Leads the negotiation; `None` when the client ended it properly without choosing an export. The export hears of
+/// `session` before the client hears that it is accepted.
 ///
 /// # Errors
 /// [`SessionError`]; the connection is to be closed.
-pub fn negotiate<S: Read + Write>(stream: &mut S, exports: &[Arc<dyn Export>]) -> Result<Option<Agreed>, SessionError> {
+pub fn negotiate<S: Read + Write>(
+    stream: &mut S,
+    exports: &[Arc<dyn Export>],
+    session: u64,
+) -> Result<Option<Agreed>, SessionError> {
     stream.write_all(&encode_greeting(handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES))?;
     let mut bytes = [0; 4];
     if !read_or_end(stream, &mut bytes)? {
@@ -68,6 +106,7 @@ pub fn negotiate<S: Read + Write>(stream: &mut S, exports: &[Arc<dyn Export>]) -
     let mut negotiation = Negotiation {
         stream,
         exports,
+        session,
         fixed: flags & client_flag::FIXED_NEWSTYLE != 0,
         padding: flags & client_flag::NO_ZEROES == 0,
         structured: false,
@@ -92,6 +131,7 @@ enum Next {
 struct Negotiation<'a, S> {
     stream: &'a mut S,
     exports: &'a [Arc<dyn Export>],
+    session: u64,
     /// The client understands option replies.
     fixed: bool,
     padding: bool,
@@ -131,14 +171,16 @@ impl<S: Read + Write> Negotiation<'_, S> {
 
     fn export_name(&mut self, data: &[u8]) -> Result<Agreed, SessionError> {
         let name = std::str::from_utf8(data).map_err(|_| ProtoError::NotUtf8 { what: "export name" })?;
-        let agreed = self.agree(name).ok_or_else(|| SessionError::NoExport(name.to_owned()))?;
-        let mut out = agreed.size_bytes.to_be_bytes().to_vec();
-        out.extend_from_slice(&agreed.transmission_flags().to_be_bytes());
+        let export = self.find(name).ok_or_else(|| SessionError::NoExport(name.to_owned()))?;
+        let terms = self.terms(&export, name);
+        let attachment = Attachment::new(export, self.session);
+        let mut out = terms.size_bytes.to_be_bytes().to_vec();
+        out.extend_from_slice(&terms.transmission_flags().to_be_bytes());
         if self.padding {
             out.resize(out.len() + EXPORT_NAME_PADDING, 0);
         }
         self.stream.write_all(&out)?;
-        Ok(agreed)
+        Ok(Agreed { attachment, terms })
     }
 
     fn list(&mut self, data: &[u8]) -> Result<Next, SessionError> {
@@ -157,26 +199,31 @@ impl<S: Read + Write> Negotiation<'_, S> {
             Ok(query) => query,
             Err(e) => return self.refuse(option, reply::ERR_INVALID, &e.to_string()),
         };
-        let Some(agreed) = self.agree(&query.name) else {
+        let Some(found) = self.find(&query.name) else {
             return self.refuse(option, reply::ERR_UNKNOWN, &SessionError::NoExport(query.name).to_string());
         };
+        let terms = self.terms(&found, &query.name);
         let mut export = info::EXPORT.to_be_bytes().to_vec();
-        export.extend_from_slice(&agreed.size_bytes.to_be_bytes());
-        export.extend_from_slice(&agreed.transmission_flags().to_be_bytes());
+        export.extend_from_slice(&terms.size_bytes.to_be_bytes());
+        export.extend_from_slice(&terms.transmission_flags().to_be_bytes());
         self.reply(option, reply::INFO, &export)?;
         if query.infos.contains(&info::NAME) {
             let mut name = info::NAME.to_be_bytes().to_vec();
-            name.extend_from_slice(agreed.export.name().as_bytes());
+            name.extend_from_slice(found.name().as_bytes());
             self.reply(option, reply::INFO, &name)?;
         }
         // Sent unasked too: a client that then sends something else is answered EINVAL, not misunderstood.
         let mut sizes = info::BLOCK_SIZE.to_be_bytes().to_vec();
-        for size in [agreed.capabilities.block_bytes_min, BLOCK_BYTES_PREFERRED, PAYLOAD_BYTES_MAX] {
+        for size in [terms.capabilities.block_bytes_min, BLOCK_BYTES_PREFERRED, PAYLOAD_BYTES_MAX] {
             sizes.extend_from_slice(&size.to_be_bytes());
         }
         self.reply(option, reply::INFO, &sizes)?;
+        if option == option::INFO {
+            return self.acknowledge(option);
+        }
+        let attachment = Attachment::new(found, self.session);
         self.reply(option, reply::ACK, &[])?;
-        Ok(if option == option::GO { Next::Start(agreed) } else { Next::Option })
+        Ok(Next::Start(Agreed { attachment, terms }))
     }
 
     fn structured_reply(&mut self, data: &[u8]) -> Result<Next, SessionError> {
@@ -218,24 +265,23 @@ impl<S: Read + Write> Negotiation<'_, S> {
         self.acknowledge(option)
     }
 
-    fn find(&self, name: &str) -> Option<&Arc<dyn Export>> {
-        let exact = self.exports.iter().find(|export| export.name() == name);
-        // The empty name asks for the default export, which exists only where there is no choice.
-        match self.exports {
+    fn find(&self, name: &str) -> Option<Arc<dyn Export>> {
+        let found = match self.exports {
+            // The empty name asks for the default export, which exists only where there is no choice.
             [only] if name.is_empty() => Some(only),
-            _ => exact,
-        }
+            exports => exports.iter().find(|export| export.name() == name),
+        };
+        found.cloned()
     }
 
-    fn agree(&self, name: &str) -> Option<Agreed> {
-        let export = Arc::clone(self.find(name)?);
-        Some(Agreed {
+    /// `name` as the client wrote it.
+    fn terms(&self, export: &Arc<dyn Export>, name: &str) -> Terms {
+        Terms {
             size_bytes: export.size_bytes(),
             capabilities: export.capabilities(),
             structured: self.structured,
             allocation: self.allocation_of.as_deref() == Some(name),
-            export,
-        })
+        }
     }
 
     fn reply(&mut self, option: u32, kind: u32, data: &[u8]) -> Result<(), SessionError> {
@@ -259,7 +305,7 @@ pub(super) fn bounded_text(text: &str) -> &str {
     &text[..end]
 }
 
-impl Agreed {
+impl Terms {
     /// What the client is told it may ask for.
     #[must_use]
     pub fn transmission_flags(&self) -> u16 {

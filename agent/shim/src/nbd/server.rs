@@ -4,11 +4,12 @@
 //! the length of a list operation, never across I/O or a call of an export: a session that stalls stalls itself.
 
 use super::export::Export;
-use super::handshake::{SessionError, negotiate};
+use super::handshake::{Agreed, SessionError, negotiate};
 use super::proto::{BLOCK_BYTES_MIN_MAX, NAME_BYTES_MAX};
 use super::session::{Tally, transmit};
 use super::stream::DeadlineStream;
 use rustix::fs::{Gid, Mode, Uid};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
 use std::collections::HashSet;
 use std::io::{self, ErrorKind};
@@ -189,12 +190,19 @@ fn check_vacant(path: &Path) -> Result<(), ServerError> {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
         Err(source) => Err(ServerError::Io { path: path.to_owned(), doing: "look", source }),
         Ok(there) if !there.file_type().is_socket() => occupied("there is something that is no socket"),
-        Ok(_) => match UnixStream::connect(path) {
-            Err(e) if e.kind() == ErrorKind::ConnectionRefused => Ok(()),
-            Err(source) => Err(ServerError::Io { path: path.to_owned(), doing: "probe the socket there", source }),
-            Ok(_) => occupied("another process serves there"),
+        // Not waiting: a server that hangs with a full backlog would keep us waiting for ever.
+        Ok(_) => match probe(path) {
+            Err(Errno::CONNREFUSED) => Ok(()),
+            Ok(()) | Err(Errno::AGAIN) => occupied("another process serves there"),
+            Err(e) => Err(ServerError::Io { path: path.to_owned(), doing: "probe the socket there", source: e.into() }),
         },
     }
+}
+
+fn probe(path: &Path) -> Result<(), Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)
 }
 
 /// A listening socket and its device and inode. It is made under a name of its own and moved to `path` when it is
@@ -284,63 +292,27 @@ fn admit(shared: &Arc<Shared>, session: u64, stream: UnixStream) {
     }
 }
 
-/// Tells the export of the end, also when the session's thread panics.
-struct Connection<'a> {
-    export: &'a Arc<dyn Export>,
-    session: u64,
-}
-
-impl Drop for Connection<'_> {
-    fn drop(&mut self) {
-        self.export.disconnected(self.session);
-    }
-}
-
 fn run(exports: &[Arc<dyn Export>], session: u64, stream: &UnixStream) {
-    match handshake(exports, session, stream) {
-        Ok(None) => {}
-        Ok(Some(agreed)) => {
-            let name = agreed.export.name();
-            agreed.export.connected(session);
-            let connection = Connection { export: &agreed.export, session };
-            tracing::info!(session, export = name, structured = agreed.structured, "NBD session begins");
-            let mut tally = Tally::default();
-            let mut socket = stream;
-            let end = transmit(&mut socket, &agreed, &mut tally);
-            drop(connection);
-            let Tally { requests, failures, first_failure } = tally;
-            let first_failure = first_failure.unwrap_or_default();
-            match end {
-                Ok(end) => {
-                    tracing::info!(
-                        session,
-                        export = name,
-                        requests,
-                        failures,
-                        first_failure,
-                        ?end,
-                        "NBD session ended"
-                    );
-                }
-                Err(error) => {
-                    tracing::warn!(session, export = name, requests, failures, first_failure, %error, "NBD session broke");
-                }
-            }
-        }
-        Err(error) => tracing::warn!(session, %error, "NBD negotiation failed"),
+    let agreed = match handshake(exports, session, stream) {
+        Ok(Some(agreed)) => agreed,
+        Ok(None) => return tracing::debug!(session, "NBD client left without choosing an export"),
+        Err(error) => return tracing::warn!(session, %error, "NBD negotiation failed"),
+    };
+    let export = agreed.attachment.export().name();
+    tracing::info!(session, export, structured = agreed.terms.structured, "NBD session begins");
+    let mut tally = Tally::default();
+    let mut socket = stream;
+    let end = transmit(&mut socket, &agreed, &mut tally);
+    let Tally { requests, failures } = tally;
+    match end {
+        Ok(end) => tracing::info!(session, export, requests, failures, ?end, "NBD session ended"),
+        Err(error) => tracing::warn!(session, export, requests, failures, %error, "NBD session broke"),
     }
 }
 
-fn handshake(
-    exports: &[Arc<dyn Export>],
-    session: u64,
-    stream: &UnixStream,
-) -> Result<Option<super::handshake::Agreed>, SessionError> {
+fn handshake(exports: &[Arc<dyn Export>], session: u64, stream: &UnixStream) -> Result<Option<Agreed>, SessionError> {
     let mut limited = DeadlineStream::new(stream, HANDSHAKE_LIMIT);
-    let agreed = negotiate(&mut limited, exports)?;
+    let agreed = negotiate(&mut limited, exports, session)?;
     limited.lift()?;
-    if agreed.is_none() {
-        tracing::debug!(session, "NBD client left without choosing an export");
-    }
     Ok(agreed)
 }

@@ -28,14 +28,12 @@ pub enum End {
 }
 
 /// What a session did; counted whether it ended well or not.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Tally {
     /// Requests that were read.
     pub requests: u64,
     /// Requests that were answered with an error of the export.
     pub failures: u64,
-    /// The first of these errors.
-    pub first_failure: Option<String>,
 }
 
 /// An error reply in the making.
@@ -95,8 +93,8 @@ struct Session<'a, S> {
 impl<S: Read + Write> Session<'_, S> {
     /// Requests without payload in either direction.
     fn act(&self, request: &Request) -> Result<(), Refusal> {
-        let export = &self.agreed.export;
-        let can = self.agreed.capabilities;
+        let export = self.agreed.attachment.export();
+        let can = self.agreed.terms.capabilities;
         match request.command {
             command::FLUSH => {
                 // The spec reserves offset and length here: nothing to check, nothing to refuse.
@@ -134,7 +132,7 @@ impl<S: Read + Write> Session<'_, S> {
     /// FUA: stable before it is answered.
     fn settle(&self, request: &Request) -> Result<(), Refusal> {
         if request.flags & command_flag::FUA != 0 {
-            self.agreed.export.flush()?;
+            self.agreed.attachment.export().flush()?;
         }
         Ok(())
     }
@@ -153,7 +151,7 @@ impl<S: Read + Write> Session<'_, S> {
         let mut payload = Payload { stream: &mut *self.stream, left: request.length, broken: None };
         let written = match checked {
             Ok(()) if request.length == 0 => Ok(()),
-            Ok(()) => match self.agreed.export.write_from(request.offset, request.length, &mut payload) {
+            Ok(()) => match self.agreed.attachment.export().write_from(request.offset, request.length, &mut payload) {
                 Ok(()) if payload.left == 0 => Ok(()),
                 Ok(()) => Err(Refusal::from(ExportError::Failed(format!(
                     "the export left {} of {} bytes unread",
@@ -177,12 +175,12 @@ impl<S: Read + Write> Session<'_, S> {
         if length == 0 {
             return self.finish(request, Ok(()));
         }
-        let head = if self.agreed.structured { ChunkHead::BYTES + 8 } else { SimpleReply::BYTES };
+        let head = if self.agreed.terms.structured { ChunkHead::BYTES + 8 } else { SimpleReply::BYTES };
         self.buffer.resize(head + length, 0);
-        if let Err(e) = self.agreed.export.read(request.offset, &mut self.buffer[head..]) {
+        if let Err(e) = self.agreed.attachment.export().read(request.offset, &mut self.buffer[head..]) {
             return self.finish(request, Err(e.into()));
         }
-        if self.agreed.structured {
+        if self.agreed.terms.structured {
             let chunk = ChunkHead {
                 flags: chunk::FLAG_DONE,
                 kind: chunk::OFFSET_DATA,
@@ -202,9 +200,9 @@ impl<S: Read + Write> Session<'_, S> {
     }
 
     fn check_read(&self, request: &Request) -> Result<(), Refusal> {
-        let df = if self.agreed.structured { command_flag::DF } else { 0 };
+        let df = if self.agreed.terms.structured { command_flag::DF } else { 0 };
         self.check_flags(request, df)?;
-        if !self.agreed.capabilities.read {
+        if !self.agreed.terms.capabilities.read {
             return Err(Refusal::new(ErrorCode::Permission, "this export takes writes only"));
         }
         if request.length > PAYLOAD_BYTES_MAX {
@@ -237,7 +235,7 @@ impl<S: Read + Write> Session<'_, S> {
 
     fn query_extents(&self, request: &Request) -> Result<Vec<(u32, u32)>, Refusal> {
         self.check_flags(request, command_flag::REQ_ONE)?;
-        if !self.agreed.allocation {
+        if !self.agreed.terms.allocation {
             return Err(Refusal::new(ErrorCode::Invalid, "no metadata context was chosen"));
         }
         self.check_range(request)?;
@@ -246,7 +244,7 @@ impl<S: Read + Write> Session<'_, S> {
         }
         let one = request.flags & command_flag::REQ_ONE != 0;
         let limit = if one { 1 } else { EXTENTS_MAX };
-        let found = self.agreed.export.extents(request.offset, request.length.into(), limit)?;
+        let found = self.agreed.attachment.export().extents(request.offset, request.length.into(), limit)?;
         let extents = to_wire(&found, request.length, limit);
         if extents.is_empty() {
             return Err(ExportError::Failed("the export gave no extents".into()).into());
@@ -264,14 +262,14 @@ impl<S: Read + Write> Session<'_, S> {
     }
 
     fn check_writable(&self) -> Result<(), Refusal> {
-        if self.agreed.capabilities.write {
+        if self.agreed.terms.capabilities.write {
             return Ok(());
         }
         Err(Refusal::new(ErrorCode::Permission, "this export is read-only"))
     }
 
     fn check_range(&self, request: &Request) -> Result<(), Refusal> {
-        let size = self.agreed.size_bytes;
+        let size = self.agreed.terms.size_bytes;
         let inside = request.offset.checked_add(request.length.into()).is_some_and(|end| end <= size);
         if !inside {
             let code = match request.command {
@@ -281,7 +279,7 @@ impl<S: Read + Write> Session<'_, S> {
             let text = format!("{} bytes at {} are beyond the {size} of this export", request.length, request.offset);
             return Err(Refusal::new(code, text));
         }
-        let unit = self.agreed.capabilities.block_bytes_min;
+        let unit = self.agreed.terms.capabilities.block_bytes_min;
         if !request.offset.is_multiple_of(unit.into()) || !request.length.is_multiple_of(unit) {
             return Err(Refusal::new(ErrorCode::Invalid, format!("not a multiple of {unit} bytes")));
         }
@@ -295,10 +293,15 @@ impl<S: Read + Write> Session<'_, S> {
             && refusal.failure
         {
             self.tally.failures += 1;
-            self.tally.first_failure.get_or_insert_with(|| refusal.text.clone());
+            // The first only: a disk that is full fails every write, and the client is told each time.
+            if self.tally.failures == 1 {
+                let export = self.agreed.attachment.export().name();
+                tracing::warn!(export, command = request.command, error = refusal.text, "NBD request failed");
+            }
         }
         // Only these two must be answered with chunks, and then always; for the rest a simple reply is shorter.
-        let structured = self.agreed.structured && matches!(request.command, command::READ | command::BLOCK_STATUS);
+        let structured =
+            self.agreed.terms.structured && matches!(request.command, command::READ | command::BLOCK_STATUS);
         if !structured {
             return Ok(self.stream.write_all(&SimpleReply { error: code, cookie: request.cookie }.encode())?);
         }

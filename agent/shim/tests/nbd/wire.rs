@@ -278,7 +278,7 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
     /// Against a disk that is a vector.
     #[test]
     fn any_sequence_of_requests_leaves_what_a_disk_would(ops in proptest::collection::vec(op(), 1..40), structured: bool) {
@@ -335,4 +335,81 @@ fn many_requests_may_be_on_their_way() {
     assert_eq!(raw.ask(command::READ, 0, 0, 64 * 512, 0).data(), pattern(0, 64 * 512));
     raw.send(command::DISC, 0, 0, 0);
     raw.assert_closed();
+}
+
+/// A peer that has said everything already.
+struct Monologue {
+    said: std::io::Cursor<Vec<u8>>,
+    heard: Vec<u8>,
+}
+
+impl Read for Monologue {
+    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        self.said.read(buf)
+    }
+}
+
+impl Write for Monologue {
+    fn write(&mut self, buf: &[u8]) -> std::io::Result<usize> {
+        self.heard.write(buf)
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Pieces of a conversation, right and wrong, in any order.
+fn piece() -> impl Strategy<Value = Vec<u8>> {
+    let text = prop_oneof![Just(NAME.to_owned()), Just(String::new()), Just(CONTEXT_ALLOCATION.to_owned()), ".{0,8}"];
+    let data = prop_oneof![
+        text.clone().prop_map(|name| query(&name)),
+        (text.clone(), proptest::collection::vec(text, 0..3)).prop_map(|(name, queries)| ContextQuery {
+            name,
+            queries
+        }
+        .encode()),
+        Just(vec![]),
+        proptest::collection::vec(any::<u8>(), 0..40),
+    ];
+    let request = (any::<u16>(), 0..10u16, any::<u64>(), 0..MIB, any::<u32>(), 0..20u32).prop_map(
+        |(flags, command, cookie, offset, length, shift)| {
+            let (flags, length) = (flags >> (shift % 16), length >> shift);
+            vmdr_shim::nbd::message::Request { flags, command, cookie, offset, length }.encode().to_vec()
+        },
+    );
+    prop_oneof![
+        3 => (0..12u32, data).prop_map(|(option, data)| encode_option(option, &data)),
+        4 => request,
+        1 => Just(encode_option(option::STRUCTURED_REPLY, &[])),
+        1 => Just(encode_option(option::GO, &query(NAME))),
+        1 => proptest::collection::vec(any::<u8>(), 0..60),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
+    #[test]
+    fn any_conversation_ends_and_leaves_nobody_connected(flags in 0..5u32, pieces in proptest::collection::vec(piece(), 0..12)) {
+        use vmdr_shim::nbd::handshake::negotiate;
+        use vmdr_shim::nbd::session::{Tally, transmit};
+        let dir = tempfile::TempDir::new().unwrap();
+        let file = dir.path().join("disk.raw");
+        std::fs::File::create(&file).unwrap().set_len(MIB).unwrap();
+        let export = std::sync::Arc::new(vmdr_shim::nbd::FileExport::open(&file, NAME, false).unwrap());
+        let exports: [std::sync::Arc<dyn vmdr_shim::nbd::Export>; 1] = [export.clone()];
+        let said = [flags.to_be_bytes().to_vec(), pieces.concat()].concat();
+        let mut stream = Monologue { said: std::io::Cursor::new(said), heard: vec![] };
+        let mut tally = Tally::default();
+        if let Ok(Some(agreed)) = negotiate(&mut stream, &exports, 1) {
+            let before = stream.heard.len();
+            let _ = transmit(&mut stream, &agreed, &mut tally);
+            // Every request was answered, except a last one that ended the session.
+            let smallest = tally.requests.saturating_sub(1) as usize * 16;
+            prop_assert!(stream.heard.len() - before >= smallest);
+        }
+        prop_assert_eq!(tally.failures, 0, "the export was asked for what it could not do");
+        drop(exports);
+        prop_assert_eq!(std::sync::Arc::strong_count(&export), 1);
+        prop_assert_eq!(std::fs::metadata(&file).unwrap().len(), MIB);
+    }
 }
