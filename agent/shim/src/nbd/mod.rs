@@ -21,6 +21,7 @@
 //! | [`client`] | a blocking client |
 
 pub mod client;
+mod client_wire;
 pub mod export;
 pub mod file;
 pub mod handshake;

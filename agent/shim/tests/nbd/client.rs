@@ -74,7 +74,7 @@ fn qemu_nbd(dir: &TempDir, format: &str, image: &Path, extra: &[&str]) -> (Guard
     command.args(["--persistent", "--shared=4", "--read-only", "--export-name", NAME, "--format", format]);
     command.args(extra).arg("--socket").arg(&socket).arg(image);
     let child = spawn(command.stdin(Stdio::null()).stdout(Stdio::null()));
-    wait_for("qemu-nbd's socket", || UnixStream::connect(&socket).is_ok());
+    wait_for("qemu-nbd", || Client::connect(&socket, NAME, LIMIT).is_ok());
     (child, socket)
 }
 
