@@ -1,0 +1,4 @@
+//! What both daemons share: the listener for metrics and the socket for the `vmdr` command.
+
+pub mod scrape;
+pub mod socket;
