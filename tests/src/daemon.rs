@@ -159,7 +159,7 @@ impl Drop for Daemon {
 
 /// Where a daemon of a site logs to, outside.
 pub fn log_path(site: &Site, program: Program) -> PathBuf {
-    site.path("/var/log/libvirt").join(format!("{}.log", program.name()))
+    site.path("/var/log/vmdr").join(format!("{}.log", program.name()))
 }
 
 /// What a daemon of a site has logged so far.

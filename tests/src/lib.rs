@@ -6,6 +6,7 @@
 //! - [`relay`]: a TCP relay on the link that delays, limits and stalls.
 //! - [`oracle`]: what a guest's memory and disks hold, read by a path that shares nothing with vmdr's.
 //! - [`images`]: what guests boot.
+//! - [`scene`]: what most end-to-end cases begin with.
 //! - [`wait`]: waiting with a limit.
 //!
 //! Everything here needs root. Nothing outlives the process that made it: see [`rig`] for how.
@@ -18,5 +19,6 @@ pub mod images;
 pub mod oracle;
 pub mod relay;
 pub mod rig;
+pub mod scene;
 pub mod site;
 pub mod wait;

@@ -276,8 +276,9 @@ fn remove_leftovers(runs: &Path) -> Result<()> {
 /// Copies logs and configuration of a run to `target/rig-logs/NAME`.
 fn keep_logs(directory: &Path, name: &str) -> Result<PathBuf> {
     let kept = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/rig-logs").join(name);
-    for (site, part) in
-        ["a", "b"].into_iter().flat_map(|site| ["log-libvirt", "etc-vmdr", "init.log"].map(|part| (site, part)))
+    for (site, part) in ["a", "b"]
+        .into_iter()
+        .flat_map(|site| ["log-libvirt", "log-vmdr", "etc-vmdr", "init.log"].map(|part| (site, part)))
     {
         let from = directory.join(site).join(part);
         if from.exists() {

@@ -28,6 +28,7 @@ const BINDS: &[(&str, &str)] = &[
     ("/etc/libvirt", "etc-libvirt"),
     ("/var/lib/vmdr", "lib-vmdr"),
     ("/etc/vmdr", "etc-vmdr"),
+    ("/var/log/vmdr", "log-vmdr"),
     ("/run", "run"),
 ];
 /// libvirtd's answers to "what can this QEMU do", kept because asking takes seconds.

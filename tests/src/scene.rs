@@ -1,0 +1,135 @@
+//! The scene most end-to-end cases begin with: a guest with a workload at site A, an agent there, a receiver at site B.
+
+use crate::daemon::{self, Daemon, Program};
+use crate::guest::GuestSpec;
+use crate::rig::{At, Rig};
+use crate::wait::wait_for;
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use std::time::Duration;
+
+/// How long the first copy of a test guest may take on a busy machine.
+pub const PROTECT_SECONDS_MAX: u64 = 240;
+/// How long an activation of a test guest may take.
+pub const ACTIVATE_SECONDS_MAX: u64 = 120;
+/// How long an epoch may take until it is durable, or a reconnection until it is done.
+pub const PROGRESS_SECONDS_MAX: u64 = 60;
+/// How long a guest that runs may take to answer.
+pub const ANSWER: Duration = Duration::from_secs(30);
+
+/// Rig, guest and daemons. Fields are dropped in this order.
+pub struct Scene {
+    /// The agent at site A.
+    pub agent: Option<Daemon>,
+    /// The receiver at site B.
+    pub receiver: Option<Daemon>,
+    /// The sites.
+    pub rig: Rig,
+    /// The guest, which runs at site A at first.
+    pub guest: GuestSpec,
+    agent_config: String,
+    receiver_config: String,
+}
+
+impl Scene {
+    /// Sites up, daemons up, the guest booted.
+    pub fn new(name: &str, guest: GuestSpec) -> Result<Self> {
+        Self::with_receiver_at(name, guest, &At::B.receiver())
+    }
+
+    /// The same with the agent connecting to another address, such as a relay's.
+    pub fn with_receiver_at(name: &str, guest: GuestSpec, receiver: &str) -> Result<Self> {
+        let rig = Rig::new(name)?;
+        let agent_config = format!("receiver = \"{receiver}\"\n");
+        let mut scene = Self { agent: None, receiver: None, rig, guest, agent_config, receiver_config: String::new() };
+        scene.start_receiver()?;
+        scene.start_agent()?;
+        scene.guest.boot(scene.rig.site(At::A))?;
+        Ok(scene)
+    }
+
+    /// Adds lines to the agent's configuration, for its next start.
+    pub fn configure_agent(&mut self, lines: &str) {
+        self.agent_config.push_str(lines);
+    }
+
+    /// Adds lines to the receiver's configuration, for its next start.
+    pub fn configure_receiver(&mut self, lines: &str) {
+        self.receiver_config.push_str(lines);
+    }
+
+    /// Starts the agent, or starts it again.
+    pub fn start_agent(&mut self) -> Result<()> {
+        self.agent = None;
+        self.agent = Some(Daemon::start(self.rig.site(At::A), Program::Agent, &self.agent_config)?);
+        Ok(())
+    }
+
+    /// Starts the receiver, or starts it again.
+    pub fn start_receiver(&mut self) -> Result<()> {
+        self.receiver = None;
+        self.receiver = Some(Daemon::start(self.rig.site(At::B), Program::Receiver, &self.receiver_config)?);
+        Ok(())
+    }
+
+    /// `vmdr protect` with these further words, to its end.
+    pub fn protect(&self, words: &[&str]) -> Result<()> {
+        let words = [&["protect", self.guest.name.as_str()], words].concat();
+        let output = daemon::vmdr_output(self.rig.site(At::A), PROTECT_SECONDS_MAX, &words)?;
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            bail!("vmdr {} ended with {}: {}", words.join(" "), output.status, said.trim());
+        }
+        Ok(())
+    }
+
+    /// What the daemon of a site says of the guest.
+    pub fn status(&self, at: At) -> Result<Value> {
+        let document = daemon::vmdr_json(self.rig.site(at), &["status", &self.guest.name])?;
+        let domains = document["domains"].as_array().context("status has no domains")?;
+        domains.first().cloned().with_context(|| format!("{} knows nothing of the guest", self.rig.site(at).name()))
+    }
+
+    /// A number out of the status.
+    pub fn status_number(&self, at: At, key: &str) -> Result<f64> {
+        let status = self.status(at)?;
+        status[key].as_f64().with_context(|| format!("{key} is no number in {status}"))
+    }
+
+    /// Waits until a recovery point exists that was cut after this call, and gives its epoch.
+    pub fn wait_durable(&self) -> Result<u64> {
+        // Whatever had been cut before is of no use: the next one was cut after.
+        let cut = self.status_number(At::A, "epoch")? as u64;
+        self.wait_durable_epoch(cut + 1)
+    }
+
+    /// Waits until this epoch, or a later one, is acknowledged; gives the one that is.
+    pub fn wait_durable_epoch(&self, epoch: u64) -> Result<u64> {
+        let limit = Duration::from_secs(PROGRESS_SECONDS_MAX);
+        let what = format!("epoch {epoch} to be durable");
+        wait_for(&what, limit, || {
+            let durable = self.status_number(At::A, "durable_epoch")? as u64;
+            Ok((durable >= epoch).then_some(durable))
+        })
+        .with_context(|| format!("the agent's status is {:?}", self.status(At::A)))
+    }
+
+    /// SIGKILL for everything at site A.
+    pub fn lose_site_a(&mut self) -> Result<()> {
+        self.rig.kill_site(At::A)?;
+        self.agent = None;
+        Ok(())
+    }
+
+    /// `vmdr activate --yes --wait` at site B; gives the report.
+    pub fn activate(&self) -> Result<Value> {
+        let words = ["activate", self.guest.name.as_str(), "--yes", "--wait", "-o", "json"];
+        let output = daemon::vmdr_output(self.rig.site(At::B), ACTIVATE_SECONDS_MAX, &words)?;
+        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        if !output.status.success() {
+            bail!("vmdr {} ended with {}: {} {}", words.join(" "), output.status, err.trim(), out.trim());
+        }
+        let document: Value = serde_json::from_str(&out).with_context(|| format!("read the report: {out}"))?;
+        Ok(document["report"].clone())
+    }
+}
