@@ -1,3 +1,5 @@
 //! The receiver: journal, standby, activation.
 
 pub mod activate;
+pub mod config;
+pub mod metrics;

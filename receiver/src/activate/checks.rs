@@ -212,5 +212,5 @@ fn parse_owner(label: &str) -> Option<(u32, u32)> {
     Some((number(user)?, number(group)?))
 }
 
-
-
+#[cfg(test)]
+mod tests;

@@ -197,6 +197,9 @@ fn parse_available(meminfo: &str) -> Option<u64> {
 }
 
 #[cfg(test)]
+pub mod fake;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -27,6 +27,7 @@ const VERSION: u32 = 1;
 /// Directory of the record and of the overlays, in the directory of the domain.
 pub const DIRECTORY: &str = "active";
 const FILE: &str = "activation.json";
+const ATTEMPT: &str = "attempt-";
 
 /// The recovery point that is or was activated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -153,7 +154,18 @@ impl ActiveDirectory {
 
     /// The directory of an attempt.
     pub fn attempt(&self, attempt: u32) -> PathBuf {
-        self.path.join(format!("attempt-{attempt}"))
+        self.path.join(format!("{ATTEMPT}{attempt}"))
+    }
+
+    /// The numbers of the attempts that have a directory.
+    pub fn attempts(&self) -> Result<Vec<u32>, RecordError> {
+        let failed = |source| RecordError::Io { what: "list", path: self.path.clone(), source };
+        let mut numbers = Vec::new();
+        for entry in fs::read_dir(&self.path).map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name();
+            numbers.extend(name.to_str().and_then(|n| n.strip_prefix(ATTEMPT)).and_then(|n| n.parse::<u32>().ok()));
+        }
+        Ok(numbers)
     }
 
     /// The record, if there is one.

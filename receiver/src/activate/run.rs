@@ -203,8 +203,12 @@ impl Activation<'_> {
         record: Option<Record>,
         guest: Guest,
     ) -> Result<Activated, ActivateError> {
-        match record.map(|r| r.step) {
-            Some(Step::Restoring { generation, point, attempt, .. }) => {
+        let step = record.map(|r| r.step);
+        match step {
+            // Fenced: the attempt that is recorded as failed was not the only one under way.
+            Some(Step::Restoring { generation, point, attempt, .. } | Step::Fenced { generation, point, attempt })
+                if (1..=attempt).any(|n| guest_is_on(&guest, &active.attempt(n))) =>
+            {
                 let attempt = (1..=attempt).find(|n| guest_is_on(&guest, &active.attempt(*n))).unwrap_or(attempt);
                 let stored = self.standby.recovery_point()?;
                 let plan = plan::make(&stored, &active.attempt(attempt), self.settings, self.host)?;
@@ -225,7 +229,8 @@ impl Activation<'_> {
                     was_active: true,
                 })
             }
-            None | Some(Step::Planned { .. } | Step::Fenced { .. }) => Ok(Activated {
+            // Not from this standby: somebody has a guest of this UUID here. It is left alone.
+            None | Some(Step::Planned { .. } | Step::Fenced { .. } | Step::Restoring { .. }) => Ok(Activated {
                 name: self.name.to_owned(),
                 point: None,
                 generation: self.standby.generation()?,
@@ -307,7 +312,7 @@ impl Activation<'_> {
         let running = Step::Running { generation, point, attempt, running_unix_ns, rto_seconds, lost_seconds };
         active.write(self.uuid, self.name, &running)?;
         self.host.define(&plan.transformed.persistent)?;
-        for other in (1..=attempt + 1).filter(|n| *n != attempt) {
+        for other in active.attempts()?.into_iter().filter(|n| *n != attempt) {
             files::remove_directory(&active.attempt(other))?;
         }
         let image = active.attempt(attempt).join(SAVE_IMAGE);
@@ -418,5 +423,5 @@ fn read_device_state(path: &Path) -> Result<Vec<u8>, ActivateError> {
     Ok(state)
 }
 
-
-
+#[cfg(test)]
+mod tests;

@@ -309,5 +309,5 @@ fn utf8(path: &Path) -> Result<&str, TransformError> {
     path.to_str().ok_or_else(|| TransformError::Path(path.to_owned()))
 }
 
-
-
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,201 @@
+//! `/etc/vmdr/receiver.toml`. Every key has a default, an unknown key is an error, and an error names file, line and
+//! column, so that a typing mistake never means "the default".
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Deserializer};
+use vmdr_proto::{RECEIVER_PORT, RECEIVER_SOCKET};
+
+/// Where the configuration is, unless given on the command line.
+pub const CONFIG_FILE: &str = "/etc/vmdr/receiver.toml";
+/// TCP port of the metrics, unless configured otherwise.
+pub const METRICS_PORT: u16 = RECEIVER_PORT + 1;
+/// Kept free for the rest of the file system: a full one is the one error that hurts everything on it.
+const SPACE_RESERVE_BYTES: u64 = 1 << 30;
+
+/// The receiver's configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Address and port where agents connect. There is no TLS yet: put it on a network of its own.
+    pub listen: SocketAddr,
+    /// Directory of journals and standbys: an absolute path, on a file system with room for the memory and the disks of
+    /// every protected guest, twice.
+    pub state_dir: PathBuf,
+    /// Where the `vmdr` command connects.
+    pub control_socket: PathBuf,
+    /// Address and port of the Prometheus metrics; "" turns them off.
+    #[serde(deserialize_with = "address_or_nothing")]
+    pub metrics_listen: Option<SocketAddr>,
+    /// The libvirt that guests are activated on.
+    pub libvirt_uri: String,
+    /// Bytes of the state directory's file system that are never used.
+    pub space_reserve_bytes: u64,
+    /// Bridges that have another name here: `"br0" = "br-dr"`.
+    pub bridges: BTreeMap<String, String>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            listen: SocketAddr::from(([0u16; 8], RECEIVER_PORT)),
+            state_dir: PathBuf::from("/var/lib/vmdr/receiver"),
+            control_socket: PathBuf::from(RECEIVER_SOCKET),
+            metrics_listen: Some(SocketAddr::from(([127, 0, 0, 1], METRICS_PORT))),
+            libvirt_uri: vmdr_hypervisor::libvirt::SYSTEM_URI.to_owned(),
+            space_reserve_bytes: SPACE_RESERVE_BYTES,
+            bridges: BTreeMap::new(),
+        }
+    }
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("read the configuration {path}: {source}", path = path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What went wrong.
+        source: io::Error,
+    },
+    /// It does not say what a configuration says.
+    #[error("{path}:{place}: {message}", path = path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// Where in it.
+        place: Place,
+        /// What is wrong there.
+        message: String,
+    },
+}
+
+/// A place in a text, counted from 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    line: usize,
+    column: usize,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.line, self.column)
+    }
+}
+
+fn address_or_nothing<'de, D: Deserializer<'de>>(from: D) -> Result<Option<SocketAddr>, D::Error> {
+    let text = String::deserialize(from)?;
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let wanted = "an address with a port, as \"127.0.0.1:7421\", or \"\"";
+    text.parse().map(Some).map_err(|_| serde::de::Error::custom(format!("{text:?} is not {wanted}")))
+}
+
+impl Config {
+    /// Reads a file. Without one at the place where it is by default, the defaults hold.
+    pub fn load(given: Option<&Path>) -> Result<Self, ConfigError> {
+        let path = given.unwrap_or(Path::new(CONFIG_FILE));
+        match std::fs::read_to_string(path) {
+            Ok(text) => Self::parse(path, &text),
+            Err(e) if e.kind() == io::ErrorKind::NotFound && given.is_none() => Ok(Config::default()),
+            Err(source) => Err(ConfigError::Read { path: path.to_owned(), source }),
+        }
+    }
+
+    /// Reads a text that came from `path`.
+    pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
+        let invalid = |at: usize, message: String| {
+            let place = place(text, at);
+            ConfigError::Invalid { path: path.to_owned(), place, message }
+        };
+        let config: Config = toml::from_str(text).map_err(|e| {
+            let message = e.message().lines().collect::<Vec<_>>().join(", ");
+            invalid(e.span().map_or(0, |s| s.start), message)
+        })?;
+        for (key, value) in [("state_dir", &config.state_dir), ("control_socket", &config.control_socket)] {
+            if !value.is_absolute() {
+                let at = text.find(key).unwrap_or(0);
+                return Err(invalid(at, format!("{key} = {value:?} is not an absolute path")));
+            }
+        }
+        if config.libvirt_uri.is_empty() {
+            let at = text.find("libvirt_uri").unwrap_or(0);
+            return Err(invalid(at, "libvirt_uri is empty; this host's own is \"qemu:///system\"".to_owned()));
+        }
+        Ok(config)
+    }
+}
+
+fn place(text: &str, at: usize) -> Place {
+    let before = text.get(..at.min(text.len())).unwrap_or(text);
+    let line_start = before.rfind('\n').map_or(0, |n| n + 1);
+    Place { line: before.matches('\n').count() + 1, column: before[line_start..].chars().count() + 1 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(Path::new("/etc/vmdr/receiver.toml"), text)
+    }
+
+    #[test]
+    fn nothing_means_the_defaults() {
+        let config = parse("").unwrap();
+        assert_eq!(config, Config::default());
+        assert_eq!(config.listen.to_string(), "[::]:7420");
+        assert_eq!(config.metrics_listen.unwrap().to_string(), "127.0.0.1:7421");
+    }
+
+    #[test]
+    fn every_key_is_read() {
+        let config = parse(
+            "listen = \"10.0.9.2:7000\"\nstate_dir = \"/srv/vmdr\"\ncontrol_socket = \"/run/x.sock\"\nmetrics_listen = \"\"\n\
+             libvirt_uri = \"test:///default\"\nspace_reserve_bytes = 5\n[bridges]\n\"br0\" = \"br-dr\"\n",
+        )
+        .unwrap();
+        let expected = Config {
+            listen: "10.0.9.2:7000".parse().unwrap(),
+            state_dir: "/srv/vmdr".into(),
+            control_socket: "/run/x.sock".into(),
+            metrics_listen: None,
+            libvirt_uri: "test:///default".to_owned(),
+            space_reserve_bytes: 5,
+            bridges: BTreeMap::from([("br0".to_owned(), "br-dr".to_owned())]),
+        };
+        assert_eq!(config, expected);
+    }
+
+    #[test]
+    fn an_error_is_one_line_with_its_place() {
+        for (text, start, word) in [
+            ("listen = \"nowhere\"", "1:10: ", "invalid socket address"),
+            ("\n  state = \"/x\"\n", "2:3: ", "unknown field `state`"),
+            ("listen = ", "1:10: ", ""),
+            ("space_reserve_bytes = -1", "1:23: ", "-1"),
+            ("libvirt_uri = \"a\"\nlibvirt_uri = \"b\"", "2:1: ", "duplicate key"),
+            ("# d\u{e4}\nmetrics_listen = \"7421\"", "2:18: ", "is not an address with a port"),
+            ("state_dir = \"var\"", "1:1: ", "not an absolute path"),
+            ("libvirt_uri = \"\"", "1:1: ", "empty"),
+            ("[bridges]\nbr0 = 3", "2:7: ", "string"),
+        ] {
+            let error = parse(text).unwrap_err().to_string();
+            let rest = error.strip_prefix("/etc/vmdr/receiver.toml:").unwrap();
+            assert!(rest.starts_with(start) && rest.contains(word) && !error.contains('\n'), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_was_named_must_be_there() {
+        let error = Config::load(Some(Path::new("/nonexistent/vmdr.toml"))).unwrap_err().to_string();
+        assert!(error.contains("/nonexistent/vmdr.toml") && error.contains("No such file"), "{error}");
+    }
+}

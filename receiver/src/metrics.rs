@@ -1,0 +1,313 @@
+//! Prometheus metrics: counters that the rest of the daemon raises, gauges that are read from the store when somebody
+//! asks, and a listener that serves both as text.
+//!
+//! The listener speaks as much HTTP as a scrape needs. It is bounded in connections, bytes and time, and it answers each
+//! request from one snapshot, made off the runtime's threads because the store may be at its disk.
+
+use std::fmt::Write as _;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+
+/// Scrapes served at the same time; more wait.
+const CONNECTIONS_MAX: usize = 8;
+/// The longest request head read: Prometheus sends some 300 bytes.
+const REQUEST_BYTES_MAX: usize = 8 << 10;
+/// From connecting to the last byte of the answer.
+const SCRAPE_TIME_MAX: Duration = Duration::from_secs(10);
+/// Upper bounds of the buckets of durations, in milliseconds: an fsync takes from under one to thousands.
+const BUCKETS_MS: [u64; 12] = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000];
+
+/// How often and how long something took.
+#[derive(Debug, Default)]
+pub struct Histogram {
+    buckets: [AtomicU64; BUCKETS_MS.len()],
+    count: AtomicU64,
+    sum_ns: AtomicU64,
+}
+
+impl Histogram {
+    /// Counts one more.
+    pub fn observe(&self, took: Duration) {
+        let ms = took.as_nanos().div_ceil(1_000_000);
+        if let Some(bucket) = BUCKETS_MS.iter().position(|bound| ms <= u128::from(*bound)) {
+            self.buckets[bucket].fetch_add(1, Ordering::Relaxed);
+        }
+        self.count.fetch_add(1, Ordering::Relaxed);
+        self.sum_ns.fetch_add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    fn write(&self, out: &mut String, name: &str, help: &str) {
+        let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} histogram");
+        let mut below = 0;
+        for (bucket, bound) in self.buckets.iter().zip(BUCKETS_MS) {
+            below += bucket.load(Ordering::Relaxed);
+            let _ = writeln!(out, "{name}_bucket{{le=\"{}\"}} {below}", bound as f64 / 1e3);
+        }
+        let count = self.count.load(Ordering::Relaxed).max(below);
+        let sum = self.sum_ns.load(Ordering::Relaxed) as f64 / 1e9;
+        let _ = writeln!(out, "{name}_bucket{{le=\"+Inf\"}} {count}\n{name}_sum {sum}\n{name}_count {count}");
+    }
+}
+
+/// What the daemon counts.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    /// Replication streams that were opened.
+    pub streams_opened: AtomicU64,
+    /// Replication streams that were refused, at the beginning or later.
+    pub streams_refused: AtomicU64,
+    /// Payload bytes of chunks.
+    pub received_bytes: AtomicU64,
+    /// Parts acknowledged as durable.
+    pub durable_parts: AtomicU64,
+    /// Epochs acknowledged as durable.
+    pub durable_epochs: AtomicU64,
+    /// From the end of a part to its acknowledgement.
+    pub commit: Histogram,
+    /// Activations that ended with a running guest.
+    pub activations: AtomicU64,
+    /// Activations that failed or were refused.
+    pub activation_failures: AtomicU64,
+    /// From the request to a running guest.
+    pub activation: Histogram,
+}
+
+/// What the store says of one domain.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DomainSample {
+    /// Its name.
+    pub name: String,
+    /// Its UUID.
+    pub uuid: String,
+    /// The stored generation.
+    pub generation: u64,
+    /// The newest durable epoch.
+    pub epoch: u64,
+    /// Age of the newest recovery point; `None`: there is none.
+    pub recovery_point_age_seconds: Option<f64>,
+    /// Bytes it takes on the disk.
+    pub stored_bytes: u64,
+    /// A stream is open.
+    pub receiving: bool,
+    /// It was activated here.
+    pub active: bool,
+}
+
+/// The state at one moment.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Sample {
+    /// All domains.
+    pub domains: Vec<DomainSample>,
+    /// Bytes free on the state directory's file system.
+    pub free_bytes: u64,
+}
+
+/// Where [`Sample`]s come from. May block.
+pub trait Source: Send + Sync + 'static {
+    /// The state now.
+    fn sample(&self) -> Sample;
+}
+
+impl Metrics {
+    /// Everything as Prometheus' text format.
+    pub fn render(&self, sample: &Sample) -> String {
+        let mut out = String::new();
+        let version = env!("CARGO_PKG_VERSION");
+        family(&mut out, "vmdr_receiver_info", "gauge", "Constant 1, with the version.");
+        let _ = writeln!(out, "vmdr_receiver_info{{version=\"{version}\"}} 1");
+        for (name, help, value) in [
+            ("vmdr_receiver_streams_opened_total", "Replication streams opened.", &self.streams_opened),
+            ("vmdr_receiver_streams_refused_total", "Replication streams refused.", &self.streams_refused),
+            ("vmdr_receiver_received_bytes_total", "Payload bytes received.", &self.received_bytes),
+            ("vmdr_receiver_durable_parts_total", "Parts acknowledged as durable.", &self.durable_parts),
+            ("vmdr_receiver_durable_epochs_total", "Epochs acknowledged as durable.", &self.durable_epochs),
+            ("vmdr_receiver_activations_total", "Activations that ended with a running guest.", &self.activations),
+            ("vmdr_receiver_activation_failures_total", "Activations that failed.", &self.activation_failures),
+        ] {
+            family(&mut out, name, "counter", help);
+            let _ = writeln!(out, "{name} {}", value.load(Ordering::Relaxed));
+        }
+        let commit = "From the end of a part to its acknowledgement.";
+        self.commit.write(&mut out, "vmdr_receiver_commit_seconds", commit);
+        let activation = "From the request to a running guest.";
+        self.activation.write(&mut out, "vmdr_receiver_activation_seconds", activation);
+        family(&mut out, "vmdr_receiver_state_free_bytes", "gauge", "Free bytes where the state directory is.");
+        let _ = writeln!(out, "vmdr_receiver_state_free_bytes {}", sample.free_bytes);
+        type Value = fn(&DomainSample) -> Option<f64>;
+        let gauges: [(&str, &str, Value); 6] = [
+            ("vmdr_receiver_domain_generation", "Stored generation.", |d| Some(d.generation as f64)),
+            ("vmdr_receiver_domain_durable_epoch", "Newest durable epoch.", |d| Some(d.epoch as f64)),
+            ("vmdr_receiver_domain_recovery_point_age_seconds", "Age of the newest recovery point.", |d| {
+                d.recovery_point_age_seconds
+            }),
+            ("vmdr_receiver_domain_stored_bytes", "Bytes on disk.", |d| Some(d.stored_bytes as f64)),
+            ("vmdr_receiver_domain_receiving", "1 while a stream is open.", |d| Some(f64::from(d.receiving))),
+            ("vmdr_receiver_domain_active", "1 once it was activated here.", |d| Some(f64::from(d.active))),
+        ];
+        for (name, help, value) in gauges {
+            family(&mut out, name, "gauge", help);
+            for domain in &sample.domains {
+                if let Some(value) = value(domain) {
+                    let (label, uuid) = (escape(&domain.name), &domain.uuid);
+                    let _ = writeln!(out, "{name}{{domain=\"{label}\",uuid=\"{uuid}\"}} {value}");
+                }
+            }
+        }
+        out
+    }
+}
+
+fn family(out: &mut String, name: &str, kind: &str, help: &str) {
+    let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
+}
+
+/// A label's value: names of domains come from outside.
+fn escape(value: &str) -> String {
+    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
+/// Listens for scrapes.
+pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    TcpListener::bind(address).await
+}
+
+/// Serves scrapes until it is dropped.
+pub async fn serve(listener: TcpListener, metrics: Arc<Metrics>, source: Arc<dyn Source>) {
+    let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Out of descriptors, mostly: they come back.
+                tracing::warn!(%error, "accept a connection for metrics");
+                tokio::time::sleep(Duration::from_millis(200)).await;
+                continue;
+            }
+        };
+        let (metrics, source) = (Arc::clone(&metrics), Arc::clone(&source));
+        tokio::spawn(async move {
+            let _permit = permit;
+            match tokio::time::timeout(SCRAPE_TIME_MAX, answer(stream, metrics, source)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!(%error, "answer a scrape"),
+                Err(_) => tracing::debug!("a scrape took too long"),
+            }
+        });
+    }
+}
+
+async fn answer(mut stream: TcpStream, metrics: Arc<Metrics>, source: Arc<dyn Source>) -> io::Result<()> {
+    let mut head = Vec::new();
+    let mut buffer = [0; 1024];
+    while !head.windows(4).any(|w| w == b"\r\n\r\n") {
+        let got = stream.read(&mut buffer).await?;
+        if got == 0 || head.len() + got > REQUEST_BYTES_MAX {
+            return respond(&mut stream, "400 Bad Request", "not an HTTP request\n").await;
+        }
+        head.extend_from_slice(&buffer[..got]);
+    }
+    let line = head.split(|&b| b == b'\r').next().unwrap_or_default();
+    let mut words = line.split(|&b| b == b' ');
+    let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+    let path = path.split(|&b| b == b'?').next().unwrap_or_default();
+    if method != b"GET" {
+        return respond(&mut stream, "405 Method Not Allowed", "only GET\n").await;
+    }
+    if path != b"/metrics" {
+        return respond(&mut stream, "404 Not Found", "the metrics are at /metrics\n").await;
+    }
+    let text = tokio::task::spawn_blocking(move || metrics.render(&source.sample())).await?;
+    respond(&mut stream, "200 OK", &text).await
+}
+
+async fn respond(stream: &mut TcpStream, status: &str, body: &str) -> io::Result<()> {
+    let head = format!(
+        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\nContent-Length: {}\r\n\
+         Connection: close\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).await?;
+    stream.write_all(body.as_bytes()).await?;
+    stream.shutdown().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Fixed;
+
+    impl Source for Fixed {
+        fn sample(&self) -> Sample {
+            let domain = DomainSample {
+                name: "we\"b\\1\n".to_owned(),
+                uuid: "u".to_owned(),
+                generation: 2,
+                epoch: 9,
+                recovery_point_age_seconds: Some(0.25),
+                stored_bytes: 77,
+                receiving: true,
+                active: false,
+            };
+            let none = DomainSample { name: "new".to_owned(), recovery_point_age_seconds: None, ..domain.clone() };
+            Sample { domains: vec![domain, none], free_bytes: 5 }
+        }
+    }
+
+    #[test]
+    fn text_is_what_prometheus_reads() {
+        let metrics = Metrics::default();
+        metrics.received_bytes.store(12, Ordering::Relaxed);
+        for ms in [1, 3, 30_000] {
+            metrics.commit.observe(Duration::from_millis(ms));
+        }
+        let text = metrics.render(&Fixed.sample());
+        for line in [
+            "# TYPE vmdr_receiver_received_bytes_total counter",
+            "vmdr_receiver_received_bytes_total 12",
+            "vmdr_receiver_commit_seconds_bucket{le=\"0.001\"} 1",
+            "vmdr_receiver_commit_seconds_bucket{le=\"0.005\"} 2",
+            "vmdr_receiver_commit_seconds_bucket{le=\"5\"} 2",
+            "vmdr_receiver_commit_seconds_bucket{le=\"+Inf\"} 3",
+            "vmdr_receiver_commit_seconds_sum 30.004",
+            "vmdr_receiver_commit_seconds_count 3",
+            "vmdr_receiver_domain_recovery_point_age_seconds{domain=\"we\\\"b\\\\1\\n\",uuid=\"u\"} 0.25",
+            "vmdr_receiver_domain_durable_epoch{domain=\"new\",uuid=\"u\"} 9",
+            "vmdr_receiver_domain_active{domain=\"new\",uuid=\"u\"} 0",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+        }
+        assert!(!text.contains("age_seconds{domain=\"new\""), "no recovery point has no age");
+    }
+
+    async fn ask(address: SocketAddr, request: &[u8]) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(request).await.unwrap();
+        stream.shutdown().await.unwrap();
+        let mut answer = Vec::new();
+        let reading = stream.read_to_end(&mut answer);
+        tokio::time::timeout(SCRAPE_TIME_MAX, reading).await.unwrap().unwrap();
+        String::from_utf8(answer).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_scrape_is_answered_and_anything_else_refused() {
+        let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = tokio::spawn(serve(listener, Arc::new(Metrics::default()), Arc::new(Fixed)));
+        let ok = ask(address, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").await;
+        assert!(ok.starts_with("HTTP/1.1 200 OK\r\n") && ok.contains("\nvmdr_receiver_state_free_bytes 5\n"), "{ok}");
+        assert!(ask(address, b"GET / HTTP/1.1\r\n\r\n").await.starts_with("HTTP/1.1 404"));
+        assert!(ask(address, b"POST /metrics HTTP/1.1\r\n\r\n").await.starts_with("HTTP/1.1 405"));
+        assert!(ask(address, b"\x16\x03\x01").await.starts_with("HTTP/1.1 400"));
+        server.abort();
+    }
+}
