@@ -59,10 +59,11 @@ impl JournalError {
         move |source| JournalError::Io { action, path, source }
     }
 
-    /// Whether it is only for lack of space, so that the same may succeed later.
+    /// Whether it is only for lack of space, so that the same may succeed later. After a failed sync it may not, whatever
+    /// the reason: what was to be synced is then not known to be anywhere.
     pub fn is_full(&self) -> bool {
         match self {
-            JournalError::Io { source, .. } => {
+            JournalError::Io { action, source, .. } if *action != "sync" => {
                 matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
             }
             _ => false,

@@ -1,0 +1,461 @@
+//! Parts of epochs come in: checked, made durable, and only then acknowledged.
+//!
+//! Order of checks, each of which refuses: the stream is still the domain's newest; its generation is not older than the
+//! stored one; the epoch and part are the next ones; there is space; every chunk and record is right. Parts of a delta go to
+//! the journal, parts of a seed straight into a standby directory of its own, because nothing is lost by starting a seed
+//! again, and the journal would have to hold the whole guest.
+//!
+//! A part of a seed that is given up may leave pages and extents in that directory. That is sound because a sender
+//! may only end an epoch after it has sent again whatever was in a part that was not acknowledged.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use vmdr_codec::Layout;
+use vmdr_journal::{JournalError, Kind, PartHead, PartTail, Seed, Standby, remove_segments_before};
+
+use super::apply::Applier;
+use super::check::{Checked, PartCheck};
+use super::domain::{Content, Domain, Epoch, IngestState, OpenEpoch, OpenPart, Shared};
+use super::standby::{self, StandbyFiles, write_aside};
+use super::{Durable, Position, StoreError};
+
+/// Payload bytes of an open epoch kept in memory for applying; of a larger one they are read from the journal again.
+const KEEP_BYTES_MAX: u64 = 64 << 20;
+
+/// The stream of a domain into the store. A newer one of the same domain takes over: then every call here fails.
+#[derive(Debug)]
+pub struct Ingest {
+    pub(super) domain: Arc<Domain>,
+    pub(super) stream: u64,
+    pub(super) generation: u64,
+}
+
+impl Ingest {
+    /// The generation agreed on.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// How far the domain has come.
+    pub fn position(&self) -> Position {
+        self.domain.shared().position
+    }
+
+    /// Begins a part. One that was begun and not ended is given up. Waits while too much is durable but not applied.
+    pub fn begin(&mut self, head: PartHead) -> Result<(), StoreError> {
+        let domain = &*self.domain;
+        self.wait_for_room()?;
+        let mut ingest = domain.ingest();
+        self.may_write()?;
+        ingest.give_up_part(domain)?;
+        if head.generation < self.generation {
+            let (domain, offered, stored) = (domain.id.clone(), head.generation, self.generation);
+            return Err(StoreError::Fenced { domain, offered, stored });
+        }
+        if head.generation > self.generation || head.epoch == 0 {
+            let expected = format!("generation {} and an epoch from 1", self.generation);
+            return Err(domain.sequence(&head, expected));
+        }
+        match head.kind {
+            Kind::Delta => domain.begin_delta(&mut ingest, &head)?,
+            Kind::Seed => domain.begin_seed(&mut ingest, &head)?,
+        }
+        let layout = ingest.open.as_ref().and_then(|open| open.layout.clone());
+        ingest.part = Some(OpenPart { head, check: PartCheck::new(layout), payloads: Vec::new() });
+        Ok(())
+    }
+
+    /// Adds the next chunk. If it is refused the part is given up.
+    pub fn chunk(&mut self, sequence: u32, payload: Bytes, xxh3: u64) -> Result<(), StoreError> {
+        let domain = &*self.domain;
+        let mut ingest = domain.ingest();
+        self.may_write()?;
+        let ingest = &mut *ingest;
+        let (Some(part), Some(open)) = (&mut ingest.part, &mut ingest.open) else {
+            return Err(self.outside("a chunk"));
+        };
+        if let Err(what) = part.check.chunk(sequence, &payload, xxh3) {
+            let error = domain.corrupt(&part.head, what);
+            ingest.give_up_part(domain)?;
+            return Err(error);
+        }
+        let result = match &mut open.content {
+            Content::Seed { files, .. } => files.apply(&payload),
+            Content::Delta { payloads, bytes, .. } => {
+                if *bytes + part.check.payload_bytes() > KEEP_BYTES_MAX {
+                    *payloads = None;
+                    part.payloads.clear();
+                }
+                if payloads.is_some() {
+                    part.payloads.push(payload.clone());
+                }
+                ingest.journal.chunk(payload, xxh3)
+            }
+        };
+        result.map_err(|error| {
+            let error = domain.failure(error);
+            let _ = ingest.give_up_part(domain); // A failure of this too has made the domain fail.
+            error
+        })
+    }
+
+    /// Ends the part: it is durable when this returns. If it is refused it is given up.
+    pub fn end(&mut self, tail: PartTail) -> Result<Durable, StoreError> {
+        let domain = &*self.domain;
+        let mut ingest = domain.ingest();
+        self.may_write()?;
+        let (Some(part), Some(open)) = (ingest.part.take(), &ingest.open) else {
+            return Err(self.outside("the end of a part"));
+        };
+        let head = part.head;
+        let checked = part.check.end(&tail).and_then(|checked| whole(open, checked, &tail));
+        let result = match checked {
+            Err(what) => Err(domain.corrupt(&head, what)),
+            Ok(checked) if head.kind == Kind::Delta => domain.end_delta(&mut ingest, tail, checked, part.payloads),
+            Ok(checked) => domain.end_seed(&mut ingest, &tail, checked),
+        };
+        if let Err(error) = result {
+            let _ = ingest.give_up_part(domain); // A failure of this too has made the domain fail.
+            return Err(error);
+        }
+        let PartHead { generation, epoch, part, .. } = head;
+        Ok(Durable { generation, epoch, part, last: tail.last })
+    }
+
+    /// Gives up the part that was begun, if any.
+    pub fn abort(&mut self) -> Result<(), StoreError> {
+        let mut ingest = self.domain.ingest();
+        self.may_write()?;
+        ingest.give_up_part(&self.domain)
+    }
+
+    fn outside(&self, got: &str) -> StoreError {
+        let (domain, got) = (self.domain.id.clone(), got.to_owned());
+        StoreError::Sequence { domain, got, expected: "the beginning of a part".to_owned() }
+    }
+
+    fn may_write(&self) -> Result<(), StoreError> {
+        self.check(&self.domain.shared())
+    }
+
+    fn check(&self, shared: &Shared) -> Result<(), StoreError> {
+        let domain = || self.domain.id.clone();
+        let stored = shared.position.generation;
+        if self.generation < stored {
+            return Err(StoreError::Fenced { domain: domain(), offered: self.generation, stored });
+        }
+        if self.stream != shared.stream {
+            return Err(StoreError::Superseded(domain()));
+        }
+        if shared.frozen {
+            return Err(StoreError::Frozen(domain()));
+        }
+        self.domain.alive(shared)
+    }
+
+    /// Waits until little enough is durable but not applied, and checks the space that must stay free.
+    fn wait_for_room(&self) -> Result<(), StoreError> {
+        let domain = &*self.domain;
+        let mut shared = domain.shared();
+        loop {
+            self.check(&shared)?;
+            if shared.backlog_bytes <= domain.options.backlog_bytes_max {
+                break;
+            }
+            if let Some(why) = &shared.stalled {
+                let what = format!("{} bytes wait to be applied: {why}", shared.backlog_bytes);
+                return Err(StoreError::Full { domain: domain.id.clone(), what });
+            }
+            shared = domain.wait(shared);
+        }
+        drop(shared);
+        let free = domain.disk.free_bytes(&domain.dir).map_err(JournalError::io("measure", &domain.dir));
+        let free = free.map_err(|error| domain.failure(error))?;
+        let reserve = domain.options.space_reserve_bytes;
+        if free < reserve {
+            let what = format!("{free} bytes are free in {}, {reserve} are kept in reserve", domain.dir.display());
+            return Err(StoreError::Full { domain: domain.id.clone(), what });
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Ingest {
+    fn drop(&mut self) {
+        let mut ingest = self.domain.ingest();
+        if self.domain.shared().stream != self.stream {
+            return;
+        }
+        if let Err(error) = ingest.give_up_part(&self.domain) {
+            tracing::warn!(domain = %self.domain.id, %error, "cannot cut off the part that was not ended");
+        }
+        self.domain.shared().stream_open = false;
+    }
+}
+
+/// With the last part the epoch must be one that can be activated.
+fn whole(open: &OpenEpoch, checked: Checked, tail: &PartTail) -> Result<Checked, String> {
+    if checked.layout.is_none() {
+        return Err("a seed without a layout in its first part".to_owned());
+    }
+    if tail.last {
+        if checked.device_state.as_ref().is_none_or(Vec::is_empty) {
+            return Err("the last part has no device state".to_owned());
+        }
+        if let Content::Seed { has_xml: false, .. } = open.content
+            && checked.xml.is_none()
+        {
+            return Err("a seed without a domain XML".to_owned());
+        }
+    }
+    Ok(checked)
+}
+
+impl IngestState {
+    /// Gives up the part that was begun, if any; those before it stay.
+    pub fn give_up_part(&mut self, domain: &Domain) -> Result<(), StoreError> {
+        self.part = None;
+        if let Some(OpenEpoch { content: Content::Seed { files, .. }, layout, .. }) = &mut self.open {
+            files.give_up_part(layout.clone().unwrap_or_default());
+        }
+        self.journal.abort().map_err(|error| domain.failure(error))
+    }
+}
+
+impl Domain {
+    fn sequence(&self, head: &PartHead, expected: String) -> StoreError {
+        let PartHead { generation, epoch, part, kind } = head;
+        let got = format!("{kind:?} epoch {epoch} part {part} of generation {generation}");
+        StoreError::Sequence { domain: self.id.clone(), got, expected }
+    }
+
+    fn corrupt(&self, head: &PartHead, what: String) -> StoreError {
+        StoreError::Corrupt { domain: self.id.clone(), epoch: head.epoch, part: head.part, what }
+    }
+
+    fn begin_delta(&self, ingest: &mut IngestState, head: &PartHead) -> Result<(), StoreError> {
+        let (next, point_generation) = {
+            let shared = self.shared();
+            (shared.position.epoch + 1, shared.point_generation)
+        };
+        if next == 1 {
+            return Err(self.sequence(head, "a seed".to_owned()));
+        }
+        if head.generation != point_generation {
+            let expected = format!("a seed, because the recovery point is of generation {point_generation}");
+            return Err(self.sequence(head, expected));
+        }
+        let is_open = |open: &OpenEpoch| {
+            matches!(open.content, Content::Delta { .. })
+                && (open.generation, open.epoch) == (head.generation, head.epoch)
+        };
+        let parts = ingest.open.as_ref().filter(|open| is_open(open)).map_or(0, |open| open.parts);
+        if head.epoch != next || (head.part != parts && head.part != 0) {
+            return Err(self.sequence(head, format!("epoch {next} part {parts}, or a seed")));
+        }
+        if head.part == 0 {
+            self.discard_open(ingest)?;
+            ingest.open = Some(OpenEpoch {
+                generation: head.generation,
+                epoch: head.epoch,
+                parts: 0,
+                layout: ingest.layout.clone(),
+                content: Content::Delta { parts: Vec::new(), payloads: Some(Vec::new()), bytes: 0 },
+            });
+        }
+        ingest.journal.begin(*head).map_err(|error| self.failure(error))
+    }
+
+    fn begin_seed(&self, ingest: &mut IngestState, head: &PartHead) -> Result<(), StoreError> {
+        let (durable, point_generation) = {
+            let shared = self.shared();
+            (shared.position.epoch, shared.point_generation)
+        };
+        if head.generation == point_generation && head.epoch <= durable {
+            return Err(self.sequence(head, format!("a seed with an epoch after {durable}")));
+        }
+        let is_open = |open: &OpenEpoch| {
+            matches!(open.content, Content::Seed { .. })
+                && (open.generation, open.epoch) == (head.generation, head.epoch)
+        };
+        let parts = ingest.open.as_ref().filter(|open| is_open(open)).map_or(0, |open| open.parts);
+        if head.part != 0 && head.part == parts {
+            return Ok(());
+        }
+        if head.part != 0 {
+            return Err(self.sequence(head, format!("part {parts} of that seed, or part 0 of a new one")));
+        }
+        self.discard_open(ingest)?;
+        let dir = self.control().next_dir;
+        let seed = Seed { dir, generation: head.generation, epoch: head.epoch, parts: 0 };
+        self.change_control(|control| {
+            control.next_dir = dir + 1;
+            control.seed = Some(seed);
+        })?;
+        let files = StandbyFiles::create(self.disk.clone(), &self.standby_dir(dir));
+        let files = Box::new(files.map_err(|error| self.failure(error))?);
+        ingest.open = Some(OpenEpoch {
+            generation: head.generation,
+            epoch: head.epoch,
+            parts: 0,
+            layout: None,
+            content: Content::Seed { files, dir, has_xml: false },
+        });
+        Ok(())
+    }
+
+    /// Forgets the epoch that is open; of a seed its directory too.
+    pub fn discard_open(&self, ingest: &mut IngestState) -> Result<(), StoreError> {
+        let open = ingest.open.take();
+        {
+            let mut shared = self.shared();
+            (shared.position.open_epoch, shared.position.open_parts) = (0, 0);
+            shared.open_segment = shared.open_segment.max(ingest.journal.segment());
+        }
+        let Some(OpenEpoch { content: Content::Seed { dir, .. }, .. }) = open else { return Ok(()) };
+        self.change_control(|control| control.seed = None)?;
+        let dir = self.standby_dir(dir);
+        self.disk.remove_dir_all(&dir).map_err(|e| self.failure(JournalError::io("remove", &dir)(e)))
+    }
+
+    fn end_delta(
+        &self,
+        ingest: &mut IngestState,
+        tail: PartTail,
+        checked: Checked,
+        more: Vec<Bytes>,
+    ) -> Result<(), StoreError> {
+        let part = ingest.journal.end(tail).map_err(|error| self.failure(error))?;
+        let Some(open) = &mut ingest.open else { return Ok(()) };
+        let Content::Delta { parts, payloads, bytes } = &mut open.content else { return Ok(()) };
+        open.parts += 1;
+        open.layout = checked.layout;
+        *bytes += tail.payload_bytes;
+        parts.push(part);
+        if let Some(payloads) = payloads {
+            payloads.extend(more);
+        }
+        let mut shared = self.shared();
+        if tail.last {
+            let epoch = Epoch {
+                epoch: open.epoch,
+                cut_unix_ns: tail.cut_unix_ns,
+                parts: std::mem::take(parts),
+                payloads: payloads.take(),
+                bytes: *bytes,
+            };
+            ingest.layout = open.layout.take();
+            shared.position.epoch = epoch.epoch;
+            (shared.position.open_epoch, shared.position.open_parts) = (0, 0);
+            shared.cut_unix_ns = epoch.cut_unix_ns;
+            shared.backlog_bytes += epoch.bytes;
+            shared.open_segment = ingest.journal.segment();
+            shared.backlog.push_back(Arc::new(epoch));
+            ingest.open = None;
+        } else {
+            (shared.position.open_epoch, shared.position.open_parts) = (open.epoch, open.parts);
+            shared.open_segment = parts.first().map_or(shared.open_segment, |part| part.segment);
+        }
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    fn end_seed(&self, ingest: &mut IngestState, tail: &PartTail, checked: Checked) -> Result<(), StoreError> {
+        let Some(open) = &mut ingest.open else { return Ok(()) };
+        let Content::Seed { files, has_xml, .. } = &mut open.content else { return Ok(()) };
+        let layout = checked.layout.clone().unwrap_or_default();
+        self.sync_seed(files, open.epoch, &layout, &checked).map_err(|error| self.failure(error))?;
+        files.take_brought();
+        let parts = open.parts + 1;
+        if tail.last {
+            return self.commit_seed(ingest, tail, layout);
+        }
+        self.change_control(|control| {
+            if let Some(seed) = &mut control.seed {
+                seed.parts = parts;
+            }
+        })?;
+        open.parts = parts;
+        open.layout = checked.layout;
+        *has_xml |= checked.xml.is_some();
+        let mut shared = self.shared();
+        (shared.position.open_epoch, shared.position.open_parts) = (open.epoch, open.parts);
+        Ok(())
+    }
+
+    fn sync_seed(
+        &self,
+        files: &mut StandbyFiles,
+        epoch: u64,
+        layout: &Layout,
+        checked: &Checked,
+    ) -> Result<(), JournalError> {
+        let (disk, dir) = (&*self.disk, files.dir().to_owned());
+        if checked.layout_changed {
+            let path = standby::layout_path(&dir, epoch);
+            write_aside(disk, &path, &standby::layout_bytes(layout, &path)?)?;
+        }
+        if let Some(xml) = &checked.xml {
+            write_aside(disk, &standby::xml_path(&dir, epoch), xml.as_bytes())?;
+        }
+        if let Some(state) = &checked.device_state {
+            write_aside(disk, &standby::device_path(&dir, epoch), state)?;
+        }
+        files.sync()?;
+        disk.sync_dir(&dir).map_err(JournalError::io("sync", &dir))
+    }
+
+    /// The seed is whole and durable: it becomes the standby, in one step, and what it replaces is removed after.
+    fn commit_seed(&self, ingest: &mut IngestState, tail: &PartTail, layout: Arc<Layout>) -> Result<(), StoreError> {
+        let first = ingest.journal.roll().map_err(|error| self.failure(error))?;
+        let mut current = self.standby();
+        let Some(OpenEpoch { content: Content::Seed { dir, .. }, generation, epoch, .. }) = &ingest.open else {
+            return Ok(());
+        };
+        let epoch = *epoch;
+        let durable = Standby {
+            dir: *dir,
+            generation: *generation,
+            epoch,
+            cut_unix_ns: tail.cut_unix_ns,
+            device_epoch: epoch,
+            layout_epoch: epoch,
+            xml_epoch: epoch,
+        };
+        self.change_control(|control| {
+            control.standby = Some(durable);
+            control.seed = None;
+            control.journal_first = first;
+            control.damage = None;
+        })?;
+        let Some(OpenEpoch { content: Content::Seed { files, .. }, .. }) = ingest.open.take() else { return Ok(()) };
+        let before = current.replace(Applier::new(*files, durable));
+        ingest.layout = Some(layout);
+        {
+            let mut shared = self.shared();
+            let generation = shared.position.generation;
+            shared.position = Position { generation, epoch, open_epoch: 0, open_parts: 0 };
+            shared.point_generation = durable.generation;
+            shared.cut_unix_ns = tail.cut_unix_ns;
+            shared.backlog.clear();
+            shared.backlog_bytes = 0;
+            (shared.applied, shared.synced) = (epoch, epoch);
+            shared.open_segment = first;
+            shared.stalled = None;
+            shared.damage = None;
+            self.changed.notify_all();
+        }
+        drop(current);
+        // What is left of the old standby and journal is removed at the next open.
+        if let Some(before) = before
+            && let Err(error) = self.disk.remove_dir_all(before.files.dir())
+        {
+            tracing::warn!(domain = %self.id, %error, "cannot remove the standby that a seed has replaced");
+        }
+        if let Err(error) = remove_segments_before(&*self.disk, &self.journal_dir(), first) {
+            tracing::warn!(domain = %self.id, %error, "cannot remove the journal that a seed has replaced");
+        }
+        Ok(())
+    }
+}

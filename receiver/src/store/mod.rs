@@ -1,0 +1,411 @@
+//! What the receiver keeps of each domain: journal, standby, control record.
+//!
+//! The store is synchronous: a daemon calls it where it may block. What it guarantees, of a disk that keeps what was synced:
+//!
+//! - [`Ingest::end`] returns only after the part is durable; after a crash at any instant it is still there.
+//! - [`Store::recovery_point`] is always a whole durable epoch, the newest one, never a mixture; a seed under way leaves
+//!   the one before it untouched until the seed is whole.
+//! - `cut >= sent >= durable >= applied >= synced`: what is acknowledged is durable in the journal, the standby may be
+//!   behind it, and the journal is kept up to what is synced into the standby.
+//! - A generation is persisted before it is in force; an older one is refused from then on.
+//! - Bytes from a peer or from the disk never panic here; damage concerns its domain only and is reported.
+//!
+//! On disk, below the state directory (`docs/journal.md` has the formats):
+//! ```text
+//! lock                                held while a receiver works here
+//! UUID/control                        what the rest contains
+//! UUID/journal/NNNNNNNN.seg           durable epochs that may not be in the standby yet
+//! UUID/standby.N/ram/I.img            RAM block number I
+//! UUID/standby.N/disk/TARGET.raw      a disk
+//! UUID/standby.N/{device-E.state,layout-E,domain-E.xml}   as of epoch E
+//! ```
+
+mod apply;
+mod check;
+mod domain;
+mod error;
+mod ingest;
+mod points;
+mod recover;
+mod standby;
+mod wire;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use uuid::Uuid;
+use vmdr_journal::{Disk, FsDisk, JournalError, LockGuard};
+
+use domain::Domain;
+
+pub use error::StoreError;
+pub use ingest::Ingest;
+pub use points::{DiskImage, Point, RamImage, RecoveryPoint, Verified, VerifiedImage};
+pub use vmdr_journal::{Kind, PartHead, PartTail};
+pub use wire::{part_head, part_tail};
+
+/// Prefix of a domain's directory while it is being removed.
+const FORGOTTEN: &str = ".forgotten-";
+
+/// How a store works. The defaults suit some ten domains.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoreOptions {
+    /// Bytes that must stay free where the state directory is: no part begins when there are fewer.
+    pub space_reserve_bytes: u64,
+    /// Payload bytes durable but not applied, per domain, from which on the next part waits.
+    pub backlog_bytes_max: u64,
+    /// Payload bytes applied after which the standby is synced and the journal shortened.
+    pub checkpoint_bytes: u64,
+    /// The longest that applied epochs go without that.
+    pub checkpoint_interval: Duration,
+    /// Length of a journal segment from which on no further part goes into it.
+    pub segment_bytes: u64,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        Self {
+            space_reserve_bytes: 256 << 20,
+            backlog_bytes_max: 128 << 20,
+            checkpoint_bytes: 256 << 20,
+            checkpoint_interval: Duration::from_secs(5),
+            segment_bytes: vmdr_journal::SEGMENT_BYTES,
+        }
+    }
+}
+
+/// How far a domain has come. All zero: nothing is stored.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Position {
+    /// The highest generation seen.
+    pub generation: u64,
+    /// The newest durable whole epoch; 0: none.
+    pub epoch: u64,
+    /// An epoch of which some parts are durable but not the last one; 0: none.
+    pub open_epoch: u64,
+    /// How many of its parts, from 0, are durable without a gap.
+    pub open_parts: u32,
+}
+
+/// A part is durable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Durable {
+    /// Its generation.
+    pub generation: u64,
+    /// Its epoch.
+    pub epoch: u64,
+    /// Its number.
+    pub part: u32,
+    /// Whether the epoch is whole with it.
+    pub last: bool,
+}
+
+/// A domain in a list.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DomainSummary {
+    /// The domain's UUID.
+    pub uuid: String,
+    /// Its name when last heard of; empty if its control record cannot be read.
+    pub name: String,
+    /// How far it has come.
+    pub position: Position,
+    /// Generation of the recovery point.
+    pub point_generation: u64,
+    /// Wall clock of the protected host at the recovery point's cut.
+    pub cut_unix_ns: u64,
+    /// Up to which epoch the standby is written.
+    pub applied_epoch: u64,
+    /// Payload bytes that are durable but not applied.
+    pub backlog_bytes: u64,
+    /// Bytes that all of it takes up on the disk.
+    pub stored_bytes: u64,
+    /// A stream is open.
+    pub receiving: bool,
+    /// A guest runs on the standby.
+    pub frozen: bool,
+    /// Why the domain cannot be used, or what is damaged, or why it does not get on.
+    pub trouble: Option<String>,
+}
+
+/// A state directory. Cloned, it is the same store.
+#[derive(Debug, Clone)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    dir: PathBuf,
+    disk: Arc<dyn Disk>,
+    options: StoreOptions,
+    slots: Mutex<HashMap<Uuid, Arc<Slot>>>,
+    _lock: Box<dyn LockGuard>,
+}
+
+/// A domain's place. Its lock is held while the domain is opened, which may take as long as reading its journal.
+#[derive(Debug)]
+struct Slot(Mutex<SlotState>);
+
+#[derive(Debug)]
+enum SlotState {
+    Absent,
+    Open(Arc<Domain>),
+    /// It could not be opened, for this reason.
+    Broken(String),
+}
+
+impl Store {
+    /// Opens the state directory `dir`, making it if need be, with all domains in it. One that cannot be opened is reported
+    /// by [`Store::domains`] and keeps nobody else from working.
+    pub fn open(dir: &Path, options: StoreOptions) -> Result<Self, StoreError> {
+        Self::open_on(Arc::new(FsDisk), dir, options)
+    }
+
+    /// [`Store::open`] on another disk than the file system.
+    pub fn open_on(disk: Arc<dyn Disk>, dir: &Path, options: StoreOptions) -> Result<Self, StoreError> {
+        let of = |error| StoreError::of("all", error);
+        disk.create_dir_all(dir).map_err(JournalError::io("create", dir)).map_err(of)?;
+        let lock = match disk.lock(&dir.join("lock")) {
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
+                return Err(StoreError::Locked(dir.display().to_string()));
+            }
+            other => other.map_err(JournalError::io("lock", dir)).map_err(of)?,
+        };
+        let names = disk.list(dir).map_err(JournalError::io("list", dir)).map_err(of)?;
+        let inner = Inner { dir: dir.to_owned(), disk, options, slots: Mutex::new(HashMap::new()), _lock: lock };
+        let store = Self { inner: Arc::new(inner) };
+        for name in names {
+            if name.starts_with(FORGOTTEN) {
+                let path = dir.join(&name);
+                store.inner.disk.remove_dir_all(&path).map_err(JournalError::io("remove", &path)).map_err(of)?;
+            } else if let Ok(uuid) = canonical(&name) {
+                let slot = store.slot(uuid);
+                let mut state = slot.lock();
+                if let Err(error) = store.open_slot(uuid, &mut state, None) {
+                    tracing::error!(domain = %uuid, %error, "the domain cannot be opened");
+                }
+            } else if name != "lock" {
+                tracing::warn!(%name, dir = %dir.display(), "this is not of vmdr and is left alone");
+            }
+        }
+        Ok(store)
+    }
+
+    /// The state directory.
+    pub fn dir(&self) -> &Path {
+        &self.inner.dir
+    }
+
+    /// All domains, in order of their UUIDs.
+    pub fn domains(&self) -> Vec<DomainSummary> {
+        let mut slots: Vec<(Uuid, Arc<Slot>)> = self.slots().iter().map(|(uuid, slot)| (*uuid, slot.clone())).collect();
+        slots.sort_by_key(|(uuid, _)| *uuid);
+        slots.into_iter().filter_map(|(uuid, slot)| self.summary(uuid, &slot)).collect()
+    }
+
+    /// How far a domain has come; all zero if nothing is stored of it.
+    pub fn position(&self, uuid: &str) -> Result<Position, StoreError> {
+        match self.domain(uuid) {
+            Ok(domain) => Ok(domain.shared().position),
+            Err(StoreError::Unknown(_)) => Ok(Position::default()),
+            Err(other) => Err(other),
+        }
+    }
+
+    /// Opens a stream into a domain, which is begun if nothing is stored of it. Generation 0 takes the stored one. An older
+    /// stream of the domain is cut off. A domain that failed before is opened anew.
+    pub fn open_stream(&self, uuid: &str, name: &str, generation: u64) -> Result<Ingest, StoreError> {
+        let uuid = parse(uuid)?;
+        let slot = self.slot(uuid);
+        let mut state = slot.lock();
+        let failed = match &*state {
+            SlotState::Open(domain) => {
+                let shared = domain.shared();
+                shared.failed.is_some() || shared.closing
+            }
+            _ => true,
+        };
+        if failed {
+            self.open_slot(uuid, &mut state, Some((name, generation.max(1))))?;
+        }
+        let SlotState::Open(domain) = &*state else { return Err(StoreError::Unknown(uuid.to_string())) };
+        domain.open_stream(name, generation)
+    }
+
+    /// Makes `generation` the oldest that may write, durably. When this returns older streams are cut off. A lower one than
+    /// the stored changes nothing. Returns the one in force.
+    pub fn raise_generation(&self, uuid: &str, generation: u64) -> Result<u64, StoreError> {
+        self.domain(uuid)?.raise_generation(generation)
+    }
+
+    /// Freezes the standby, because a guest is to run on it, or lets go of it: durable when this returns. Freezing cuts off
+    /// the stream, and waits until the newest durable epoch is applied and synced.
+    pub fn set_frozen(&self, uuid: &str, frozen: bool) -> Result<(), StoreError> {
+        self.domain(uuid)?.set_frozen(frozen)
+    }
+
+    /// The newest durable epoch, once it is applied and synced.
+    pub fn recovery_point(&self, uuid: &str) -> Result<RecoveryPoint, StoreError> {
+        self.domain(uuid)?.recovery_point()
+    }
+
+    /// The recovery points there are, newest first.
+    pub fn points(&self, uuid: &str) -> Result<Vec<Point>, StoreError> {
+        let domain = self.domain(uuid)?;
+        let bytes = self.used_bytes(domain.uuid);
+        Ok(domain.points(bytes))
+    }
+
+    /// Hashes of everything in the standby, with the epoch that they are of: the newest one durable when this began, or a
+    /// later one. Applying waits meanwhile.
+    pub fn verify(&self, uuid: &str) -> Result<Verified, StoreError> {
+        self.domain(uuid)?.verify()
+    }
+
+    /// Deletes what is stored of a domain that has no stream and no guest; also of one that cannot be opened. Returns the
+    /// bytes freed.
+    pub fn forget(&self, uuid: &str) -> Result<u64, StoreError> {
+        let uuid = parse(uuid)?;
+        let id = uuid.to_string();
+        let slot = self.slot(uuid);
+        let mut state = slot.lock();
+        match &*state {
+            SlotState::Absent => return Err(StoreError::Unknown(id)),
+            SlotState::Broken(_) => {}
+            SlotState::Open(domain) => {
+                let busy = |what: &str| Err(StoreError::Busy { domain: id.clone(), what: what.to_owned() });
+                let shared = domain.shared();
+                if shared.frozen {
+                    return busy("it is active at this site: stop it first");
+                }
+                if shared.stream_open {
+                    return busy("it is receiving: unprotect it first");
+                }
+                drop(shared);
+                domain.close();
+            }
+        }
+        let bytes = self.used_bytes(uuid);
+        let (dir, aside) = (self.domain_dir(uuid), self.inner.dir.join(format!("{FORGOTTEN}{uuid}")));
+        let disk = &self.inner.disk;
+        let result = (|| {
+            disk.remove_dir_all(&aside).map_err(JournalError::io("remove", &aside))?;
+            disk.rename(&dir, &aside).map_err(JournalError::io("move aside", &dir))?;
+            disk.sync_dir(&self.inner.dir).map_err(JournalError::io("sync", &self.inner.dir))?;
+            disk.remove_dir_all(&aside).map_err(JournalError::io("remove", &aside))
+        })();
+        *state = match &result {
+            Ok(()) => SlotState::Absent,
+            Err(error) => SlotState::Broken(error.to_string()),
+        };
+        result.map_err(|error| StoreError::of(&id, error))?;
+        Ok(bytes)
+    }
+
+    fn slots(&self) -> MutexGuard<'_, HashMap<Uuid, Arc<Slot>>> {
+        self.inner.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn slot(&self, uuid: Uuid) -> Arc<Slot> {
+        self.slots().entry(uuid).or_insert_with(|| Arc::new(Slot(Mutex::new(SlotState::Absent)))).clone()
+    }
+
+    fn domain_dir(&self, uuid: Uuid) -> PathBuf {
+        self.inner.dir.join(uuid.to_string())
+    }
+
+    fn used_bytes(&self, uuid: Uuid) -> u64 {
+        // A figure for people: files that come and go while it is taken are no error.
+        self.inner.disk.used_bytes(&self.domain_dir(uuid)).unwrap_or(0)
+    }
+
+    fn domain(&self, uuid: &str) -> Result<Arc<Domain>, StoreError> {
+        let uuid = parse(uuid)?;
+        let slot = self.slots().get(&uuid).cloned();
+        let slot = slot.ok_or_else(|| StoreError::Unknown(uuid.to_string()))?;
+        let mut state = slot.lock();
+        match &*state {
+            SlotState::Open(domain) if domain.shared().failed.is_none() => return Ok(domain.clone()),
+            SlotState::Absent => return Err(StoreError::Unknown(uuid.to_string())),
+            // It may be usable again: a disk came back, an operator repaired it.
+            SlotState::Open(_) | SlotState::Broken(_) => self.open_slot(uuid, &mut state, None)?,
+        }
+        match &*state {
+            SlotState::Open(domain) => Ok(domain.clone()),
+            SlotState::Absent | SlotState::Broken(_) => Err(StoreError::Unknown(uuid.to_string())),
+        }
+    }
+
+    /// Opens the domain, or opens it anew.
+    fn open_slot(&self, uuid: Uuid, state: &mut SlotState, new: Option<(&str, u64)>) -> Result<(), StoreError> {
+        if let SlotState::Open(domain) = state {
+            domain.close();
+            // The stream's and the applier's last calls end before their files are opened a second time.
+            drop((domain.ingest(), domain.standby()));
+        }
+        let Inner { disk, options, .. } = &*self.inner;
+        match Domain::open(disk.clone(), &self.domain_dir(uuid), uuid, options.clone(), new) {
+            Ok(domain) => {
+                *state = SlotState::Open(domain);
+                Ok(())
+            }
+            Err(StoreError::Unknown(id)) => {
+                *state = SlotState::Absent;
+                Err(StoreError::Unknown(id))
+            }
+            Err(error) => {
+                *state = SlotState::Broken(error.to_string());
+                Err(error)
+            }
+        }
+    }
+
+    fn summary(&self, uuid: Uuid, slot: &Slot) -> Option<DomainSummary> {
+        let mut summary = DomainSummary { uuid: uuid.to_string(), ..DomainSummary::default() };
+        match slot.0.try_lock() {
+            Err(_) => summary.trouble = Some("it is being opened".to_owned()),
+            Ok(state) => match &*state {
+                SlotState::Absent => return None,
+                SlotState::Broken(why) => summary.trouble = Some(why.clone()),
+                SlotState::Open(domain) => domain.summarize(&mut summary),
+            },
+        }
+        summary.stored_bytes = self.used_bytes(uuid);
+        Some(summary)
+    }
+}
+
+impl Slot {
+    fn lock(&self) -> MutexGuard<'_, SlotState> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let slots = self.slots.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for slot in slots.values() {
+            if let SlotState::Open(domain) = &*slot.lock() {
+                domain.close();
+            }
+        }
+    }
+}
+
+/// A UUID as a peer or person writes it. Nothing else may become a path.
+fn parse(uuid: &str) -> Result<Uuid, StoreError> {
+    // Shown in messages: as much of a wrong one as is useful.
+    let shown = || StoreError::BadUuid(uuid.chars().take(64).collect());
+    match Uuid::try_parse(uuid) {
+        Ok(parsed) if !parsed.is_nil() && uuid.len() == 36 => Ok(parsed),
+        _ => Err(shown()),
+    }
+}
+
+/// A directory's name, if it is the UUID as the store writes it.
+fn canonical(name: &str) -> Result<Uuid, StoreError> {
+    let uuid = parse(name)?;
+    if uuid.to_string() == name { Ok(uuid) } else { Err(StoreError::BadUuid(name.to_owned())) }
+}

@@ -1,0 +1,289 @@
+//! Opening a domain's directory after whatever happened to it.
+//!
+//! The control record says what is certain: the standby up to its epoch, and a seed up to its parts. Whole epochs in the
+//! journal beyond that are durable and are applied again; parts of the epoch after them are kept if they follow without a
+//! gap. Where the journal is damaged, the epochs before that are the recovery point, the rest of it is moved aside, and
+//! the damage is noted in the control record until a new seed is whole.
+
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex};
+
+use bytes::Bytes;
+use uuid::Uuid;
+use vmdr_codec::Layout;
+use vmdr_journal::{Control, Disk, Journal, JournalError, Part, Standby};
+
+use super::apply::Applier;
+use super::check::PartCheck;
+use super::domain::{Content, Domain, Epoch, IngestState, OpenEpoch, Shared, standby_dir};
+use super::standby::{self, StandbyFiles, read_layout};
+use super::{Position, StoreError, StoreOptions};
+
+/// Follows the journal from the control record's epoch on.
+struct Replay {
+    standby: Option<Standby>,
+    layout: Option<Arc<Layout>>,
+    epochs: Vec<Epoch>,
+    open: Option<OpenEpoch>,
+    broken: Option<String>,
+}
+
+impl Domain {
+    /// Opens the directory `dir` of domain `uuid`; with `new`, a name and generation, one that has nothing in it is begun.
+    pub fn open(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        uuid: Uuid,
+        options: StoreOptions,
+        new: Option<(&str, u64)>,
+    ) -> Result<Arc<Self>, StoreError> {
+        let id = uuid.to_string();
+        let of = |error| StoreError::of(&id, error);
+        let mut control = load_or_begin(&disk, dir, uuid, new)?;
+        sweep(&*disk, dir, &control).map_err(of)?;
+        let (applier, layout) = match control.standby {
+            None => (None, None),
+            Some(durable) => {
+                let dir = standby_dir(dir, durable.dir);
+                let layout = read_layout(&*disk, &standby::layout_path(&dir, durable.layout_epoch)).map_err(of)?;
+                let layout = Arc::new(layout);
+                let files = StandbyFiles::open(disk.clone(), &dir, layout.clone()).map_err(of)?;
+                (Some(Applier::new(files, durable)), Some(layout))
+            }
+        };
+        let seed = open_seed(&disk, dir, &mut control).map_err(of)?;
+        let mut replay = Replay { standby: control.standby, layout, epochs: Vec::new(), open: None, broken: None };
+        let mut visit = |part: &Part, payloads: &[Bytes]| replay.part(part, payloads);
+        let journal =
+            Journal::open(disk.clone(), &dir.join("journal"), *uuid.as_bytes(), control.journal_first, &mut visit);
+        let (mut journal, recovered) = journal.map_err(of)?;
+        journal.set_segment_bytes(options.segment_bytes);
+        let durable = replay.durable();
+        let harmful = recovered.damage.iter().find(|damage| damage.epoch == 0 || damage.epoch > durable);
+        let broken = replay.broken.take().or(harmful.map(ToString::to_string));
+        for damage in &recovered.damage {
+            tracing::error!(domain = %id, %damage, recovery_point = durable, "the journal is damaged");
+        }
+        let open = match (seed, &broken) {
+            (Some(seed), _) => Some(seed),
+            // Its host may no longer write if the generation was raised since.
+            (None, None) if replay.standby.is_some_and(|s| s.generation == control.generation) => replay.open.take(),
+            (None, _) => None,
+        };
+        let shared = shared(&control, &replay, open.as_ref(), &journal);
+        let layout = replay.layout.take();
+        let domain = Arc::new(Domain {
+            uuid,
+            id: id.clone(),
+            dir: dir.to_owned(),
+            disk,
+            options,
+            ingest: Mutex::new(IngestState { journal, layout, open, part: None }),
+            standby: Mutex::new(applier),
+            control: Mutex::new(control),
+            shared: Mutex::new(shared),
+            changed: Condvar::new(),
+            thread: Mutex::new(None),
+        });
+        if let Some(what) = broken {
+            domain.quarantine(&what, durable)?;
+        }
+        domain.start()?;
+        Ok(domain)
+    }
+
+    /// Applies what is good, moves the journal aside and notes why.
+    fn quarantine(&self, what: &str, durable: u64) -> Result<(), StoreError> {
+        self.apply_all()?;
+        let note = format!("{what}; the recovery point is epoch {durable}, later ones were lost, a new seed is needed");
+        self.change_control(|control| control.damage = Some(note.clone()))?;
+        let mut ingest = self.ingest();
+        let first = ingest.journal.quarantine().map_err(|error| self.failure(error))?;
+        self.change_control(|control| control.journal_first = first)?;
+        let mut shared = self.shared();
+        shared.open_segment = first;
+        shared.damage = Some(note);
+        Ok(())
+    }
+}
+
+/// The control record of `dir`. If there is none, and nothing else either, a new one.
+fn load_or_begin(
+    disk: &Arc<dyn Disk>,
+    dir: &Path,
+    uuid: Uuid,
+    new: Option<(&str, u64)>,
+) -> Result<Control, StoreError> {
+    let id = uuid.to_string();
+    let of = |error| StoreError::of(&id, error);
+    match Control::load(&**disk, dir, uuid.as_bytes()) {
+        Err(JournalError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
+        other => return other.map_err(of),
+    }
+    let names = match disk.list(dir) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        other => other.map_err(JournalError::io("list", dir)).map_err(of)?,
+    };
+    if names.iter().any(|name| name.starts_with("standby.") || name.starts_with("journal")) {
+        let what = format!("{} has no control record, but a standby or journal", dir.display());
+        return Err(StoreError::Damaged { domain: id, what });
+    }
+    let Some((name, generation)) = new else { return Err(StoreError::Unknown(id)) };
+    disk.create_dir_all(dir).map_err(JournalError::io("create", dir)).map_err(of)?;
+    if let Some(parent) = dir.parent() {
+        disk.sync_dir(parent).map_err(JournalError::io("sync", parent)).map_err(of)?;
+    }
+    let control = Control::new(*uuid.as_bytes(), name, generation);
+    control.store(&**disk, dir).map_err(of)?;
+    Ok(control)
+}
+
+/// Removes what a crash has left that the control record does not mention.
+fn sweep(disk: &dyn Disk, dir: &Path, control: &Control) -> Result<(), JournalError> {
+    let keep = [control.standby.map(|s| s.dir), control.seed.filter(|s| s.parts > 0).map(|s| s.dir)];
+    let keep: Vec<String> = keep.into_iter().flatten().map(|number| format!("standby.{number}")).collect();
+    for name in disk.list(dir).map_err(JournalError::io("list", dir))? {
+        if name.starts_with("standby.") && !keep.contains(&name) {
+            let path = dir.join(&name);
+            tracing::info!(path = %path.display(), "removing a standby that is not in use");
+            disk.remove_dir_all(&path).map_err(JournalError::io("remove", &path))?;
+        }
+    }
+    let Some(durable) = control.standby else { return Ok(()) };
+    let dir = standby_dir(dir, durable.dir);
+    let keep = [
+        dir.join("ram"),
+        dir.join("disk"),
+        standby::device_path(&dir, durable.device_epoch),
+        standby::layout_path(&dir, durable.layout_epoch),
+        standby::xml_path(&dir, durable.xml_epoch),
+    ];
+    for name in disk.list(&dir).map_err(JournalError::io("list", &dir))? {
+        let path = dir.join(&name);
+        if !keep.contains(&path) {
+            disk.remove_file(&path).map_err(JournalError::io("remove", &path))?;
+        }
+    }
+    Ok(())
+}
+
+/// The seed that was under way. One that cannot be continued is forgotten: nothing is lost but time.
+fn open_seed(disk: &Arc<dyn Disk>, dir: &Path, control: &mut Control) -> Result<Option<OpenEpoch>, JournalError> {
+    let Some(seed) = control.seed else { return Ok(None) };
+    let staging = standby_dir(dir, seed.dir);
+    let open = || {
+        let layout = Arc::new(read_layout(&**disk, &standby::layout_path(&staging, seed.epoch))?);
+        let files = StandbyFiles::open(disk.clone(), &staging, layout.clone())?;
+        let names = disk.list(&staging).map_err(JournalError::io("list", &staging))?;
+        let xml = standby::xml_path(&staging, seed.epoch);
+        let has_xml = names.iter().any(|name| staging.join(name) == xml);
+        Ok::<_, JournalError>((layout, files, has_xml))
+    };
+    let current = seed.generation == control.generation && seed.parts > 0;
+    match open() {
+        Ok((layout, files, has_xml)) if current => Ok(Some(OpenEpoch {
+            generation: seed.generation,
+            epoch: seed.epoch,
+            parts: seed.parts,
+            layout: Some(layout),
+            content: Content::Seed { files: Box::new(files), dir: seed.dir, has_xml },
+        })),
+        result => {
+            if let (true, Err(error)) = (current, result) {
+                tracing::warn!(%error, epoch = seed.epoch, "the seed under way cannot be continued and is forgotten");
+            }
+            control.seed = None;
+            control.store(&**disk, dir)?;
+            disk.remove_dir_all(&staging).map_err(JournalError::io("remove", &staging))?;
+            Ok(None)
+        }
+    }
+}
+
+fn shared(control: &Control, replay: &Replay, open: Option<&OpenEpoch>, journal: &Journal) -> Shared {
+    let standby = control.standby;
+    let newest = replay.epochs.last();
+    let mut shared = Shared {
+        name: control.name.clone(),
+        position: Position {
+            generation: control.generation,
+            epoch: replay.durable(),
+            open_epoch: open.filter(|open| open.parts > 0).map_or(0, |open| open.epoch),
+            open_parts: open.map_or(0, |open| open.parts),
+        },
+        point_generation: standby.map_or(0, |standby| standby.generation),
+        cut_unix_ns: newest.map(|epoch| epoch.cut_unix_ns).or(standby.map(|s| s.cut_unix_ns)).unwrap_or(0),
+        backlog_bytes: replay.epochs.iter().map(|epoch| epoch.bytes).sum(),
+        applied: standby.map_or(0, |standby| standby.epoch),
+        synced: standby.map_or(0, |standby| standby.epoch),
+        open_segment: journal.segment(),
+        damage: control.damage.clone(),
+        frozen: control.frozen,
+        ..Shared::default()
+    };
+    if let Some(OpenEpoch { content: Content::Delta { parts, .. }, .. }) = open
+        && let Some(part) = parts.first()
+    {
+        shared.open_segment = part.segment;
+    }
+    shared
+}
+
+impl Replay {
+    /// The newest epoch that is durable: in the standby, or whole in the journal.
+    fn durable(&self) -> u64 {
+        let standby = self.standby.map_or(0, |standby| standby.epoch);
+        self.epochs.last().map_or(standby, |epoch| epoch.epoch)
+    }
+
+    fn part(&mut self, part: &Part, payloads: &[Bytes]) {
+        let Some(standby) = self.standby else { return };
+        if self.broken.is_some() || part.head.generation != standby.generation || part.head.epoch <= standby.epoch {
+            return;
+        }
+        if let Err(what) = self.follow(part, payloads) {
+            self.broken = Some(format!("journal segment {}, epoch {}: {what}", part.segment, part.head.epoch));
+        }
+    }
+
+    fn follow(&mut self, part: &Part, payloads: &[Bytes]) -> Result<(), String> {
+        let next = self.durable() + 1;
+        if part.head.epoch < next {
+            return Err(format!("it comes again after epoch {}", next - 1));
+        }
+        if part.head.epoch > next {
+            return Err(format!("epoch {next} is damaged or missing before it"));
+        }
+        if part.head.part == 0 {
+            self.open = Some(OpenEpoch {
+                generation: part.head.generation,
+                epoch: part.head.epoch,
+                parts: 0,
+                layout: self.layout.clone(),
+                content: Content::Delta { parts: Vec::new(), payloads: None, bytes: 0 },
+            });
+        }
+        let Some(open) = self.open.as_mut().filter(|open| open.parts == part.head.part) else {
+            return Err(format!("part {} does not follow, one before it is damaged or missing", part.head.part));
+        };
+        let mut check = PartCheck::new(open.layout.clone());
+        payloads.iter().try_for_each(|payload| check.content(payload))?;
+        open.layout = check.end(&part.tail)?.layout;
+        open.parts += 1;
+        let Content::Delta { parts, bytes, .. } = &mut open.content else { return Ok(()) };
+        parts.push(part.clone());
+        *bytes += part.tail.payload_bytes;
+        if part.tail.last {
+            self.epochs.push(Epoch {
+                epoch: part.head.epoch,
+                cut_unix_ns: part.tail.cut_unix_ns,
+                parts: std::mem::take(parts),
+                payloads: None,
+                bytes: *bytes,
+            });
+            self.layout = open.layout.take();
+            self.open = None;
+        }
+        Ok(())
+    }
+}
