@@ -9,7 +9,7 @@ use std::path::Path;
 use serde_json::Value;
 use vmdr_hypervisor::Error;
 use vmdr_hypervisor::domain_xml::{DomainXml, own_qmp_socket};
-use vmdr_hypervisor::libvirt::{Connection, Domain, DomainState};
+use vmdr_hypervisor::libvirt::{Domain, DomainState};
 use vmdr_hypervisor::xml::Element;
 
 use super::host::{QEMU_MAJOR_MIN, mib};
@@ -28,30 +28,20 @@ pub struct DomainOptions {
     pub protected: bool,
 }
 
-/// Everything about the domain of this name or UUID.
-pub fn domain(connection: &Connection, name: &str, host: &HostFacts, options: &DomainOptions) -> Vec<Finding> {
-    let found = connection.domain(name).and_then(|d| Ok((d.state()?, d)));
-    let ((state, _), domain) = match found {
-        Ok(found) => found,
-        Err(e) if e.is_no_such_domain() => {
-            let remedy = "`virsh list --all` shows the domains there are";
-            let fact = format!("there is none of this name or UUID at {}", connection.uri());
-            return vec![Finding::refused(format!("domain {name}"), fact, remedy)];
-        }
-        Err(e) => return vec![unreadable(&format!("domain {name}"), &e)],
-    };
+/// Everything about a domain. `host`: as gathered a moment ago.
+pub fn findings(domain: &Domain, host: &HostFacts, options: &DomainOptions) -> Vec<Finding> {
     let subject = format!("domain {}", domain.name());
-    let root = match domain.live_xml() {
-        Ok(root) => root,
+    let (state, root) = match domain.state().and_then(|(state, _)| Ok((state, domain.live_xml()?))) {
+        Ok(found) => found,
         Err(e) => return vec![unreadable(&subject, &e)],
     };
     let mut findings = vec![running(&subject, state)];
     findings.extend(definition(&root, host, options));
     if state.is_active() {
-        findings.push(monitor(&domain, &root, options));
-        findings.push(process(&domain));
-        findings.extend(qemu(&domain));
-        findings.extend(disk_sizes(&domain, &root));
+        findings.push(monitor(domain, &root, options));
+        findings.push(process(domain));
+        findings.extend(qemu(domain));
+        findings.extend(disk_sizes(domain, &root));
     }
     findings
 }

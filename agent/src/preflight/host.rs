@@ -60,7 +60,7 @@ impl HostFacts {
 
 /// The host's findings. `connection`: the one to its libvirt, or why there is none. `arena_bytes`: memory that each
 /// protected domain takes for checkpoints.
-pub fn host(facts: &HostFacts, connection: Result<&Connection, &Error>, arena_bytes: u64) -> Vec<Finding> {
+pub fn findings(facts: &HostFacts, connection: Result<&Connection, &Error>, arena_bytes: u64) -> Vec<Finding> {
     let mut findings = local(facts, arena_bytes);
     match connection {
         Ok(connection) => findings.extend(libvirt(connection)),
@@ -243,7 +243,7 @@ mod tests {
         assert!(!facts.kernel_release.is_empty());
         assert!(facts.memory_available_bytes > 0);
         let error = Error::Connect { uri: "qemu:///system".into(), message: "no socket".into() };
-        let findings = host(&facts, Err(&error), 0);
+        let findings = super::findings(&facts, Err(&error), 0);
         assert!(refusals(&findings).any(|f| f.subject == "libvirt" && f.fact.contains("no socket")));
     }
 }

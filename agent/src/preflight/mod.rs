@@ -21,11 +21,14 @@ pub mod qemu_devices;
 
 mod kernel_probe;
 
-pub use domain::{DomainOptions, domain};
-pub use host::{HostFacts, host};
+pub use domain::DomainOptions;
+pub use host::HostFacts;
 pub use prepare::{Prepared, prepare};
 
-use vmdr_proto::{control, replication};
+use vmdr_hypervisor::Error;
+use vmdr_hypervisor::domain_xml::{Disk, DomainXml};
+use vmdr_hypervisor::libvirt::Domain;
+use vmdr_proto::{REPLICATION_VERSION, control, replication};
 
 /// How much a finding matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -97,6 +100,24 @@ impl From<Finding> for control::Finding {
 /// The refusals among findings.
 pub fn refusals(findings: &[Finding]) -> impl Iterator<Item = &Finding> {
     findings.iter().filter(|f| f.severity == Severity::Refused)
+}
+
+/// What a receiver is asked about a running domain: whether it could store and run it.
+pub fn probe_request(domain: &Domain) -> Result<replication::ProbeRequest, Error> {
+    let migratable = domain.migratable_xml()?;
+    let definition = DomainXml::from_element(&migratable)?;
+    let mut disk_bytes: u64 = 0;
+    for disk in definition.disks.iter().filter(|d| Disk::is_writable(d)) {
+        disk_bytes = disk_bytes.saturating_add(domain.disk_bytes(&disk.target)?);
+    }
+    Ok(replication::ProbeRequest {
+        protocol_version: REPLICATION_VERSION,
+        domain_uuid: definition.uuid.to_string(),
+        domain_name: definition.name,
+        domain_xml: migratable.to_string(),
+        memory_bytes: definition.memory_bytes,
+        disk_bytes,
+    })
 }
 
 /// What a receiver said about a domain, as findings.
