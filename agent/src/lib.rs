@@ -1,1 +1,24 @@
-//! Skeleton.
+//! The daemon on a protected host.
+//!
+//! | module | subject |
+//! | --- | --- |
+//! | [`daemon`] | the whole: sessions by domain |
+//! | [`session`] | the protection of one domain |
+//! | [`link`] | the stream to the receiver |
+//! | [`encode`] | from what a shim captured to what goes over the wire |
+//! | [`shim_client`], [`arena_map`], [`guard`] | the shim: asked, read, watched |
+//! | [`preflight`] | what can be protected, and what cannot |
+//! | [`control`], [`metrics`], [`config`], [`registry`] | the operator's side |
+
+pub mod arena_map;
+pub mod config;
+pub mod control;
+pub mod daemon;
+pub mod encode;
+pub mod guard;
+pub mod link;
+pub mod metrics;
+pub mod preflight;
+pub mod registry;
+pub mod session;
+pub mod shim_client;

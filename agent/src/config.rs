@@ -1,0 +1,132 @@
+//! `/etc/vmdr/agent.toml`.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use serde::Deserialize;
+use vmdr_shim::config::{ARENA_BYTES, CUT_LIMIT_MS, CUT_PAGES_MAX};
+
+/// The shortest interval between cuts.
+pub const INTERVAL_MS_MIN: u32 = 25;
+/// The longest interval between cuts.
+pub const INTERVAL_MS_MAX: u32 = 60_000;
+
+/// Configuration of an agent. Every key has a default but the receiver, which `vmdr protect --receiver` can give.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// `host:port` of the receiver.
+    pub receiver: Option<String>,
+    /// Time between cuts in milliseconds, 25 to 60,000.
+    pub interval_ms: u32,
+    /// libvirt of this host.
+    pub libvirt_uri: String,
+    /// Unix socket for the `vmdr` command.
+    pub control_socket: PathBuf,
+    /// Address of the metrics; empty: none.
+    pub metrics_listen: Option<SocketAddr>,
+    /// What is protected is remembered here, so that a restarted agent goes on.
+    pub state_dir: PathBuf,
+    /// Sockets and state pages of the shims.
+    pub runtime_dir: PathBuf,
+    /// Log files of the shims.
+    pub log_dir: PathBuf,
+    /// The shim's program; by default it lies beside the agent's.
+    pub shim_program: Option<PathBuf>,
+    /// Memory per guest for what is captured and not yet durable, in bytes (at least 64 MiB).
+    pub arena_bytes: u64,
+    /// The most pages of 4 KiB to copy in one pause.
+    pub cut_pages_max: u64,
+    /// How long a cut may keep a guest paused, in milliseconds.
+    pub cut_limit_ms: u64,
+    /// Bytes per second at which disks are copied first; 0: no limit.
+    pub disk_copy_bytes_per_second: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            receiver: None,
+            interval_ms: 100,
+            libvirt_uri: "qemu:///system".to_owned(),
+            control_socket: vmdr_proto::AGENT_SOCKET.into(),
+            metrics_listen: Some(SocketAddr::from(([127, 0, 0, 1], 7422))),
+            state_dir: "/var/lib/vmdr/agent".into(),
+            runtime_dir: "/run/vmdr/shim".into(),
+            log_dir: "/var/log/vmdr".into(),
+            shim_program: None,
+            arena_bytes: ARENA_BYTES,
+            cut_pages_max: CUT_PAGES_MAX,
+            cut_limit_ms: CUT_LIMIT_MS,
+            disk_copy_bytes_per_second: 0,
+        }
+    }
+}
+
+impl Config {
+    /// Reads the file; one that does not exist gives the defaults.
+    pub fn read(path: &Path) -> anyhow::Result<Self> {
+        let text = match std::fs::read_to_string(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            text => text.with_context(|| format!("read {}", path.display()))?,
+        };
+        Self::parse(&text).with_context(|| format!("in {}", path.display()))
+    }
+
+    /// Parses and checks.
+    pub fn parse(text: &str) -> anyhow::Result<Self> {
+        let config: Self = toml::from_str(text).map_err(|error| {
+            let place = error.span().map(|span| position(text, span.start)).unwrap_or_default();
+            anyhow::anyhow!("{place}{}", error.message())
+        })?;
+        check_interval(config.interval_ms)?;
+        if config.arena_bytes < 64 << 20 {
+            bail!("arena_bytes = {}: at least {} (64 MiB) are needed", config.arena_bytes, 64 << 20);
+        }
+        if config.cut_limit_ms == 0 || config.cut_pages_max == 0 {
+            bail!("cut_limit_ms and cut_pages_max must not be 0");
+        }
+        Ok(config)
+    }
+
+    /// The shim's program.
+    pub fn shim_program(&self) -> anyhow::Result<PathBuf> {
+        if let Some(program) = &self.shim_program {
+            return Ok(program.clone());
+        }
+        let own = std::env::current_exe().context("find this program's own file")?;
+        Ok(own.with_file_name("vmdr-shim"))
+    }
+}
+
+/// Checks an interval from the file or from a request.
+pub fn check_interval(interval_ms: u32) -> anyhow::Result<()> {
+    if !(INTERVAL_MS_MIN..=INTERVAL_MS_MAX).contains(&interval_ms) {
+        bail!("interval {interval_ms} ms is out of range: {INTERVAL_MS_MIN} ms to {INTERVAL_MS_MAX} ms are possible");
+    }
+    Ok(())
+}
+
+fn position(text: &str, at: usize) -> String {
+    let before = &text[..at.min(text.len())];
+    let line = before.matches('\n').count() + 1;
+    let column = before.rsplit('\n').next().map_or(0, str::len) + 1;
+    format!("line {line}, column {column}: ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mistakes_are_named_with_their_place() {
+        let error = Config::parse("receiver = \"b:7420\"\ninterval = 5\n").unwrap_err().to_string();
+        assert!(error.starts_with("line 2, column 1: unknown field `interval`"), "{error}");
+        let error = Config::parse("interval_ms = 5").unwrap_err().to_string();
+        assert!(error.contains("25 ms to 60000 ms"), "{error}");
+        assert!(Config::parse("interval_ms = \n").unwrap_err().to_string().starts_with("line 1"));
+        assert!(Config::parse("arena_bytes = 1").is_err());
+        assert_eq!(Config::parse("").unwrap().interval_ms, 100);
+    }
+}

@@ -1,0 +1,340 @@
+//! The control socket: what the `vmdr` command asks of an agent.
+
+use std::pin::Pin;
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::net::UnixListener;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
+use tonic::{Request, Response, Status};
+use vmdr_hypervisor::domain_xml::DomainXml;
+use vmdr_hypervisor::libvirt::{Connection, Domain};
+use vmdr_proto::REPLICATION_VERSION;
+use vmdr_proto::control::agent_server::{Agent as AgentService, AgentServer};
+use vmdr_proto::control::{
+    DoctorReply, DoctorRequest, DomainRequest, DomainStatus, PrepareReply, Progress, ProtectRequest, StatusReply,
+    StatusRequest, UnprotectReply,
+};
+use vmdr_proto::replication::{ProbeReply, ProbeRequest};
+
+use crate::config::check_interval;
+use crate::daemon::Agent;
+use crate::link;
+use crate::preflight::{self, DomainOptions, Finding, HostFacts, Severity};
+use crate::registry::Protection;
+use crate::session::{Input, Phase, Session};
+
+const RECEIVER_REMEDY: &str = "start vmdr-receiver there, or correct the address";
+const PROGRESS_LOOK: Duration = Duration::from_millis(100);
+
+/// Serves it for ever.
+pub async fn serve(listener: UnixListener, agent: Agent) -> anyhow::Result<()> {
+    tonic::transport::Server::builder()
+        .add_service(AgentServer::new(Control { agent }))
+        .serve_with_incoming(UnixListenerStream::new(listener))
+        .await
+        .context("serve the control socket")
+}
+
+struct Control {
+    agent: Agent,
+}
+
+#[tonic::async_trait]
+impl AgentService for Control {
+    async fn doctor(&self, request: Request<DoctorRequest>) -> Result<Response<DoctorReply>, Status> {
+        let name = request.into_inner().domain;
+        let findings = if name.is_empty() {
+            let config = self.agent.config.clone();
+            let mut findings = blocking(move || {
+                let connection = Connection::open(&config.libvirt_uri);
+                Ok(preflight::host(&HostFacts::gather(), connection.as_ref(), config.arena_bytes))
+            })
+            .await?;
+            findings.push(self.receiver_finding().await);
+            findings
+        } else {
+            let receiver = self.agent.config.receiver.clone();
+            self.examine(&name, receiver.as_deref()).await?.findings
+        };
+        Ok(Response::new(DoctorReply { findings: findings.into_iter().map(Into::into).collect() }))
+    }
+
+    async fn prepare(&self, request: Request<DomainRequest>) -> Result<Response<PrepareReply>, Status> {
+        let name = request.into_inner().domain;
+        let uri = self.agent.config.libvirt_uri.clone();
+        let prepared = blocking(move || {
+            let connection = Connection::open(&uri)?;
+            let domain = connection.domain(&name)?;
+            Ok(preflight::prepare(&connection, &domain)?)
+        })
+        .await?;
+        Ok(Response::new(PrepareReply {
+            changed: prepared.changed,
+            restart_needed: prepared.restart_needed,
+            qmp_socket: prepared.socket.to_string_lossy().into_owned(),
+        }))
+    }
+
+    type ProtectStream = Pin<Box<dyn tokio_stream::Stream<Item = Result<Progress, Status>> + Send>>;
+
+    async fn protect(&self, request: Request<ProtectRequest>) -> Result<Response<Self::ProtectStream>, Status> {
+        let request = request.into_inner();
+        let interval_ms = if request.interval_ms == 0 { self.agent.config.interval_ms } else { request.interval_ms };
+        check_interval(interval_ms).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let receiver =
+            if request.receiver.is_empty() { self.agent.config.receiver.clone() } else { Some(request.receiver) };
+        let Some(receiver) = receiver else {
+            return Err(Status::failed_precondition(
+                "no receiver is configured: set `receiver = \"HOST:PORT\"` in agent.toml or give --receiver",
+            ));
+        };
+        let examined = self.examine(&request.domain, Some(&receiver)).await?;
+        if self.agent.sessions().contains_key(&examined.uuid) {
+            return Err(Status::already_exists(format!("domain {} is already protected", examined.name)));
+        }
+        if let Some(error) = refusals(&examined) {
+            return Err(error);
+        }
+        let protection = Protection {
+            name: examined.name.clone(),
+            uuid: examined.uuid.clone(),
+            receiver,
+            interval_ms,
+            generation: 0,
+            fenced: false,
+        };
+        self.agent.registry.save(&protection).map_err(|error| internal(&error))?;
+        if let Err(error) = self.agent.start(protection, true) {
+            let _ = self.agent.registry.remove(&examined.uuid);
+            return Err(internal(&error));
+        }
+        let (sender, progress) = mpsc::channel(16);
+        let agent = self.agent.clone();
+        // Goes on when the command goes away: what was asked for is done.
+        tokio::spawn(async move { follow(agent, examined, sender).await });
+        Ok(Response::new(Box::pin(ReceiverStream::new(progress))))
+    }
+
+    async fn unprotect(&self, request: Request<DomainRequest>) -> Result<Response<UnprotectReply>, Status> {
+        let name = request.into_inner().domain;
+        let session = {
+            let uuid = self.agent.find(&name);
+            uuid.and_then(|uuid| self.agent.sessions().remove(&uuid))
+        };
+        let Some(mut session) = session else {
+            return Err(Status::not_found(format!("domain {name} is not protected")));
+        };
+        let agent = self.agent.clone();
+        let domain = blocking(move || {
+            agent.registry.remove(&session.protection.uuid)?;
+            session.end(Input::Unprotect);
+            Ok(session.protection.name.clone())
+        })
+        .await?;
+        Ok(Response::new(UnprotectReply { domain }))
+    }
+
+    async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
+        let name = request.into_inner().domain;
+        let sessions = self.agent.sessions();
+        let domains: Vec<DomainStatus> = sessions
+            .values()
+            .filter(|session| name.is_empty() || session.protection.name == name || session.protection.uuid == name)
+            .map(domain_status)
+            .collect();
+        if domains.is_empty() && !name.is_empty() {
+            return Err(Status::not_found(format!("domain {name} is not protected")));
+        }
+        Ok(Response::new(StatusReply { domains }))
+    }
+}
+
+/// What is known of a domain before it is protected.
+struct Examined {
+    name: String,
+    uuid: String,
+    findings: Vec<Finding>,
+}
+
+impl Control {
+    /// Preflight, and the receiver's own opinion.
+    async fn examine(&self, domain: &str, receiver: Option<&str>) -> Result<Examined, Status> {
+        let (config, name) = (self.agent.config.clone(), domain.to_owned());
+        let protected = self.agent.find(domain).is_some();
+        let (mut examined, probe) = blocking(move || {
+            let facts = HostFacts::gather();
+            let connection = Connection::open(&config.libvirt_uri)?;
+            let domain = connection.domain(&name)?;
+            let options = DomainOptions { arena_bytes: config.arena_bytes, protected };
+            let mut findings = preflight::host(&facts, Ok(&connection), config.arena_bytes);
+            findings.extend(preflight::domain(&connection, &name, &facts, &options));
+            let probe = if domain.state()?.0.is_active() { Some(probe_request(&domain)?) } else { None };
+            Ok((Examined { name: domain.name().to_owned(), uuid: domain.uuid().to_string(), findings }, probe))
+        })
+        .await?;
+        if let (Some(receiver), Some(probe)) = (receiver, probe) {
+            examined.findings.extend(receiver_findings(receiver, link::probe(receiver, probe).await));
+        }
+        Ok(examined)
+    }
+
+    async fn receiver_finding(&self) -> Finding {
+        let Some(receiver) = &self.agent.config.receiver else {
+            return Finding::warning("receiver", "none is configured", "set `receiver` in agent.toml");
+        };
+        let probe = ProbeRequest { protocol_version: REPLICATION_VERSION, ..Default::default() };
+        match link::probe(receiver, probe).await {
+            Ok(reply) => Finding::ok("receiver", format!("{receiver} answers (vmdr {})", reply.receiver_version)),
+            Err(error) => Finding::refused("receiver", error, RECEIVER_REMEDY),
+        }
+    }
+}
+
+/// What a receiver is asked about a running domain.
+fn probe_request(domain: &Domain) -> anyhow::Result<ProbeRequest> {
+    let live = domain.live_xml()?;
+    let xml = DomainXml::from_element(&live).context("the domain's definition")?;
+    let mut disk_bytes = 0;
+    for disk in xml.disks.iter().filter(|disk| disk.is_writable()) {
+        disk_bytes += domain.disk_bytes(&disk.target)?;
+    }
+    Ok(ProbeRequest {
+        protocol_version: REPLICATION_VERSION,
+        domain_uuid: domain.uuid().to_string(),
+        domain_name: domain.name().to_owned(),
+        domain_xml: domain.migratable_xml()?.to_string(),
+        memory_bytes: xml.memory_bytes,
+        disk_bytes,
+    })
+}
+
+fn receiver_findings(receiver: &str, reply: Result<ProbeReply, String>) -> Vec<Finding> {
+    match reply {
+        Ok(reply) => preflight::receiver(receiver, &reply),
+        Err(error) => vec![Finding::refused("receiver", error, RECEIVER_REMEDY)],
+    }
+}
+
+fn refusals(examined: &Examined) -> Option<Status> {
+    let refused: Vec<String> =
+        preflight::refusals(&examined.findings).map(|f| format!("{}: {} ({})", f.subject, f.fact, f.remedy)).collect();
+    (!refused.is_empty()).then(|| {
+        Status::failed_precondition(format!("domain {} cannot be protected: {}", examined.name, refused.join("; ")))
+    })
+}
+
+/// Reports on a session until it is protected or has failed. A failure takes everything back.
+async fn follow(agent: Agent, examined: Examined, progress: mpsc::Sender<Result<Progress, Status>>) {
+    for warning in examined.findings.iter().filter(|finding| finding.severity == Severity::Warning) {
+        let message = format!("warning: {}: {} ({})", warning.subject, warning.fact, warning.remedy);
+        let _ = progress.send(Ok(Progress { step: "check".to_owned(), message, ..Default::default() })).await;
+    }
+    let mut total = 0;
+    loop {
+        tokio::time::sleep(PROGRESS_LOOK).await;
+        let seen = agent.sessions().get(&examined.uuid).map(|session| {
+            let status = session.shared.status();
+            (status.phase, status.durable_epoch, status.pending_bytes, status.last_error.clone())
+        });
+        let Some((phase, durable, pending, error)) = seen else {
+            let _ = progress.send(Err(Status::cancelled("the protection was ended meanwhile"))).await;
+            return;
+        };
+        match phase {
+            Phase::Failed | Phase::Fenced => {
+                let _ = agent.registry.remove(&examined.uuid);
+                let session = agent.sessions().remove(&examined.uuid);
+                if let Some(mut session) = session {
+                    let _ = tokio::task::spawn_blocking(move || session.end(Input::Unprotect)).await;
+                }
+                let message = format!("domain {} could not be protected: {error}", examined.name);
+                let _ = progress.send(Err(Status::failed_precondition(message))).await;
+                return;
+            }
+            Phase::Protected if durable > 0 => {
+                let message = format!("domain {} is protected: epoch {durable} is durable", examined.name);
+                let _ =
+                    progress.send(Ok(Progress { step: "protected".to_owned(), message, ..Default::default() })).await;
+                return;
+            }
+            _ => {
+                total = total.max(pending);
+                let message =
+                    if error.is_empty() { phase.name().to_owned() } else { format!("{}: {error}", phase.name()) };
+                let report = Progress {
+                    step: "copy".to_owned(),
+                    done: total - pending,
+                    total,
+                    unit: "bytes".to_owned(),
+                    message,
+                    activation: None,
+                };
+                // A command that went away, or does not read, is no reason to stop.
+                let _ = progress.try_send(Ok(report));
+            }
+        }
+    }
+}
+
+/// What `status` and the metrics tell of a session.
+pub fn domain_status(session: &Session) -> DomainStatus {
+    let status = session.shared.status();
+    let figures = &status.figures;
+    DomainStatus {
+        name: session.protection.name.clone(),
+        uuid: session.protection.uuid.clone(),
+        role: "protected".to_owned(),
+        state: status.phase.name().to_owned(),
+        generation: status.generation,
+        epoch: status.epoch,
+        durable_epoch: status.durable_epoch,
+        rpo_seconds: figures.rpo_seconds().unwrap_or(0.0),
+        rpo_worst_hour_seconds: figures.rpo_worst_seconds(),
+        pause_p50_seconds: figures.pause_seconds(0.5),
+        pause_p99_seconds: figures.pause_seconds(0.99),
+        dirty_pages_per_epoch: figures.pages_per_epoch(),
+        bytes_per_epoch: figures.bytes_per_epoch(),
+        link_bytes_per_second: figures.link_bytes_per_second(),
+        last_error: status.last_error.clone(),
+        peer: session.protection.receiver.clone(),
+        interval_ms: session.protection.interval_ms,
+        paused_ratio: figures.paused_ratio(),
+        advice: advice(status.phase).to_owned(),
+        stored_bytes: 0,
+        monitor: "direct".to_owned(),
+    }
+}
+
+fn advice(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Starting => "wait: the guest is being put under protection",
+        Phase::Disconnected => "check the receiver and the network: the guest runs on unprotected until they are back",
+        Phase::Seeding => "wait for the first copy; until then only an older recovery point, if any, can be activated",
+        Phase::Protected => "nothing to do; `vmdr activate` at the backup site brings the guest up there",
+        Phase::Behind => "nothing is lost yet: more is written than the link takes, the recovery point grows older",
+        Phase::Paused => "somebody stopped the guest: resume it (`virsh resume`), epochs then go on",
+        Phase::Failed => "see the last error; `vmdr unprotect` and `vmdr protect` begin anew",
+        Phase::Fenced => "another site owns this guest: do not start it here",
+    }
+}
+
+/// Runs what blocks (libvirt) off the runtime, and maps its errors.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> anyhow::Result<T> + Send + 'static) -> Result<T, Status> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(internal(&error)),
+        Err(error) => Err(Status::internal(error.to_string())),
+    }
+}
+
+fn internal(error: &anyhow::Error) -> Status {
+    let message = format!("{error:#}");
+    match error.downcast_ref::<vmdr_hypervisor::Error>() {
+        Some(error) if error.is_no_such_domain() => Status::not_found(message),
+        Some(error) if error.is_wrong_state() => Status::failed_precondition(message),
+        Some(error) if error.is_connection() => Status::unavailable(message),
+        _ => Status::internal(message),
+    }
+}

@@ -1,0 +1,134 @@
+//! The agent as a whole: sessions by domain, what is remembered of them, and libvirt's events for them.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::mpsc::RecvTimeoutError;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::signal::unix::{SignalKind, signal};
+use vmdr_hypervisor::events::{DomainEvent, Event};
+use vmdr_hypervisor::libvirt::Connection;
+
+use crate::config::Config;
+use crate::control;
+use crate::registry::{Protection, Registry};
+use crate::session::{Input, Session};
+
+const EVENT_RETRY: Duration = Duration::from_secs(2);
+const EVENT_LOOK: Duration = Duration::from_millis(500);
+
+/// See the module. Clones share it.
+#[derive(Clone)]
+pub struct Agent {
+    /// The configuration.
+    pub config: Arc<Config>,
+    /// What is protected, on disk.
+    pub registry: Registry,
+    sessions: Arc<Mutex<BTreeMap<String, Session>>>,
+}
+
+impl Agent {
+    /// An agent without sessions.
+    pub fn new(config: Config) -> anyhow::Result<Self> {
+        let registry = Registry::open(&config.state_dir)?;
+        Ok(Self { config: Arc::new(config), registry, sessions: Arc::default() })
+    }
+
+    /// Sessions by domain UUID.
+    pub fn sessions(&self) -> MutexGuard<'_, BTreeMap<String, Session>> {
+        // A map is valid after a panic between its calls.
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The UUID of the protected domain of this name or UUID.
+    pub fn find(&self, name: &str) -> Option<String> {
+        let sessions = self.sessions();
+        let found = sessions.iter().find(|(uuid, session)| *uuid == name || session.protection.name == name);
+        found.map(|(uuid, _)| uuid.clone())
+    }
+
+    /// Starts a session. `first`: see [`Session::start`].
+    pub fn start(&self, protection: Protection, first: bool) -> anyhow::Result<()> {
+        let uuid = protection.uuid.clone();
+        let runtime = tokio::runtime::Handle::current();
+        let session = Session::start(self.config.clone(), self.registry.clone(), protection, first, runtime)?;
+        self.sessions().insert(uuid, session);
+        Ok(())
+    }
+
+    /// Takes up everything that was protected when the agent last ran.
+    fn restore(&self) -> anyhow::Result<()> {
+        for entry in self.registry.load()? {
+            match entry {
+                Ok(protection) => self.start(protection, false)?,
+                Err(error) => {
+                    tracing::error!("an entry of what is protected is damaged, that domain is NOT protected: {error:#}")
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands libvirt's events to the sessions, for ever.
+    fn watch_events(&self) {
+        loop {
+            if let Err(error) = self.events_until_disconnected() {
+                tracing::warn!("libvirt's events: {error:#}");
+            }
+            std::thread::sleep(EVENT_RETRY);
+        }
+    }
+
+    fn events_until_disconnected(&self) -> anyhow::Result<()> {
+        let connection = Connection::open(&self.config.libvirt_uri)?;
+        let events = connection.events()?;
+        // Whatever happened while nobody listened.
+        for session in self.sessions().values() {
+            session.tell(Input::DevicesChanged);
+        }
+        loop {
+            match events.next_timeout(EVENT_LOOK) {
+                Ok(Event::Domain { uuid, event, .. }) => {
+                    if matches!(event, DomainEvent::DeviceAdded { .. } | DomainEvent::DeviceRemoved { .. }) {
+                        if let Some(session) = self.sessions().get(&uuid.to_string()) {
+                            session.tell(Input::DevicesChanged);
+                        }
+                    }
+                }
+                Ok(Event::Disconnected(why)) => anyhow::bail!("libvirt closed the connection: {why:?}"),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => anyhow::bail!("the stream of events ended"),
+            }
+        }
+    }
+}
+
+/// Runs until told to end (SIGTERM, SIGINT). The shims go on.
+pub async fn run(path: &Path) -> anyhow::Result<()> {
+    let config = Config::read(path)?;
+    let agent = Agent::new(config)?;
+    let listener = vmdr_daemon::socket::listen(&agent.config.control_socket).context("listen for the vmdr command")?;
+    agent.restore().context("take up what was protected")?;
+    let watcher = agent.clone();
+    std::thread::Builder::new().name("libvirt events".to_owned()).spawn(move || watcher.watch_events())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let metrics = agent.clone();
+    tokio::select! {
+        served = control::serve(listener, agent.clone()) => served?,
+        served = crate::metrics::serve(metrics) => served?,
+        _ = terminate.recv() => tracing::info!("SIGTERM"),
+        _ = interrupt.recv() => tracing::info!("SIGINT"),
+    }
+    let sessions: Vec<Session> = std::mem::take(&mut *agent.sessions()).into_values().collect();
+    tokio::task::spawn_blocking(move || {
+        for mut session in sessions {
+            session.end(Input::Shutdown);
+        }
+    })
+    .await?;
+    let _ = std::fs::remove_file(&agent.config.control_socket);
+    Ok(())
+}

@@ -1,0 +1,176 @@
+//! The stream to the receiver: connects, reconnects, and tells the session.
+//!
+//! A session gets a fresh sender with each connection, so that nothing of an older connection can slip into a newer
+//! one. The queue behind it is bounded ([`MESSAGES_MAX`]); a full one makes the session wait, not the guest.
+
+use std::sync::mpsc::Sender as EventSender;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Endpoint;
+use vmdr_proto::replication::replication_client::ReplicationClient;
+use vmdr_proto::replication::{
+    Durable, FromReceiver, Heartbeat, Open, Position, ProbeReply, ProbeRequest, Refused, ToReceiver, from_receiver,
+    to_receiver,
+};
+use vmdr_proto::{MESSAGE_BYTES_MAX, REPLICATION_VERSION};
+
+/// Messages (of about 1 MiB at most) that wait for the network.
+const MESSAGES_MAX: usize = 8;
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+/// HTTP/2 pings find a peer that vanished without a word.
+const PING_INTERVAL: Duration = Duration::from_secs(2);
+const PING_LIMIT: Duration = Duration::from_secs(5);
+const RETRY_MIN: Duration = Duration::from_millis(200);
+const RETRY_MAX: Duration = Duration::from_secs(2);
+const HEARTBEAT: Duration = Duration::from_secs(1);
+
+/// Who is protected, and where to.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// `host:port`.
+    pub receiver: String,
+    /// The domain's UUID.
+    pub domain_uuid: String,
+    /// The domain's name.
+    pub domain_name: String,
+    /// The generation this host runs the guest in; 0: not known yet.
+    pub generation: u64,
+}
+
+/// What a session hears of its link.
+#[derive(Debug)]
+pub enum LinkEvent {
+    /// Connected and welcome.
+    Up {
+        /// What the receiver has.
+        position: Position,
+        /// For this connection's messages. Closed when it ends.
+        sender: mpsc::Sender<ToReceiver>,
+    },
+    /// A part is durable.
+    Durable(Durable),
+    /// The receiver refused something and ended the stream.
+    Refused(Refused),
+    /// The connection ended or could not be made; it is tried again.
+    Down(String),
+}
+
+/// Keeps a connection until the session is gone. Events go out through `events`, wrapped by `wrap`.
+pub async fn run<T: Send + 'static>(target: Target, events: EventSender<T>, wrap: fn(LinkEvent) -> T) {
+    let mut retry = RETRY_MIN;
+    loop {
+        let down = match connect(&target, &events, wrap).await {
+            Ok(()) => {
+                retry = RETRY_MIN;
+                "the receiver closed the connection".to_owned()
+            }
+            Err(error) => error,
+        };
+        if events.send(wrap(LinkEvent::Down(down))).is_err() {
+            return;
+        }
+        tokio::time::sleep(retry).await;
+        retry = (retry * 2).min(RETRY_MAX);
+    }
+}
+
+/// Asks a receiver what it could store and run.
+pub async fn probe(receiver: &str, request: ProbeRequest) -> Result<ProbeReply, String> {
+    let mut client = client(receiver).await?;
+    let reply = tokio::time::timeout(CONNECT_LIMIT * 4, client.probe(request)).await;
+    match reply {
+        Ok(Ok(reply)) => Ok(reply.into_inner()),
+        Ok(Err(status)) => Err(format!("receiver {receiver}: {}", status.message())),
+        Err(_) => Err(format!("receiver {receiver} did not answer the probe")),
+    }
+}
+
+async fn client(receiver: &str) -> Result<ReplicationClient<tonic::transport::Channel>, String> {
+    let endpoint = Endpoint::from_shared(format!("http://{receiver}"))
+        .map_err(|_| format!("receiver address {receiver:?} is not HOST:PORT"))?
+        .connect_timeout(CONNECT_LIMIT)
+        .http2_keep_alive_interval(PING_INTERVAL)
+        .keep_alive_timeout(PING_LIMIT)
+        .keep_alive_while_idle(true)
+        .tcp_nodelay(true);
+    let channel =
+        endpoint.connect().await.map_err(|error| format!("connect to receiver {receiver}: {}", root_cause(&error)))?;
+    Ok(ReplicationClient::new(channel)
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX))
+}
+
+async fn connect<T: Send + 'static>(
+    target: &Target,
+    events: &EventSender<T>,
+    wrap: fn(LinkEvent) -> T,
+) -> Result<(), String> {
+    let mut client = client(&target.receiver).await?;
+    let (sender, outgoing) = mpsc::channel(MESSAGES_MAX);
+    let open = Open {
+        protocol_version: REPLICATION_VERSION,
+        domain_uuid: target.domain_uuid.clone(),
+        domain_name: target.domain_name.clone(),
+        generation: target.generation,
+        host_name: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+    };
+    let sent = sender.send(ToReceiver { message: Some(to_receiver::Message::Open(open)) }).await;
+    sent.map_err(|_| "the stream ended before it began".to_owned())?;
+    let replies = client.replicate(ReceiverStream::new(outgoing)).await;
+    let mut replies =
+        replies.map_err(|status| format!("receiver {}: {}", target.receiver, status.message()))?.into_inner();
+    let mut heartbeat = tokio::time::interval(HEARTBEAT);
+    let mut welcome = false;
+    // The session's copy is the one that keeps the stream open once it has it.
+    let mut own = Some(sender);
+    let mut beats: Option<mpsc::WeakSender<ToReceiver>> = None;
+    loop {
+        let message = tokio::select! {
+            message = replies.message() => message,
+            _ = heartbeat.tick() => {
+                if let Some(sender) = beats.as_ref().and_then(mpsc::WeakSender::upgrade) {
+                    // A full queue is sign of life enough.
+                    let _ = sender.try_send(ToReceiver { message: Some(to_receiver::Message::Heartbeat(now())) });
+                } else if welcome {
+                    return Err("the session has let go of the connection".to_owned());
+                }
+                continue;
+            }
+        };
+        let message = match message {
+            Ok(Some(FromReceiver { message: Some(message) })) => message,
+            Ok(Some(_)) => continue,
+            Ok(None) => return Ok(()),
+            Err(status) => return Err(format!("receiver {}: {}", target.receiver, status.message())),
+        };
+        let event = match message {
+            from_receiver::Message::Welcome(message) if !welcome => {
+                welcome = true;
+                let Some(sender) = own.take() else { continue };
+                beats = Some(sender.downgrade());
+                LinkEvent::Up { position: message.position.unwrap_or_default(), sender }
+            }
+            from_receiver::Message::Welcome(_) | from_receiver::Message::Heartbeat(_) => continue,
+            from_receiver::Message::Durable(durable) => LinkEvent::Durable(durable),
+            from_receiver::Message::Refused(refused) => LinkEvent::Refused(refused),
+        };
+        if events.send(wrap(event)).is_err() {
+            return Ok(());
+        }
+    }
+}
+
+fn now() -> Heartbeat {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Heartbeat { sent_unix_ns: since.as_nanos() as u64 }
+}
+
+fn root_cause(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    cause.to_string()
+}

@@ -1,0 +1,117 @@
+//! What is protected, on disk: a restarted agent goes on where its predecessor was.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+
+/// One protected domain.
+#[derive(Clone, Debug, Deserialize, Serialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub struct Protection {
+    /// The domain's name.
+    pub name: String,
+    /// The domain's UUID.
+    pub uuid: String,
+    /// `host:port` of the receiver.
+    pub receiver: String,
+    /// Time between cuts.
+    pub interval_ms: u32,
+    /// The generation in which this host runs the guest; 0: the receiver was not asked yet.
+    pub generation: u64,
+    /// The receiver answered that another site owns the guest now.
+    pub fenced: bool,
+}
+
+/// A directory with one JSON file per protected domain.
+#[derive(Clone, Debug)]
+pub struct Registry {
+    directory: PathBuf,
+}
+
+impl Registry {
+    /// Opens, and makes if need be.
+    pub fn open(state_dir: &Path) -> anyhow::Result<Self> {
+        let directory = state_dir.join("protected");
+        fs::create_dir_all(&directory).with_context(|| format!("make {}", directory.display()))?;
+        Ok(Self { directory })
+    }
+
+    /// All entries; one that cannot be read is reported, not fatal.
+    pub fn load(&self) -> anyhow::Result<Vec<anyhow::Result<Protection>>> {
+        let mut all = Vec::new();
+        let entries = fs::read_dir(&self.directory).with_context(|| format!("list {}", self.directory.display()))?;
+        for entry in entries {
+            let path = entry.context("list what is protected")?.path();
+            if path.extension().is_some_and(|extension| extension == "json") {
+                all.push(read(&path));
+            }
+        }
+        Ok(all)
+    }
+
+    /// Writes an entry: aside, synced, renamed, the directory synced.
+    pub fn save(&self, protection: &Protection) -> anyhow::Result<()> {
+        let path = self.path(&protection.uuid);
+        let aside = path.with_extension("new");
+        let write = || -> std::io::Result<()> {
+            let mut file = File::create(&aside)?;
+            file.write_all(&serde_json::to_vec_pretty(protection)?)?;
+            file.sync_all()?;
+            fs::rename(&aside, &path)?;
+            File::open(&self.directory)?.sync_all()
+        };
+        write().with_context(|| format!("write {}", path.display()))
+    }
+
+    /// Removes an entry; that there is none is no error.
+    pub fn remove(&self, uuid: &str) -> anyhow::Result<()> {
+        let path = self.path(uuid);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("remove {}", path.display()));
+            }
+            _ => {}
+        }
+        File::open(&self.directory).and_then(|directory| directory.sync_all()).context("sync what is protected")
+    }
+
+    fn path(&self, uuid: &str) -> PathBuf {
+        self.directory.join(format!("{uuid}.json"))
+    }
+}
+
+fn read(path: &Path) -> anyhow::Result<Protection> {
+    let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("parse {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn survives_a_restart_and_a_damaged_neighbour() {
+        let directory = tempfile::tempdir().unwrap();
+        let registry = Registry::open(directory.path()).unwrap();
+        let one = Protection {
+            name: "db".into(),
+            uuid: "22222222-1111-4111-8111-111111111111".into(),
+            receiver: "b:7420".into(),
+            interval_ms: 100,
+            generation: 1,
+            fenced: false,
+        };
+        registry.save(&one).unwrap();
+        fs::write(directory.path().join("protected/x.json"), "{").unwrap();
+        let all = Registry::open(directory.path()).unwrap().load().unwrap();
+        assert_eq!(all.len(), 2);
+        assert!(all.iter().any(|entry| entry.as_ref().is_ok_and(|entry| *entry == one)));
+        assert_eq!(all.iter().filter(|entry| entry.is_err()).count(), 1);
+        registry.remove(&one.uuid).unwrap();
+        registry.remove(&one.uuid).unwrap();
+        assert_eq!(registry.load().unwrap().len(), 1);
+    }
+}

@@ -1,0 +1,213 @@
+//! Gets a shim for a domain: the one that runs already, or a new one with mirrors into it.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use uuid::Uuid;
+use vmdr_codec::Disk;
+use vmdr_hypervisor::domain_xml::{DomainXml, own_qmp_socket};
+use vmdr_hypervisor::libvirt::{Connection, Domain, DomainState};
+use vmdr_proto::shim::State;
+use vmdr_shim::config::{self as shim_config, Config as ShimConfig, DiskConfig};
+
+use crate::arena_map::ArenaMap;
+use crate::config::Config;
+use crate::guard::{self, Guard};
+use crate::shim_client::ShimClient;
+
+const START_LIMIT: Duration = Duration::from_secs(10);
+const ADOPT_LIMIT: Duration = Duration::from_millis(500);
+
+/// A domain with a shim beside it.
+pub struct Attached {
+    /// Of libvirt.
+    pub domain: Domain,
+    /// Its machine type, with version.
+    pub machine: String,
+    /// Its disks, as parts number them.
+    pub disks: Vec<Disk>,
+    /// The shim.
+    pub shim: ShimClient,
+    /// What the shim said of itself.
+    pub state: State,
+    /// The shim's arena.
+    pub arena: ArenaMap,
+    /// Watches the shim.
+    pub guard: Guard,
+    /// Whether the shim was there before: nothing of what it captured is lost.
+    pub adopted: bool,
+}
+
+/// Directory of a domain's shim.
+pub fn directory(config: &Config, uuid: &Uuid) -> PathBuf {
+    config.runtime_dir.join(uuid.to_string())
+}
+
+/// See the module. The guest must be running.
+pub fn attach(config: &Config, connection: &Connection, uuid: &Uuid) -> anyhow::Result<Attached> {
+    let domain = connection.domain_by_uuid(uuid)?;
+    let (state, _) = domain.state()?;
+    if !state.is_active() {
+        bail!("domain {} is not running", domain.name());
+    }
+    let live = domain.live_xml()?;
+    let qmp = own_qmp_socket(&live).with_context(|| {
+        format!("domain {0} has no QMP socket of its own: run `vmdr prepare {0}` and restart it", domain.name())
+    })?;
+    let xml = DomainXml::from_element(&live)?;
+    let machine = xml.machine.clone();
+    let disks = mirrored_disks(&domain, &xml)?;
+    let directory = directory(config, uuid);
+    let page = shim_config::state_page(&directory);
+    if let Some((shim, state)) = adopt(&directory, &disks) {
+        let arena = ArenaMap::open(state.pid, state.arena_fd, state.arena_bytes)?;
+        let guard = Guard::watch(domain.name().to_owned(), page, qmp).context("watch the shim")?;
+        tracing::info!(domain = domain.name(), pid = state.pid, "going on with the shim that runs");
+        return Ok(Attached { domain, machine, disks, shim, state, arena, guard, adopted: true });
+    }
+    clear(&domain, &directory, &qmp, &disks);
+    if state != DomainState::Running {
+        bail!("domain {} is {state:?}: it has to be running to be protected", domain.name());
+    }
+    let pid = domain.qemu_pid()?;
+    let shim_settings = ShimConfig {
+        domain_name: domain.name().to_owned(),
+        domain_uuid: uuid.to_string(),
+        qemu_pid: pid as i32,
+        qemu_uid: std::fs::metadata(format!("/proc/{pid}")).context("find QEMU's user")?.uid(),
+        qmp_socket: qmp.clone(),
+        directory: directory.clone(),
+        disks: disks
+            .iter()
+            .map(|disk| DiskConfig { target: disk.target.clone(), size_bytes: disk.size_bytes })
+            .collect(),
+        arena_bytes: config.arena_bytes,
+        cut_pages_max: config.cut_pages_max,
+        cut_limit_ms: config.cut_limit_ms,
+    };
+    spawn(config, &shim_settings)?;
+    let (shim, state) = ShimClient::connect(&shim_settings.control_socket(), START_LIMIT).with_context(|| {
+        format!("start the shim (its log: {})", log_file(config, &shim_settings.domain_uuid).display())
+    })?;
+    let arena = ArenaMap::open(state.pid, state.arena_fd, state.arena_bytes)?;
+    let guard = Guard::watch(domain.name().to_owned(), page, qmp).context("watch the shim")?;
+    Ok(Attached { domain, machine, disks, shim, state, arena, guard, adopted: false })
+}
+
+/// Begins mirroring a disk into the shim.
+pub fn mirror(config: &Config, domain: &Domain, uuid: &Uuid, target: &str) -> anyhow::Result<()> {
+    let socket = shim_config::nbd_socket(&directory(config, uuid));
+    domain.block_copy_to_nbd(target, &socket, target, config.disk_copy_bytes_per_second)?;
+    Ok(())
+}
+
+/// Ends what protects a domain: mirrors, watch, shim. Does as much as is possible and reports the first failure.
+pub fn detach(domain: &Domain, disks: &[Disk], shim: &mut ShimClient) -> anyhow::Result<()> {
+    let mut result = Ok(());
+    for disk in disks {
+        if let Err(error) = domain.block_job_abort(&disk.target, true) {
+            result = result.and(Err(anyhow::Error::from(error)));
+        }
+    }
+    shim.detach().context("detach the shim")?;
+    result
+}
+
+/// Ends a protection of which no session has the shim.
+pub fn remove(config: &Config, connection: &Connection, uuid: &Uuid) -> anyhow::Result<()> {
+    let domain = connection.domain_by_uuid(uuid)?;
+    let live = domain.live_xml()?;
+    let disks = mirrored_disks(&domain, &DomainXml::from_element(&live)?)?;
+    let qmp = own_qmp_socket(&live).context("the domain has no QMP socket of its own")?;
+    clear(&domain, &directory(config, uuid), &qmp, &disks);
+    Ok(())
+}
+
+/// The writable disks of a running domain, in the order of its XML.
+fn mirrored_disks(domain: &Domain, xml: &DomainXml) -> anyhow::Result<Vec<Disk>> {
+    xml.disks
+        .iter()
+        .filter(|disk| disk.is_writable())
+        .map(|disk| {
+            let size_bytes = domain.disk_bytes(&disk.target)?;
+            Ok(Disk { target: disk.target.clone(), size_bytes })
+        })
+        .collect()
+}
+
+/// The shim that runs for this domain, if it still fits: same disks.
+fn adopt(directory: &Path, disks: &[Disk]) -> Option<(ShimClient, State)> {
+    let socket = shim_config::control_socket(directory);
+    if !socket.exists() {
+        return None;
+    }
+    let (shim, state) = match ShimClient::connect(&socket, ADOPT_LIMIT) {
+        Ok(answer) => answer,
+        Err(error) => {
+            tracing::warn!("the shim at {} cannot be used: {error:#}", socket.display());
+            return None;
+        }
+    };
+    let same = state.disks.len() == disks.len()
+        && state
+            .disks
+            .iter()
+            .zip(disks)
+            .all(|(theirs, ours)| theirs.target == ours.target && theirs.size_bytes == ours.size_bytes);
+    same.then_some((shim, state))
+}
+
+/// Removes what a shim that is dead or unusable left behind.
+fn clear(domain: &Domain, directory: &Path, qmp: &Path, disks: &[Disk]) {
+    let page = shim_config::state_page(directory);
+    if let Ok(state) = vmdr_shim::state_page::StatePage::open(&page) {
+        // Its pid may have been given to another process since: only one that has this directory's name is it.
+        let name = std::fs::read(format!("/proc/{}/cmdline", state.pid())).unwrap_or_default();
+        if String::from_utf8_lossy(&name).contains(&*directory.to_string_lossy()) {
+            guard::kill(state.pid());
+        }
+        guard::resume_if_left_paused(domain.name(), &page, qmp);
+    }
+    for disk in disks {
+        if let Err(error) = domain.block_job_abort(&disk.target, true) {
+            tracing::warn!(domain = domain.name(), "{error}");
+        }
+    }
+    let _ = std::fs::remove_dir_all(directory);
+}
+
+fn spawn(config: &Config, shim: &ShimConfig) -> anyhow::Result<()> {
+    std::fs::create_dir_all(&shim.directory).with_context(|| format!("make {}", shim.directory.display()))?;
+    let file = shim.directory.join("config.json");
+    std::fs::write(&file, serde_json::to_vec_pretty(shim)?).with_context(|| format!("write {}", file.display()))?;
+    std::fs::create_dir_all(&config.log_dir).with_context(|| format!("make {}", config.log_dir.display()))?;
+    let log = log_file(config, &shim.domain_uuid);
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(&log)
+        .with_context(|| format!("open the shim's log {}", log.display()))?;
+    let program = config.shim_program()?;
+    // A process group of its own: what ends the agent (a terminal, a service manager told so) leaves it running.
+    let mut child = Command::new(&program)
+        .arg("run")
+        .arg("--config")
+        .arg(&file)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .process_group(0)
+        .spawn()
+        .with_context(|| format!("start {}", program.display()))?;
+    std::thread::spawn(move || child.wait());
+    Ok(())
+}
+
+fn log_file(config: &Config, uuid: &str) -> PathBuf {
+    config.log_dir.join(format!("shim-{uuid}.log"))
+}

@@ -1,0 +1,752 @@
+//! The protection of one domain: a thread that asks the shim for parts, encodes them and hands them to the link.
+//!
+//! ```text
+//!            attach          link up: seed                last part sent
+//!  starting ---------> linking -----------> copying -------------------> protected --+
+//!     ^                   ^                    ^    <------------------------|       | a cut each interval
+//!     |  shim lost        |  link down         |     too much is dirty               |
+//!     +-------------------+--------------------+-------------------------------------+
+//! ```
+//!
+//! Nothing is kept here that cannot be asked for again: what was captured is in the shim until the receiver says that
+//! it is durable.
+
+pub mod attach;
+pub mod figures;
+mod resume;
+
+use std::collections::VecDeque;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use uuid::Uuid;
+use vmdr_codec::{Layout, RamBlock};
+use vmdr_hypervisor::libvirt::Connection;
+use vmdr_proto::replication::{RefusedCode, ToReceiver};
+use vmdr_proto::shim::{NoPart, NoPartReason, Part};
+
+use self::attach::Attached;
+use self::figures::Figures;
+use self::resume::{Resume, resume};
+use crate::config::Config;
+use crate::encode::{Extras, PartEncoder};
+use crate::link::{self, LinkEvent, Target};
+use crate::registry::{Protection, Registry};
+use crate::shim_client::ShimError;
+
+/// Parts that may be on their way before the next cut waits.
+const IN_FLIGHT_MAX: usize = 4;
+/// Bytes of a part while copying: small enough that acknowledgements come often.
+const FILL_BYTES: u64 = 16 << 20;
+/// A rest of this many pages is copied in the pause that ends a copy.
+const REST_PAGES: u64 = 4096;
+/// Passes after which a guest that dirties faster than it is copied gets a longer pause instead of another pass.
+const ROUNDS_MAX: u32 = 8;
+/// How often state is looked at when nothing else happens.
+const LOOK: Duration = Duration::from_millis(200);
+/// Rest before another attempt.
+const RETRY: Duration = Duration::from_secs(1);
+/// How often the domain's XML is compared with what the receiver has.
+const XML_LOOK: Duration = Duration::from_secs(30);
+/// A disk that has had no mirror for this long gets a new one.
+const MIRROR_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Where a protection stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// No shim yet.
+    Starting,
+    /// No receiver.
+    Disconnected,
+    /// The first copy is under way: there is no recovery point, or only an old one.
+    Seeding,
+    /// Epochs become durable.
+    Protected,
+    /// More is dirty than an epoch takes: it is being copied in parts.
+    Behind,
+    /// Somebody else stopped the guest.
+    Paused,
+    /// It cannot go on by itself.
+    Failed,
+    /// Another site owns the guest.
+    Fenced,
+}
+
+impl Phase {
+    /// As `status` and metrics call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Disconnected => "disconnected",
+            Self::Seeding => "seeding",
+            Self::Protected => "protected",
+            Self::Behind => "behind",
+            Self::Paused => "paused",
+            Self::Failed => "failed",
+            Self::Fenced => "fenced",
+        }
+    }
+}
+
+/// What others may know of a session.
+#[derive(Debug)]
+pub struct Status {
+    /// Where it stands.
+    pub phase: Phase,
+    /// Newest epoch cut.
+    pub epoch: u64,
+    /// Newest epoch that is durable.
+    pub durable_epoch: u64,
+    /// The generation in use.
+    pub generation: u64,
+    /// What last went wrong.
+    pub last_error: String,
+    /// While copying: pages and disk bytes that are in no part yet.
+    pub pending_bytes: u64,
+    /// Figures over time.
+    pub figures: Figures,
+}
+
+/// Shared between the session's thread and whoever asks.
+#[derive(Debug)]
+pub struct Shared {
+    status: Mutex<Status>,
+}
+
+impl Shared {
+    /// The status; held only for reading or writing fields.
+    pub fn status(&self) -> MutexGuard<'_, Status> {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a session hears.
+#[derive(Debug)]
+pub enum Input {
+    /// From the link.
+    Link(LinkEvent),
+    /// The domain's devices have changed.
+    DevicesChanged,
+    /// End the protection: mirrors and shim too.
+    Unprotect,
+    /// The agent ends; the shim stays.
+    Shutdown,
+}
+
+/// A running session.
+#[derive(Debug)]
+pub struct Session {
+    /// Who and where to.
+    pub protection: Protection,
+    /// What it is doing.
+    pub shared: Arc<Shared>,
+    inputs: Sender<Input>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Session {
+    /// Starts one. `first`: it was just asked for, so that a failure ends it instead of being tried again.
+    pub fn start(
+        config: Arc<Config>,
+        registry: Registry,
+        protection: Protection,
+        first: bool,
+        runtime: tokio::runtime::Handle,
+    ) -> anyhow::Result<Self> {
+        let shared = Arc::new(Shared {
+            status: Mutex::new(Status {
+                phase: Phase::Starting,
+                epoch: 0,
+                durable_epoch: 0,
+                generation: protection.generation,
+                last_error: String::new(),
+                pending_bytes: 0,
+                figures: Figures::default(),
+            }),
+        });
+        let (inputs, received) = channel();
+        let uuid = protection.uuid.parse().context("the domain's UUID")?;
+        let worker = Worker {
+            config,
+            registry,
+            uuid,
+            protection: protection.clone(),
+            shared: shared.clone(),
+            inputs: inputs.clone(),
+            received,
+            runtime,
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("session {}", protection.name))
+            .spawn(move || worker.run(first))
+            .context("start the session's thread")?;
+        Ok(Self { protection, shared, inputs, thread: Some(thread) })
+    }
+
+    /// Tells it something. A session that has ended hears nothing.
+    pub fn tell(&self, input: Input) {
+        let _ = self.inputs.send(input);
+    }
+
+    /// Ends it and waits for that. Blocks.
+    pub fn end(&mut self, input: Input) {
+        self.tell(input);
+        if let Some(thread) = self.thread.take() {
+            if thread.join().is_err() {
+                tracing::error!(domain = self.protection.name, "the session's thread had panicked");
+            }
+        }
+    }
+}
+
+/// Why a protection stopped for now.
+enum Stop {
+    /// The protection ends.
+    Unprotect,
+    /// The agent ends.
+    Shutdown,
+    /// The shim or libvirt failed: attach again.
+    Again(anyhow::Error),
+    /// Another site owns the guest.
+    Fenced(String),
+}
+
+impl From<anyhow::Error> for Stop {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Again(error)
+    }
+}
+
+impl From<ShimError> for Stop {
+    fn from(error: ShimError) -> Self {
+        Self::Again(error.into())
+    }
+}
+
+/// The thread's own.
+struct Worker {
+    config: Arc<Config>,
+    registry: Registry,
+    uuid: Uuid,
+    protection: Protection,
+    shared: Arc<Shared>,
+    inputs: Sender<Input>,
+    received: Receiver<Input>,
+    runtime: tokio::runtime::Handle,
+}
+
+impl Worker {
+    fn run(mut self, mut first: bool) {
+        if self.protection.fenced {
+            self.set_phase(Phase::Fenced);
+        }
+        loop {
+            let stop = match self.attach() {
+                Ok(attached) => {
+                    let link = self.link();
+                    let mut active = Active::new(&mut self, attached);
+                    let stop = match active.run() {
+                        Err(stop) => stop,
+                        Ok(never) => match never {},
+                    };
+                    link.abort();
+                    let reached = active.worker.shared.status().durable_epoch > 0;
+                    first &= !reached;
+                    active.finish(&stop, first);
+                    stop
+                }
+                Err(error) => Stop::Again(error),
+            };
+            match stop {
+                Stop::Unprotect | Stop::Shutdown => return,
+                Stop::Again(error) if first => {
+                    self.fail(&error);
+                    return;
+                }
+                Stop::Again(error) => {
+                    tracing::warn!(domain = self.protection.name, "{error:#}");
+                    self.set_error(format!("{error:#}"));
+                    self.set_phase(Phase::Starting);
+                }
+                Stop::Fenced(message) => self.record_fence(message),
+            }
+            match self.rest() {
+                Some(Stop::Unprotect) => {
+                    self.remove();
+                    return;
+                }
+                Some(_) => return,
+                None => {}
+            }
+        }
+    }
+
+    /// Ends what a lost shim left of a protection.
+    fn remove(&self) {
+        let removed = Connection::open(&self.config.libvirt_uri)
+            .map_err(anyhow::Error::from)
+            .and_then(|connection| attach::remove(&self.config, &connection, &self.uuid));
+        if let Err(error) = removed {
+            tracing::warn!(domain = self.protection.name, "end the protection: {error:#}");
+        }
+    }
+
+    fn attach(&self) -> anyhow::Result<Attached> {
+        let connection = Connection::open(&self.config.libvirt_uri)?;
+        attach::attach(&self.config, &connection, &self.uuid)
+    }
+
+    fn link(&self) -> tokio::task::JoinHandle<()> {
+        let target = Target {
+            receiver: self.protection.receiver.clone(),
+            domain_uuid: self.protection.uuid.clone(),
+            domain_name: self.protection.name.clone(),
+            generation: self.protection.generation,
+        };
+        self.runtime.spawn(link::run(target, self.inputs.clone(), Input::Link))
+    }
+
+    /// Waits before another attempt, unless the session is over.
+    fn rest(&self) -> Option<Stop> {
+        let until = Instant::now() + RETRY;
+        loop {
+            match self.received.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(Input::Unprotect) => return Some(Stop::Unprotect),
+                Ok(Input::Shutdown) | Err(RecvTimeoutError::Disconnected) => return Some(Stop::Shutdown),
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout) => return None,
+            }
+        }
+    }
+
+    fn fail(&self, error: &anyhow::Error) {
+        tracing::error!(domain = self.protection.name, "{error:#}");
+        self.set_error(format!("{error:#}"));
+        self.set_phase(Phase::Failed);
+    }
+
+    fn record_fence(&mut self, message: String) {
+        self.set_error(message);
+        self.set_phase(Phase::Fenced);
+        self.protection.fenced = true;
+        if let Err(error) = self.registry.save(&self.protection) {
+            tracing::error!(domain = self.protection.name, "{error:#}");
+        }
+    }
+
+    fn set_phase(&self, phase: Phase) {
+        let mut status = self.shared.status();
+        if status.phase != phase {
+            tracing::info!(domain = self.protection.name, from = status.phase.name(), to = phase.name(), "state");
+            status.phase = phase;
+        }
+    }
+
+    fn set_error(&self, error: String) {
+        self.shared.status().last_error = error;
+    }
+}
+
+/// How the open epoch is being captured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    /// One part per epoch.
+    Cuts,
+    /// Parts until little is left; `round` passes so far.
+    Copy { round: u32, need_pass: bool },
+}
+
+/// A part that is not durable.
+struct InFlight {
+    epoch: u64,
+    part: u32,
+    last: bool,
+    cut_unix_ns: u64,
+}
+
+/// A session with a shim.
+struct Active<'a> {
+    worker: &'a mut Worker,
+    attached: Attached,
+    encoder: PartEncoder,
+    sender: Option<tokio::sync::mpsc::Sender<ToReceiver>>,
+    mode: Mode,
+    in_flight: VecDeque<InFlight>,
+    next_cut: Instant,
+    /// What the receiver was sent on this connection.
+    sent_xml: String,
+    sent_layout: Option<Layout>,
+    xml_changed: bool,
+    xml_looked: Instant,
+    /// Since when mirrors have been out of order.
+    mirrors_bad: Option<Instant>,
+}
+
+enum Never {}
+
+impl<'a> Active<'a> {
+    fn new(worker: &'a mut Worker, attached: Attached) -> Self {
+        Self {
+            worker,
+            attached,
+            encoder: PartEncoder::default(),
+            sender: None,
+            mode: Mode::Cuts,
+            in_flight: VecDeque::new(),
+            next_cut: Instant::now(),
+            sent_xml: String::new(),
+            sent_layout: None,
+            xml_changed: true,
+            xml_looked: Instant::now(),
+            mirrors_bad: None,
+        }
+    }
+
+    fn run(&mut self) -> Result<Never, Stop> {
+        if self.worker.protection.fenced {
+            self.attached.shim.fence()?;
+            return Err(Stop::Fenced("another site owns this guest".to_owned()));
+        }
+        self.worker.set_phase(Phase::Disconnected);
+        loop {
+            let wait = self.next_cut.saturating_duration_since(Instant::now()).min(LOOK);
+            match self.worker.received.recv_timeout(wait) {
+                Ok(input) => self.hear(input)?,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(Stop::Shutdown),
+            }
+            self.worker.shared.status().figures.observe_rpo();
+            if Instant::now() >= self.next_cut {
+                self.act()?;
+            }
+        }
+    }
+
+    fn finish(&mut self, stop: &Stop, first: bool) {
+        let ends = match stop {
+            Stop::Unprotect => true,
+            Stop::Again(_) => first,
+            Stop::Shutdown | Stop::Fenced(_) => false,
+        };
+        if !ends {
+            return;
+        }
+        if let Err(error) = attach::detach(&self.attached.domain, &self.attached.disks, &mut self.attached.shim) {
+            tracing::warn!(domain = self.worker.protection.name, "end the protection: {error:#}");
+            self.worker.remove();
+        }
+    }
+
+    fn hear(&mut self, input: Input) -> Result<(), Stop> {
+        match input {
+            Input::Unprotect => Err(Stop::Unprotect),
+            Input::Shutdown => Err(Stop::Shutdown),
+            Input::DevicesChanged => {
+                self.xml_changed = true;
+                Ok(())
+            }
+            Input::Link(LinkEvent::Up { position, sender }) => {
+                if self.worker.protection.generation == 0 {
+                    self.worker.protection.generation = position.generation.max(1);
+                    self.worker.registry.save(&self.worker.protection)?;
+                }
+                let position =
+                    vmdr_proto::replication::Position { generation: self.worker.protection.generation, ..position };
+                self.sender = Some(sender);
+                self.start_from(&position)
+            }
+            Input::Link(LinkEvent::Durable(durable)) => self.durable(durable.epoch, durable.part),
+            Input::Link(LinkEvent::Refused(refused)) => {
+                self.sender = None;
+                let message = format!("the receiver refused: {}", refused.message);
+                if refused.code() == RefusedCode::Fenced {
+                    self.attached.shim.fence()?;
+                    return Err(Stop::Fenced(message));
+                }
+                tracing::warn!(domain = self.worker.protection.name, code = ?refused.code(), "{message}");
+                self.worker.set_error(message);
+                Ok(())
+            }
+            Input::Link(LinkEvent::Down(reason)) => {
+                self.sender = None;
+                self.worker.set_error(reason);
+                self.worker.set_phase(Phase::Disconnected);
+                Ok(())
+            }
+        }
+    }
+
+    /// Joins what the shim holds to what the receiver has.
+    fn start_from(&mut self, position: &vmdr_proto::replication::Position) -> Result<(), Stop> {
+        let state = self.attached.shim.state()?;
+        {
+            let mut status = self.worker.shared.status();
+            status.generation = self.worker.protection.generation;
+            status.durable_epoch = position.epoch;
+        }
+        self.xml_changed = true;
+        self.sent_xml.clear();
+        self.sent_layout = None;
+        match resume(position, &state) {
+            Resume::From { durable, again } => {
+                if let Some((epoch, part)) = durable {
+                    self.durable(epoch, part)?;
+                }
+                tracing::info!(
+                    domain = self.worker.protection.name,
+                    again = again.len(),
+                    "going on, nothing is copied again"
+                );
+                self.in_flight.clear();
+                for (epoch, part) in again {
+                    match self.attached.shim.resend(epoch, part)? {
+                        Ok(part) => {
+                            self.ship(part)?;
+                        }
+                        Err(no) => return Err(anyhow!("a held part is gone: {}", no.message).into()),
+                    }
+                }
+                let copying = state.next_part > 0 || state.seed;
+                self.set_mode(if copying { Mode::Copy { round: 0, need_pass: false } } else { Mode::Cuts }, state.seed);
+            }
+            Resume::Seed { epoch } => {
+                tracing::info!(domain = self.worker.protection.name, epoch, "seeding");
+                self.in_flight.clear();
+                self.attached.shim.arm(self.worker.protection.generation, epoch, true)?;
+                if !self.attached.adopted || !state.armed {
+                    self.start_mirrors()?;
+                    self.attached.adopted = true;
+                }
+                self.set_mode(Mode::Copy { round: 0, need_pass: true }, true);
+            }
+        }
+        self.next_cut = Instant::now();
+        Ok(())
+    }
+
+    fn set_mode(&mut self, mode: Mode, seed: bool) {
+        self.mode = mode;
+        self.worker.set_phase(match mode {
+            Mode::Cuts => Phase::Protected,
+            Mode::Copy { .. } if seed => Phase::Seeding,
+            Mode::Copy { .. } => Phase::Behind,
+        });
+    }
+
+    fn start_mirrors(&mut self) -> anyhow::Result<()> {
+        for disk in &self.attached.disks {
+            attach::mirror(&self.worker.config, &self.attached.domain, &self.worker.uuid, &disk.target)?;
+        }
+        Ok(())
+    }
+
+    fn durable(&mut self, epoch: u64, part: u32) -> Result<(), Stop> {
+        self.attached.shim.release(epoch, part)?;
+        let mut status = self.worker.shared.status();
+        while let Some(sent) = self.in_flight.front() {
+            if (sent.epoch, sent.part) > (epoch, part) {
+                break;
+            }
+            if sent.last {
+                status.durable_epoch = sent.epoch;
+                status.figures.durable(sent.cut_unix_ns);
+                status.last_error.clear();
+            }
+            self.in_flight.pop_front();
+        }
+        Ok(())
+    }
+
+    /// One step: a cut, or a piece of a copy.
+    fn act(&mut self) -> Result<(), Stop> {
+        if self.sender.is_none() {
+            self.next_cut = Instant::now() + LOOK;
+            return Ok(());
+        }
+        if self.in_flight.len() >= IN_FLIGHT_MAX {
+            // Acknowledgements wake the thread; this is only in case none comes.
+            self.next_cut = Instant::now() + Duration::from_millis(5);
+            return Ok(());
+        }
+        match self.mode {
+            Mode::Cuts => self.cut(0),
+            Mode::Copy { round, need_pass: true } => match self.attached.shim.pass()? {
+                Ok(passed) => {
+                    self.worker.shared.status().figures.pause(&passed.timing.unwrap_or_default());
+                    if passed.pending_pages <= REST_PAGES || round >= ROUNDS_MAX {
+                        // The longest pause is twice as long with each round beyond the limit.
+                        let pages = self.worker.config.cut_pages_max << round.saturating_sub(ROUNDS_MAX).min(16);
+                        self.cut(pages)
+                    } else {
+                        self.mode = Mode::Copy { round: round + 1, need_pass: false };
+                        Ok(())
+                    }
+                }
+                Err(no) => self.no_part(&no),
+            },
+            Mode::Copy { round, need_pass: false } => match self.attached.shim.fill(FILL_BYTES)? {
+                Ok(part) => {
+                    self.ship(part)?;
+                    self.look_at_pending()
+                }
+                Err(no) if no.reason() == NoPartReason::Nothing => {
+                    self.mode = Mode::Copy { round, need_pass: true };
+                    Ok(())
+                }
+                Err(no) => self.no_part(&no),
+            },
+        }
+    }
+
+    fn look_at_pending(&mut self) -> Result<(), Stop> {
+        let state = self.attached.shim.state()?;
+        let pages = state.pending_pages * vmdr_proto::PAGE_BYTES as u64;
+        self.worker.shared.status().pending_bytes = pages + state.remembered_bytes + state.log_bytes;
+        Ok(())
+    }
+
+    fn cut(&mut self, pages_max: u64) -> Result<(), Stop> {
+        let interval = Duration::from_millis(u64::from(self.worker.protection.interval_ms));
+        let started = Instant::now();
+        match self.attached.shim.cut(pages_max)? {
+            Ok(part) => {
+                self.next_cut = (self.next_cut + interval).max(started);
+                self.mirrors_bad = None;
+                let (epoch, timing, pages) = (part.epoch, part.timing.unwrap_or_default(), part.dirty_pages);
+                let bytes = self.ship(part)?;
+                let mut status = self.worker.shared.status();
+                status.epoch = epoch;
+                status.pending_bytes = 0;
+                status.figures.cut(&timing, pages, bytes);
+                drop(status);
+                if self.sender.is_some() {
+                    self.set_mode(Mode::Cuts, false);
+                }
+                Ok(())
+            }
+            Err(no) => self.no_part(&no),
+        }
+    }
+
+    /// There was no recovery point (or nothing to copy): what next?
+    fn no_part(&mut self, no: &NoPart) -> Result<(), Stop> {
+        if let Some(timing) = &no.timing {
+            self.worker.shared.status().figures.pause(timing);
+        }
+        let mut again = LOOK;
+        match no.reason() {
+            NoPartReason::Pending => {
+                let round = if let Mode::Copy { round, .. } = self.mode { round } else { 0 };
+                let seed = self.worker.shared.status().phase == Phase::Seeding;
+                self.set_mode(Mode::Copy { round: round + 1, need_pass: false }, seed);
+                again = Duration::ZERO;
+            }
+            NoPartReason::NotRunning => {
+                self.worker.set_error(no.message.clone());
+                self.worker.set_phase(Phase::Paused);
+            }
+            NoPartReason::Mirror => self.mend_mirrors(&no.message)?,
+            NoPartReason::NoSpace => again = Duration::from_millis(20),
+            NoPartReason::TimeLimit => {
+                self.worker.set_error(no.message.clone());
+                again = RETRY;
+            }
+            NoPartReason::Nothing | NoPartReason::Unspecified => {}
+        }
+        self.next_cut = Instant::now() + again;
+        Ok(())
+    }
+
+    /// Mirrors that are not ready: what they bring is copied meanwhile. One that is gone is begun anew.
+    fn mend_mirrors(&mut self, message: &str) -> Result<(), Stop> {
+        let since = *self.mirrors_bad.get_or_insert_with(Instant::now);
+        let round = if let Mode::Copy { round, .. } = self.mode { round } else { 0 };
+        let seed = self.worker.shared.status().phase == Phase::Seeding;
+        self.set_mode(Mode::Copy { round: round.min(1), need_pass: false }, seed);
+        if since.elapsed() < MIRROR_PATIENCE {
+            return Ok(());
+        }
+        self.mirrors_bad = None;
+        for disk in &self.attached.disks {
+            if self.attached.domain.block_job(&disk.target).map_err(anyhow::Error::from)?.is_none() {
+                tracing::warn!(
+                    domain = self.worker.protection.name,
+                    disk = disk.target,
+                    "the mirror is gone, a new one begins: {message}"
+                );
+                self.worker.set_error(format!("disk {}: the mirror had to be begun anew", disk.target));
+                attach::mirror(&self.worker.config, &self.attached.domain, &self.worker.uuid, &disk.target)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Encodes a part and queues it. A link that went down meanwhile is no error: the part is sent again later.
+    fn ship(&mut self, part: Part) -> Result<u64, Stop> {
+        let Some(sender) = self.sender.clone() else { return Ok(0) };
+        let layout = self.layout(&part);
+        let layout = (self.sent_layout.as_ref() != Some(&layout)).then_some(layout);
+        let xml = if part.last { self.new_xml()? } else { None };
+        let extras = Extras { domain_xml: xml.as_deref(), layout: layout.as_ref() };
+        let encoded = self.encoder.encode(&part, &self.attached.arena, &extras, |message| {
+            sender.blocking_send(message).map_err(|_| Unsent::LinkDown)
+        });
+        let bytes = match encoded {
+            Ok(bytes) => bytes,
+            Err(Unsent::LinkDown) => {
+                self.sender = None;
+                return Ok(0);
+            }
+            Err(Unsent::Encoding(error)) => return Err(error.into()),
+        };
+        if let Some(xml) = xml {
+            self.sent_xml = xml;
+        }
+        if layout.is_some() {
+            self.sent_layout = layout;
+        }
+        self.worker.shared.status().figures.sent(bytes);
+        self.in_flight.push_back(InFlight {
+            epoch: part.epoch,
+            part: part.part,
+            last: part.last,
+            cut_unix_ns: part.cut_unix_ns,
+        });
+        Ok(bytes)
+    }
+
+    fn layout(&self, part: &Part) -> Layout {
+        let ram = part.blocks.iter().map(|block| RamBlock {
+            name: block.name.clone(),
+            used_bytes: block.used_bytes,
+            page_bytes: block.page_bytes,
+        });
+        Layout { machine: self.attached.machine.clone(), ram: ram.collect(), disks: self.attached.disks.clone() }
+    }
+
+    /// The domain's XML, if it is not what the receiver has.
+    fn new_xml(&mut self) -> anyhow::Result<Option<String>> {
+        if !self.xml_changed && self.xml_looked.elapsed() < XML_LOOK {
+            return Ok(None);
+        }
+        self.xml_changed = false;
+        self.xml_looked = Instant::now();
+        let xml = self.attached.domain.migratable_xml()?.to_string();
+        Ok((xml != self.sent_xml).then_some(xml))
+    }
+}
+
+/// Why a part was not queued.
+enum Unsent {
+    LinkDown,
+    Encoding(anyhow::Error),
+}
+
+impl From<anyhow::Error> for Unsent {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Encoding(error)
+    }
+}
