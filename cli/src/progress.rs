@@ -1,7 +1,7 @@
 //! Follows a stream of progress to its end: one line that is rewritten, on stderr and only where that is a terminal.
 //!
-//! Messages that a daemon sends on the way (a warning, say) are for the operator even without a terminal: they are
-//! given back, the newest last, and shown on a terminal at once.
+//! Messages that a daemon sends on the way are given back, the newest last: what matters of them also without a
+//! terminal ([`Outcome::lasting`]) is shown with the result.
 
 use std::io::{IsTerminal, Write};
 
@@ -24,6 +24,15 @@ pub struct Outcome {
     pub report: Option<ActivationReport>,
 }
 
+impl Outcome {
+    /// The warnings, and what was said last; the others only told of the moment.
+    pub fn lasting(&self) -> impl Iterator<Item = &str> {
+        let last = self.messages.len().saturating_sub(1);
+        let lasts = move |(i, message): &(usize, &String)| *i == last || message.starts_with("warning");
+        self.messages.iter().enumerate().filter(lasts).map(|(_, message)| message.as_str())
+    }
+}
+
 /// Reads until the daemon ends the stream.
 pub async fn follow(daemon: Daemon, request: &str, mut stream: Streaming<Progress>) -> Result<Outcome, Failure> {
     let mut line = Line::new(std::io::stderr().is_terminal());
@@ -34,7 +43,6 @@ pub async fn follow(daemon: Daemon, request: &str, mut stream: Streaming<Progres
                 line.show(&rendered(&progress));
                 let message = text::one_line(&progress.message);
                 if !message.is_empty() && outcome.messages.last() != Some(&message) {
-                    line.above(&message);
                     if outcome.messages.len() == MESSAGES_MAX {
                         outcome.messages.remove(0);
                     }
@@ -50,21 +58,23 @@ pub async fn follow(daemon: Daemon, request: &str, mut stream: Streaming<Progres
     }
 }
 
-/// `copy memory  123 MiB of 512 MiB  24 %`.
+/// `copy memory  123 MiB of 512 MiB  24 %  seeding`.
 fn rendered(progress: &Progress) -> String {
     let step = text::one_line(&progress.step);
     let amount = |n: u64| match progress.unit.as_str() {
         "bytes" => text::bytes(n as f64),
         unit => format!("{} {}", text::count(n as f64), text::one_line(unit)).trim_end().to_owned(),
     };
-    match (progress.done, progress.total) {
-        (0, 0) => step,
-        (done, 0) => format!("{step}  {}", amount(done)),
+    let far = match (progress.done, progress.total) {
+        (0, 0) => String::new(),
+        (done, 0) => amount(done),
         (done, total) => {
             let share = (done as f64 / total as f64 * 100.0).min(100.0);
-            format!("{step}  {} of {}  {share:.0} %", amount(done), amount(total))
+            format!("{} of {}  {share:.0} %", amount(done), amount(total))
         }
-    }
+    };
+    let pieces = [step, far, text::one_line(&progress.message)];
+    pieces.into_iter().filter(|piece| !piece.is_empty()).collect::<Vec<_>>().join("  ")
 }
 
 /// The line that is rewritten; it is wiped when this is dropped, so that what follows starts clean.
@@ -83,13 +93,6 @@ impl Line {
             // Short of the width of any terminal that is still in use, so that it never wraps.
             self.write(&format!("\r\x1b[K{}", text::shortened(text, 79)));
             self.shown = true;
-        }
-    }
-
-    fn above(&mut self, message: &str) {
-        if self.terminal {
-            self.clear();
-            self.write(&format!("{message}\n"));
         }
     }
 
@@ -130,5 +133,18 @@ mod tests {
         assert_eq!(rendered(&progress(1 << 27, 1 << 29, "bytes")), "copy memory  128 MiB of 512 MiB  25 %");
         assert_eq!(rendered(&progress(12, 0, "pages")), "copy memory  12 pages");
         assert_eq!(rendered(&progress(9, 3, "")), "copy memory  9 of 3  100 %");
+        let seeding = Progress { message: "seeding".into(), ..progress(0, 0, "") };
+        assert_eq!(rendered(&seeding), "copy memory  seeding");
+    }
+
+    #[test]
+    fn warnings_and_the_last_word_stay() {
+        let lasting = |messages: &[&str]| {
+            let messages = messages.iter().map(|message| (*message).to_owned()).collect();
+            Outcome { messages, report: None }.lasting().map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(lasting(&["warning: a", "starting", "seeding", "done"]), ["warning: a", "done"]);
+        assert_eq!(lasting(&["warning: a"]), ["warning: a"]);
+        assert!(lasting(&[]).is_empty());
     }
 }

@@ -23,7 +23,7 @@ impl Tone {
     pub fn of_state(state: &str) -> Tone {
         match state {
             "protected" | "ready" | "active" => Tone::Good,
-            "seeding" | "behind" | "paused" => Tone::Care,
+            "starting" | "seeding" | "behind" | "paused" => Tone::Care,
             "disconnected" | "failed" | "fenced" => Tone::Bad,
             _ => Tone::Plain,
         }

@@ -286,7 +286,7 @@ async fn colour_and_progress_only_on_a_terminal() {
     let json = host.run_on_terminal(&["status", "-o", "json"], "", &[]).await;
     assert!(!json.stdout.contains('\x1b'), "{:?}", json.stdout);
     let progress = host.run_on_terminal(&["protect", "web1"], "", &[("NO_COLOR", "1")]).await;
-    assert!(progress.stdout.contains("copy memory  256 MiB of 512 MiB  50 %"), "{:?}", progress.stdout);
+    assert!(progress.stdout.contains("copy  256 MiB of 512 MiB  50 %  seeding"), "{:?}", progress.stdout);
     assert!(host.run(&["protect", "web1"]).await.stderr.is_empty());
 }
 

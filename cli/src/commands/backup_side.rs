@@ -107,7 +107,7 @@ pub async fn activate(common: &Common, out: Out, domain: &Domain, options: Activ
         .await
         .map_err(|status| Failure::from_status(Daemon::Receiver, "activate", &status))?;
     let outcome = progress::follow(Daemon::Receiver, "activate", stream.into_inner()).await?;
-    let report = outcome.report.ok_or_else(|| {
+    let report = outcome.report.as_ref().ok_or_else(|| {
         Failure::Failed(format!(
             "the receiver ended the activation of {name} without a report: run `vmdr activate {name}` again, which \
              never starts a second guest"
@@ -115,10 +115,10 @@ pub async fn activate(common: &Common, out: Out, domain: &Domain, options: Activ
     })?;
     out.result(
         "activate",
-        || json::Activation { plan: json::Plan::from(&plan), report: json::Report::from(&report) },
+        || json::Activation { plan: json::Plan::from(&plan), report: json::Report::from(report) },
         || {
-            let messages: String = outcome.messages.iter().map(|message| text::wrapped("", message)).collect();
-            messages + &report_text(out, &report)
+            let messages: String = outcome.lasting().map(|message| text::wrapped("", message)).collect();
+            messages + &report_text(out, report)
         },
     )
 }

@@ -92,7 +92,7 @@ pub async fn protect(
         "protect",
         || json::Protect { domain: domain.0.clone(), protected: true, messages: outcome.messages.clone() },
         || {
-            let mut table: String = outcome.messages.iter().map(|message| text::wrapped("", message)).collect();
+            let mut table: String = outcome.lasting().map(|message| text::wrapped("", message)).collect();
             let line = format!("{} is protected", text::one_line(&domain.0));
             table.push_str(&format!("{}\n", out.paint(Tone::Good, &line)));
             table

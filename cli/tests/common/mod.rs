@@ -245,12 +245,13 @@ impl Agent for Daemon {
         self.asked("protect", &domain)?;
         self.calls.lock().unwrap().push(format!("interval {interval_ms} receiver {receiver}").trim_end().to_owned());
         let mut messages = vec![
-            progress("check", 0, 0, "", ""),
-            progress("copy memory", 256 << 20, 512 << 20, "bytes", "no socket of its own: intervals of 1 s and more"),
+            progress("check", 0, 0, "", "warning: QMP socket: none of its own"),
+            progress("copy", 0, 0, "bytes", "starting"),
+            progress("copy", 256 << 20, 512 << 20, "bytes", "seeding"),
         ];
         match domain.as_str() {
             "halfway" => messages.push(Err(Status::failed_precondition("halfway was shut down during the first copy"))),
-            _ => messages.push(progress("first recovery point", 0, 0, "", "")),
+            _ => messages.push(progress("protected", 0, 0, "", "epoch 1 is durable")),
         }
         Ok(stream(messages))
     }
