@@ -114,7 +114,7 @@ pub(super) fn negotiate(stream: &mut DeadlineStream<'_>, name: &str) -> Result<T
     let mut size_bytes = None;
     let mut sizes = (1, PAYLOAD_BYTES_MAX);
     let query = ExportQuery { name: name.to_owned(), infos: vec![info::BLOCK_SIZE] };
-    ask(stream, option::GO, &query.encode(), |kind, data| {
+    let gone = ask(stream, option::GO, &query.encode(), |kind, data| {
         if kind != reply::INFO {
             return unexpected("reply to go", kind);
         }
@@ -125,8 +125,12 @@ pub(super) fn negotiate(stream: &mut DeadlineStream<'_>, name: &str) -> Result<T
             _ => {}
         }
         Ok(())
-    })
-    .map_err(refused)?;
+    });
+    if let Err(OptionError::Refused { .. }) = gone {
+        // A courtesy: the server would otherwise take the end of the connection for a fault.
+        let _ = stream.write_all(&encode_option(option::ABORT, &[]));
+    }
+    gone.map_err(refused)?;
     let (block_bytes_min, payload_bytes_max) = sizes;
     let missing = || Wire::Proto(ProtoError::Truncated { what: "export information" }).during(DOING);
     let size_bytes = size_bytes.ok_or_else(missing)?;

@@ -17,7 +17,7 @@
 //! | [`handshake`] | server's half of the negotiation, over any stream |
 //! | [`session`] | server's half of the transmission phase, over any stream |
 //! | [`server`] | the listening socket, the threads, the end of both |
-//! | [`file`] | an export backed by a sparse file |
+//! | [`mod@file`] | an export backed by a sparse file |
 //! | [`client`] | a blocking client |
 
 pub mod client;
