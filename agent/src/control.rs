@@ -8,8 +8,7 @@ use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::{Request, Response, Status};
-use vmdr_hypervisor::domain_xml::DomainXml;
-use vmdr_hypervisor::libvirt::{Connection, Domain};
+use vmdr_hypervisor::libvirt::Connection;
 use vmdr_proto::REPLICATION_VERSION;
 use vmdr_proto::control::agent_server::{Agent as AgentService, AgentServer};
 use vmdr_proto::control::{
@@ -49,7 +48,7 @@ impl AgentService for Control {
             let config = self.agent.config.clone();
             let mut findings = blocking(move || {
                 let connection = Connection::open(&config.libvirt_uri);
-                Ok(preflight::host(&HostFacts::gather(), connection.as_ref(), config.arena_bytes))
+                Ok(preflight::host::findings(&HostFacts::gather(), connection.as_ref(), config.arena_bytes))
             })
             .await?;
             findings.push(self.receiver_finding().await);
@@ -168,9 +167,9 @@ impl Control {
             let connection = Connection::open(&config.libvirt_uri)?;
             let domain = connection.domain(&name)?;
             let options = DomainOptions { arena_bytes: config.arena_bytes, protected };
-            let mut findings = preflight::host(&facts, Ok(&connection), config.arena_bytes);
-            findings.extend(preflight::domain(&connection, &name, &facts, &options));
-            let probe = if domain.state()?.0.is_active() { Some(probe_request(&domain)?) } else { None };
+            let mut findings = preflight::host::findings(&facts, Ok(&connection), config.arena_bytes);
+            findings.extend(preflight::domain::findings(&domain, &facts, &options));
+            let probe = if domain.state()?.0.is_active() { Some(preflight::probe_request(&domain)?) } else { None };
             Ok((Examined { name: domain.name().to_owned(), uuid: domain.uuid().to_string(), findings }, probe))
         })
         .await?;
@@ -190,24 +189,6 @@ impl Control {
             Err(error) => Finding::refused("receiver", error, RECEIVER_REMEDY),
         }
     }
-}
-
-/// What a receiver is asked about a running domain.
-fn probe_request(domain: &Domain) -> anyhow::Result<ProbeRequest> {
-    let live = domain.live_xml()?;
-    let xml = DomainXml::from_element(&live).context("the domain's definition")?;
-    let mut disk_bytes = 0;
-    for disk in xml.disks.iter().filter(|disk| disk.is_writable()) {
-        disk_bytes += domain.disk_bytes(&disk.target)?;
-    }
-    Ok(ProbeRequest {
-        protocol_version: REPLICATION_VERSION,
-        domain_uuid: domain.uuid().to_string(),
-        domain_name: domain.name().to_owned(),
-        domain_xml: domain.migratable_xml()?.to_string(),
-        memory_bytes: xml.memory_bytes,
-        disk_bytes,
-    })
 }
 
 fn receiver_findings(receiver: &str, reply: Result<ProbeReply, String>) -> Vec<Finding> {

@@ -20,7 +20,7 @@ use anyhow::{Context, anyhow};
 use rustix::fs::{SeekFrom, seek};
 use serde_json::{Value, json};
 use vmdr_proto::PAGE_BYTES;
-use vmdr_proto::shim::{ArenaRange, NoPartReason, Part, RamBlock, Timing};
+use vmdr_proto::shim::{ArenaRange, NoPartReason, Part, Timing};
 
 use super::{Capture, CaptureError, Copied, DEVICE_FD_SET, PREFAULT_BYTES, mirror_of};
 use crate::dirty_log::Run;
@@ -89,6 +89,12 @@ impl Capture {
         if let Some(no) = self.not_now(pages_max) {
             return Ok(Err(no));
         }
+        if !self.mirrors_ready {
+            let jobs = self.qmp.execute("query-block-jobs", None)?;
+            if let Err(error) = self.check_mirrors(&jobs) {
+                return Ok(Err(NoCut::new(NoPartReason::Mirror, format!("{error:#}"))));
+            }
+        }
         seek(&self.device_writer, SeekFrom::Start(0)).context("rewind the device state")?;
         let save = json!({ "filename": format!("/dev/fdset/{DEVICE_FD_SET}"), "live": false });
         let ramblock = ramblock_arguments();
@@ -104,6 +110,7 @@ impl Capture {
                 let jobs = this.qmp.wait(jobs, limit)?;
                 let blocks = this.qmp.wait(blocks, limit)?;
                 let mirrors = this.check_mirrors(&jobs);
+                this.mirrors_ready = mirrors.is_ok();
                 // From here QEMU is writing device state; its answer has to be taken whatever happens.
                 let copied = match mirrors {
                     Ok(()) => this.capture_memory(&blocks, pages_max, timing),
@@ -340,16 +347,6 @@ impl Capture {
         self.device_memory.read_exact_at(&mut chunk.bytes_mut()[..bytes], 0).context("read the device state")?;
         copied.part.device_state = Some(ArenaRange { offset: chunk.offset(), length: bytes as u64 });
         copied.chunks.push(chunk);
-        let log = self.log.as_ref().context("not armed")?;
-        copied.part.blocks = log
-            .blocks()
-            .iter()
-            .map(|watched| RamBlock {
-                name: watched.block.name.clone(),
-                used_bytes: if watched.present { watched.block.used_bytes } else { 0 },
-                page_bytes: watched.block.page_bytes as u32,
-            })
-            .collect();
         copied.part.timing = Some(timing);
         Ok(())
     }

@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use rustix::fs::{MemfdFlags, memfd_create};
-use vmdr_proto::shim::{DiskOp, DiskOpKind, DiskState, Part, PartId, RamRun, State};
+use vmdr_proto::shim::{DiskOp, DiskOpKind, DiskState, Part, PartId, RamBlock, RamRun, State};
 use vmdr_proto::{PAGE_BYTES, SHIM_VERSION};
 
 use self::catch_up::CatchUp;
@@ -102,6 +102,8 @@ pub struct Capture {
     seed: bool,
     fenced: bool,
     last_event: String,
+    /// Whether the mirrors were in order when last looked at. If not, they are looked at before the guest is stopped.
+    mirrors_ready: bool,
     /// What QEMU writes device state into; the write-only descriptor shares its offset with QEMU's.
     device_memory: File,
     device_writer: OwnedFd,
@@ -147,6 +149,7 @@ impl Capture {
             seed: false,
             fenced: false,
             last_event: String::new(),
+            mirrors_ready: false,
             device_memory,
             device_writer,
             helper,
@@ -403,6 +406,18 @@ impl Capture {
         }
     }
 
+    fn blocks(&self) -> Vec<RamBlock> {
+        let blocks = self.log.as_ref().map(DirtyLog::blocks).unwrap_or_default();
+        blocks
+            .iter()
+            .map(|watched| RamBlock {
+                name: watched.block.name.clone(),
+                used_bytes: if watched.present { watched.block.used_bytes } else { 0 },
+                page_bytes: watched.block.page_bytes as u32,
+            })
+            .collect()
+    }
+
     /// Makes a held part of what was copied; `last` closes the epoch.
     fn hold(&mut self, copied: Copied, last: bool) -> Part {
         let part = Part {
@@ -414,6 +429,7 @@ impl Capture {
             dirty_pages: copied.pages,
             runs: copied.runs,
             ops: copied.ops,
+            blocks: self.blocks(),
             ..copied.part
         };
         self.held.push_back(Held { part: part.clone(), _chunks: copied.chunks });
