@@ -272,7 +272,7 @@ pub struct Report {
     generation: u64,
     was_active: bool,
     point: Option<Point>,
-    rto_seconds: f64,
+    rto_seconds: Option<f64>,
     lost_seconds: f64,
 }
 
@@ -284,7 +284,7 @@ impl From<&control::ActivationReport> for Report {
             generation: report.generation,
             was_active: report.was_active,
             point: report.point.as_ref().map(Point::from),
-            rto_seconds: report.rto_seconds,
+            rto_seconds: (!report.was_active).then_some(report.rto_seconds),
             lost_seconds: report.lost_seconds,
         }
     }
