@@ -86,6 +86,16 @@ impl GuestSpec {
         Self { kind: Kind::Linux { workload: options.to_owned() }, ..self }
     }
 
+    /// The same with this much memory.
+    pub fn memory(self, mem_mib: u64) -> Self {
+        Self { mem_mib, ..self }
+    }
+
+    /// The same with these elements among its devices and beside them.
+    pub fn extra(self, devices: &str, elements: &str) -> Self {
+        Self { extra_devices: devices.to_owned(), extra_elements: elements.to_owned(), ..self }
+    }
+
     /// The same with this address (and a MAC address that follows from it).
     pub fn address(self, address: Ipv4Addr) -> Self {
         Self { address, ..self }

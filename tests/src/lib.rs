@@ -3,6 +3,7 @@
 //! - [`rig`]: two sites on one machine, each with a libvirtd of its own, a link between them that can be cut, and a client.
 //! - [`guest`]: test guests: what they are made of, and how to ask them from outside.
 //! - [`daemon`]: vmdr's own processes in a site, and the `vmdr` command.
+//! - [`random`]: random choices that can be repeated.
 //! - [`relay`]: a TCP relay on the link that delays, limits and stalls.
 //! - [`oracle`]: what a guest's memory and disks hold, read by a path that shares nothing with vmdr's.
 //! - [`images`]: what guests boot.
@@ -17,6 +18,7 @@ pub mod exec;
 pub mod guest;
 pub mod images;
 pub mod oracle;
+pub mod random;
 pub mod relay;
 pub mod rig;
 pub mod scene;

@@ -35,6 +35,7 @@ struct Shared {
     stalled: AtomicBool,
     ended: AtomicBool,
     passed: AtomicU64,
+    flips: AtomicU64,
     connections: Mutex<Vec<TcpStream>>,
 }
 
@@ -55,6 +56,7 @@ impl Relay {
             stalled: AtomicBool::new(false),
             ended: AtomicBool::new(false),
             passed: AtomicU64::new(0),
+            flips: AtomicU64::new(0),
             connections: Mutex::new(Vec::new()),
         });
         let (inner, client) = (Arc::clone(&shared), client.clone());
@@ -78,6 +80,16 @@ impl Relay {
             // One that is broken already is as wanted.
             let _ = stream.shutdown(Shutdown::Both);
         }
+    }
+
+    /// Flips one bit in each of the next `blocks` full blocks that pass.
+    pub fn flip_bits(&self, blocks: u64) {
+        self.shared.flips.store(blocks, SeqCst);
+    }
+
+    /// How many bits are still to be flipped.
+    pub fn flips_left(&self) -> u64 {
+        self.shared.flips.load(SeqCst)
     }
 
     /// Bytes passed in both directions.
@@ -140,6 +152,10 @@ fn pass(mut from: &TcpStream, mut to: &TcpStream, shared: &Shared) {
                 Ok(0) => open = false,
                 Ok(bytes) => {
                     block.truncate(bytes);
+                    let take = |left: u64| left.checked_sub(1);
+                    if bytes == BLOCK_BYTES && shared.flips.fetch_update(SeqCst, SeqCst, take).is_ok() {
+                        block[BLOCK_BYTES / 2] ^= 0x10;
+                    }
                     flight_bytes += bytes;
                     flight.push_back((Instant::now() + shape.delay, block));
                     idle = false;
