@@ -25,6 +25,7 @@ pub struct Config {
     /// Unix socket for the `vmdr` command.
     pub control_socket: PathBuf,
     /// Address of the metrics; empty: none.
+    #[serde(deserialize_with = "address_or_none")]
     pub metrics_listen: Option<SocketAddr>,
     /// What is protected is remembered here, so that a restarted agent goes on.
     pub state_dir: PathBuf,
@@ -100,6 +101,15 @@ impl Config {
     }
 }
 
+/// An address, or the empty string for none.
+fn address_or_none<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<SocketAddr>, D::Error> {
+    let text = String::deserialize(from)?;
+    if text.is_empty() {
+        return Ok(None);
+    }
+    text.parse().map(Some).map_err(|_| serde::de::Error::custom(format!("{text:?} is not ADDRESS:PORT")))
+}
+
 /// Checks an interval from the file or from a request.
 pub fn check_interval(interval_ms: u32) -> anyhow::Result<()> {
     if !(INTERVAL_MS_MIN..=INTERVAL_MS_MAX).contains(&interval_ms) {
@@ -127,6 +137,8 @@ mod tests {
         assert!(error.contains("25 ms to 60000 ms"), "{error}");
         assert!(Config::parse("interval_ms = \n").unwrap_err().to_string().starts_with("line 1"));
         assert!(Config::parse("arena_bytes = 1").is_err());
+        assert!(Config::parse("metrics_listen = \"x\"").is_err());
+        assert_eq!(Config::parse("metrics_listen = \"\"").unwrap().metrics_listen, None);
         assert_eq!(Config::parse("").unwrap().interval_ms, 100);
     }
 }

@@ -12,8 +12,8 @@ use vmdr_hypervisor::libvirt::Connection;
 use vmdr_proto::REPLICATION_VERSION;
 use vmdr_proto::control::agent_server::{Agent as AgentService, AgentServer};
 use vmdr_proto::control::{
-    DoctorReply, DoctorRequest, DomainRequest, DomainStatus, PrepareReply, Progress, ProtectRequest, StatusReply,
-    StatusRequest, UnprotectReply,
+    DoctorReply, DoctorRequest, DomainRequest, DomainStatus, HoldReply, PrepareReply, Progress, ProtectRequest,
+    ReleaseReply, StatusReply, StatusRequest, UnprotectReply,
 };
 use vmdr_proto::replication::{ProbeReply, ProbeRequest};
 
@@ -22,9 +22,11 @@ use crate::daemon::Agent;
 use crate::link;
 use crate::preflight::{self, DomainOptions, Finding, HostFacts, Severity};
 use crate::registry::Protection;
-use crate::session::{Input, Phase, Session};
+use crate::session::{Answer, Input, Phase, Session};
 
 const RECEIVER_REMEDY: &str = "start vmdr-receiver there, or correct the address";
+/// How long a session may take for what it was asked, the receiver's acknowledgement included.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 const PROGRESS_LOOK: Duration = Duration::from_millis(100);
 
 /// Serves it for ever.
@@ -135,6 +137,16 @@ impl AgentService for Control {
         Ok(Response::new(UnprotectReply { domain }))
     }
 
+    async fn hold(&self, request: Request<DomainRequest>) -> Result<Response<HoldReply>, Status> {
+        let epoch = self.ask(&request.into_inner().domain, Input::Hold).await?;
+        Ok(Response::new(HoldReply { epoch }))
+    }
+
+    async fn release(&self, request: Request<DomainRequest>) -> Result<Response<ReleaseReply>, Status> {
+        self.ask(&request.into_inner().domain, Input::Release).await?;
+        Ok(Response::new(ReleaseReply {}))
+    }
+
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
         let name = request.into_inner().domain;
         let sessions = self.agent.sessions();
@@ -158,6 +170,25 @@ struct Examined {
 }
 
 impl Control {
+    /// Asks a session for something and waits for its answer.
+    async fn ask<T>(&self, name: &str, input: impl FnOnce(Answer<T>) -> Input) -> Result<T, Status> {
+        let (sender, answer) = tokio::sync::oneshot::channel();
+        {
+            let uuid = self.agent.find(name);
+            let sessions = self.agent.sessions();
+            let session = uuid.as_ref().and_then(|uuid| sessions.get(uuid));
+            session.ok_or_else(|| Status::not_found(format!("domain {name} is not protected")))?.tell(input(sender));
+        }
+        match tokio::time::timeout(ANSWER_LIMIT, answer).await {
+            Ok(Ok(Ok(value))) => Ok(value),
+            Ok(Ok(Err(message))) => Err(Status::failed_precondition(message)),
+            Ok(Err(_)) => Err(Status::unavailable(format!("the protection of {name} is being set up anew"))),
+            Err(_) => {
+                Err(Status::deadline_exceeded(format!("no answer within {ANSWER_LIMIT:?}; see `vmdr status {name}`")))
+            }
+        }
+    }
+
     /// Preflight, and the receiver's own opinion.
     async fn examine(&self, domain: &str, receiver: Option<&str>) -> Result<Examined, Status> {
         let (config, name) = (self.agent.config.clone(), domain.to_owned());
@@ -295,6 +326,7 @@ fn advice(phase: Phase) -> &'static str {
         Phase::Seeding => "wait for the first copy; until then only an older recovery point, if any, can be activated",
         Phase::Protected => "nothing to do; `vmdr activate` at the backup site brings the guest up there",
         Phase::Behind => "nothing is lost yet: more is written than the link takes, the recovery point grows older",
+        Phase::Held => "the guest is paused and its standby level with it; `vmdr release` lets it go on",
         Phase::Paused => "somebody stopped the guest: resume it (`virsh resume`), epochs then go on",
         Phase::Failed => "see the last error; `vmdr unprotect` and `vmdr protect` begin anew",
         Phase::Fenced => "another site owns this guest: do not start it here",

@@ -8,8 +8,8 @@ use anyhow::{Context, bail};
 use vmdr_proto::SHIM_VERSION;
 use vmdr_proto::frame;
 use vmdr_proto::shim::{
-    Arm, Cut, Detach, Fence, Fill, FromShim, GetState, Hello, NoPart, Part, Pass, Passed, Release, Resend, State,
-    ToShim, from_shim, to_shim,
+    Arm, Cut, Detach, Fence, Fill, FromShim, GetState, Hello, NoPart, Part, Pass, Passed, Release, Resend, Resume,
+    State, ToShim, from_shim, to_shim,
 };
 
 /// How long a shim may take for any answer. A cut ends itself well before; reading a disk that hangs, too.
@@ -75,6 +75,11 @@ impl ShimClient {
         self.state_after(to_shim::Request::Fence(Fence {}))
     }
 
+    /// See `shim.proto`.
+    pub fn resume(&mut self) -> Result<State, ShimError> {
+        self.state_after(to_shim::Request::Resume(Resume {}))
+    }
+
     /// See `shim.proto`. The shim exits afterwards.
     pub fn detach(&mut self) -> Result<State, ShimError> {
         self.state_after(to_shim::Request::Detach(Detach {}))
@@ -95,8 +100,8 @@ impl ShimClient {
     }
 
     /// See `shim.proto`.
-    pub fn cut(&mut self, pages_max: u64) -> Result<Result<Part, NoPart>, ShimError> {
-        self.part(to_shim::Request::Cut(Cut { pages_max }))
+    pub fn cut(&mut self, pages_max: u64, hold: bool) -> Result<Result<Part, NoPart>, ShimError> {
+        self.part(to_shim::Request::Cut(Cut { pages_max, hold }))
     }
 
     /// See `shim.proto`.

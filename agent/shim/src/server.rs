@@ -157,10 +157,11 @@ fn answer(capture: &mut Capture, request: to_shim::Request) -> (from_shim::Reply
                 timing: None,
             }),
         }),
-        Request::Cut(cut) => capture.cut(cut.pages_max).map(|outcome| match outcome {
+        Request::Cut(cut) => capture.cut(cut.pages_max, cut.hold).map(|outcome| match outcome {
             Ok(part) => from_shim::Reply::Part(part),
             Err(no) => no_part(no),
         }),
+        Request::Resume(_) => capture.end_hold().and_then(|()| state(capture)),
         Request::Release(release) => {
             capture.release(release.epoch, release.part);
             state(capture)

@@ -67,6 +67,8 @@ pub enum Phase {
     Protected,
     /// More is dirty than an epoch takes: it is being copied in parts.
     Behind,
+    /// Paused on request, the standby level with the guest.
+    Held,
     /// Somebody else stopped the guest.
     Paused,
     /// It cannot go on by itself.
@@ -84,6 +86,7 @@ impl Phase {
             Self::Seeding => "seeding",
             Self::Protected => "protected",
             Self::Behind => "behind",
+            Self::Held => "held",
             Self::Paused => "paused",
             Self::Failed => "failed",
             Self::Fenced => "fenced",
@@ -123,6 +126,9 @@ impl Shared {
     }
 }
 
+/// Where an answer goes: what was asked for, or one line why not.
+pub type Answer<T> = tokio::sync::oneshot::Sender<Result<T, String>>;
+
 /// What a session hears.
 #[derive(Debug)]
 pub enum Input {
@@ -130,6 +136,10 @@ pub enum Input {
     Link(LinkEvent),
     /// The domain's devices have changed.
     DevicesChanged,
+    /// Pause the guest with a cut; answered when that is durable.
+    Hold(Answer<u64>),
+    /// End a hold.
+    Release(Answer<()>),
     /// End the protection: mirrors and shim too.
     Unprotect,
     /// The agent ends; the shim stays.
@@ -269,7 +279,7 @@ impl Worker {
                 Stop::Again(error) => {
                     tracing::warn!(domain = self.protection.name, "{error:#}");
                     self.set_error(format!("{error:#}"));
-                    self.set_phase(Phase::Starting);
+                    self.set_phase(if self.protection.fenced { Phase::Fenced } else { Phase::Starting });
                 }
                 Stop::Fenced(message) => self.record_fence(message),
             }
@@ -367,6 +377,13 @@ struct InFlight {
     cut_unix_ns: u64,
 }
 
+/// A hold that was asked for.
+struct Hold {
+    answer: Answer<u64>,
+    /// The epoch that the guest was paused with.
+    epoch: Option<u64>,
+}
+
 /// A session with a shim.
 struct Active<'a> {
     worker: &'a mut Worker,
@@ -376,6 +393,8 @@ struct Active<'a> {
     mode: Mode,
     in_flight: VecDeque<InFlight>,
     next_cut: Instant,
+    /// Asked for and not answered yet.
+    hold: Option<Hold>,
     /// What the receiver was sent on this connection.
     sent_xml: String,
     sent_layout: Option<Layout>,
@@ -397,6 +416,7 @@ impl<'a> Active<'a> {
             mode: Mode::Cuts,
             in_flight: VecDeque::new(),
             next_cut: Instant::now(),
+            hold: None,
             sent_xml: String::new(),
             sent_layout: None,
             xml_changed: true,
@@ -442,6 +462,27 @@ impl<'a> Active<'a> {
 
     fn hear(&mut self, input: Input) -> Result<(), Stop> {
         match input {
+            Input::Hold(answer) => {
+                let phase = self.worker.shared.status().phase;
+                if phase == Phase::Protected {
+                    self.hold = Some(Hold { answer, epoch: None });
+                    self.next_cut = Instant::now();
+                } else {
+                    let _ = answer.send(Err(format!("the domain is {}, not protected", phase.name())));
+                }
+                Ok(())
+            }
+            Input::Release(answer) => {
+                if self.worker.shared.status().phase != Phase::Held {
+                    let _ = answer.send(Err("the domain is not held".to_owned()));
+                    return Ok(());
+                }
+                self.attached.shim.resume()?;
+                self.next_cut = Instant::now();
+                self.worker.set_phase(if self.sender.is_some() { Phase::Protected } else { Phase::Disconnected });
+                let _ = answer.send(Ok(()));
+                Ok(())
+            }
             Input::Unprotect => Err(Stop::Unprotect),
             Input::Shutdown => Err(Stop::Shutdown),
             Input::DevicesChanged => {
@@ -465,6 +506,9 @@ impl<'a> Active<'a> {
                 if refused.code() == RefusedCode::Fenced {
                     self.attached.shim.fence()?;
                     return Err(Stop::Fenced(message));
+                }
+                if matches!(refused.code(), RefusedCode::Version | RefusedCode::Domain) {
+                    return Err(Stop::Again(anyhow!(message)));
                 }
                 tracing::warn!(domain = self.worker.protection.name, code = ?refused.code(), "{message}");
                 self.worker.set_error(message);
@@ -523,6 +567,9 @@ impl<'a> Active<'a> {
                 self.set_mode(Mode::Copy { round: 0, need_pass: true }, true);
             }
         }
+        if state.held {
+            self.worker.set_phase(Phase::Held);
+        }
         self.next_cut = Instant::now();
         Ok(())
     }
@@ -557,6 +604,12 @@ impl<'a> Active<'a> {
             }
             self.in_flight.pop_front();
         }
+        drop(status);
+        if self.hold.as_ref().is_some_and(|hold| hold.epoch.is_some_and(|held| held <= epoch)) {
+            if let Some(hold) = self.hold.take() {
+                let _ = hold.answer.send(Ok(epoch));
+            }
+        }
         Ok(())
     }
 
@@ -569,6 +622,10 @@ impl<'a> Active<'a> {
         if self.in_flight.len() >= IN_FLIGHT_MAX {
             // Acknowledgements wake the thread; this is only in case none comes.
             self.next_cut = Instant::now() + Duration::from_millis(5);
+            return Ok(());
+        }
+        if self.worker.shared.status().phase == Phase::Held {
+            self.next_cut = Instant::now() + LOOK;
             return Ok(());
         }
         match self.mode {
@@ -611,7 +668,8 @@ impl<'a> Active<'a> {
     fn cut(&mut self, pages_max: u64) -> Result<(), Stop> {
         let interval = Duration::from_millis(u64::from(self.worker.protection.interval_ms));
         let started = Instant::now();
-        match self.attached.shim.cut(pages_max)? {
+        let hold = self.hold.is_some() && self.mode == Mode::Cuts;
+        match self.attached.shim.cut(pages_max, hold)? {
             Ok(part) => {
                 self.next_cut = (self.next_cut + interval).max(started);
                 self.mirrors_bad = None;
@@ -622,7 +680,10 @@ impl<'a> Active<'a> {
                 status.pending_bytes = 0;
                 status.figures.cut(&timing, pages, bytes);
                 drop(status);
-                if self.sender.is_some() {
+                if let Some(hold) = self.hold.as_mut().filter(|_| hold) {
+                    hold.epoch = Some(epoch);
+                    self.worker.set_phase(Phase::Held);
+                } else if self.sender.is_some() {
                     self.set_mode(Mode::Cuts, false);
                 }
                 Ok(())

@@ -71,19 +71,23 @@ impl Capture {
     /// A short pause: scan and protect again; what was found is pending.
     pub fn pass(&mut self) -> Result<Result<Passed, NoCut>, CaptureError> {
         self.ready_to_stop()?;
-        let outcome =
-            self.while_paused([("human-monitor-command", Some(&ramblock_arguments()))], |this, [blocks], timing| {
+        let outcome = self.while_paused(
+            false,
+            [("human-monitor-command", Some(&ramblock_arguments()))],
+            |this, [blocks], timing| {
                 let blocks = this.qmp.wait(blocks, this.cut_limit())?;
                 this.follow(&blocks)?;
                 let dirty_pages = this.scan_and_protect(timing)?.1;
                 Ok(InPause::Done(dirty_pages))
-            })?;
+            },
+        )?;
         let pending_pages = self.pending_pages();
         Ok(outcome.map(|(dirty_pages, timing)| Passed { dirty_pages, pending_pages, timing }))
     }
 
     /// Ends the epoch: a part with `last`, or the reason why not. `pages_max` of 0 is the configured limit.
-    pub fn cut(&mut self, pages_max: u64) -> Result<Result<Part, NoCut>, CaptureError> {
+    /// With `hold` the guest stays paused after a recovery point was made.
+    pub fn cut(&mut self, pages_max: u64, hold: bool) -> Result<Result<Part, NoCut>, CaptureError> {
         self.ready_to_stop()?;
         let pages_max = if pages_max == 0 { self.config.cut_pages_max } else { pages_max };
         if let Some(no) = self.not_now(pages_max) {
@@ -99,6 +103,7 @@ impl Capture {
         let save = json!({ "filename": format!("/dev/fdset/{DEVICE_FD_SET}"), "live": false });
         let ramblock = ramblock_arguments();
         let outcome = self.while_paused(
+            hold,
             [
                 ("query-block-jobs", None),
                 ("human-monitor-command", Some(&ramblock)),
@@ -189,6 +194,7 @@ impl Capture {
     #[allow(clippy::type_complexity)]
     fn while_paused<const N: usize, T>(
         &mut self,
+        hold: bool,
         commands: [Command<'_>; N],
         work: impl FnOnce(&mut Self, [Sent; N], &mut Timing) -> Result<InPause<T>, CaptureError>,
     ) -> Result<Result<(T, Timing), NoCut>, CaptureError> {
@@ -227,6 +233,15 @@ impl Capture {
         }
         let stopped = self.qmp.wait_event("STOP", Duration::ZERO)?;
         let done = work(self, sent, &mut timing);
+        if hold && matches!(done, Ok(InPause::Done(_))) {
+            // From now on the pause is the operator's: nobody resumes it unasked.
+            self.held = true;
+            self.page.set_paused(false);
+            return Ok(match done? {
+                InPause::Done(value) => Ok((value, timing)),
+                InPause::Not(no) => Err(NoCut { timing, ..no }),
+            });
+        }
         let resuming = Instant::now();
         let resumed = self.resume();
         timing.resume_ns = nanos(resuming);
@@ -238,6 +253,16 @@ impl Capture {
             InPause::Done(value) => Ok((value, timing)),
             InPause::Not(no) => Err(NoCut { timing, ..no }),
         })
+    }
+
+    /// Ends a hold.
+    pub fn end_hold(&mut self) -> Result<(), CaptureError> {
+        if !self.held {
+            return Err(CaptureError::Refused("the guest is not held".to_owned()));
+        }
+        self.resume()?;
+        self.held = false;
+        Ok(())
     }
 
     /// Resumes the guest that this cut stopped; answers with the time of the RESUME event in microseconds.

@@ -95,12 +95,14 @@ pub struct Capture {
     /// Per block of the dirty log: pages that were reported and protected again, and are in no part yet.
     pending: Vec<Bitmap>,
     catch_up: Vec<CatchUp>,
-    held: VecDeque<Held>,
+    unreleased: VecDeque<Held>,
     generation: u64,
     epoch: u64,
     next_part: u32,
     seed: bool,
     fenced: bool,
+    /// A cut has left the guest paused, as it was asked to.
+    held: bool,
     last_event: String,
     /// Whether the mirrors were in order when last looked at. If not, they are looked at before the guest is stopped.
     mirrors_ready: bool,
@@ -142,12 +144,13 @@ impl Capture {
             log: None,
             pending: Vec::new(),
             catch_up,
-            held: VecDeque::new(),
+            unreleased: VecDeque::new(),
             generation: 0,
             epoch: 0,
             next_part: 0,
             seed: false,
             fenced: false,
+            held: false,
             last_event: String::new(),
             mirrors_ready: false,
             device_memory,
@@ -196,7 +199,7 @@ impl Capture {
             }
         }
         if seed {
-            self.held.clear();
+            self.unreleased.clear();
         }
         self.generation = generation;
         self.epoch = epoch;
@@ -207,14 +210,14 @@ impl Capture {
 
     /// This part and all before it are durable.
     pub fn release(&mut self, epoch: u64, part: u32) {
-        while self.held.front().is_some_and(|held| (held.part.epoch, held.part.part) <= (epoch, part)) {
-            self.held.pop_front();
+        while self.unreleased.front().is_some_and(|held| (held.part.epoch, held.part.part) <= (epoch, part)) {
+            self.unreleased.pop_front();
         }
     }
 
     /// A part that is not released yet.
     pub fn resend(&self, epoch: u64, part: u32) -> Result<Part, CaptureError> {
-        let found = self.held.iter().find(|held| (held.part.epoch, held.part.part) == (epoch, part));
+        let found = self.unreleased.iter().find(|held| (held.part.epoch, held.part.part) == (epoch, part));
         found
             .map(|held| held.part.clone())
             .ok_or_else(|| CaptureError::Refused(format!("epoch {epoch} part {part} is not held")))
@@ -224,7 +227,7 @@ impl Capture {
     pub fn fill(&mut self, bytes_max: u64) -> Result<Option<Part>, CaptureError> {
         let events = self.qmp.events()?;
         self.note(events);
-        if self.arena.free_bytes() < self.arena.bytes() / 2 && !self.held.is_empty() {
+        if self.arena.free_bytes() < self.arena.bytes() / 2 && !self.unreleased.is_empty() {
             return Err(CaptureError::NoSpace("half of the arena holds parts that are not durable".to_owned()));
         }
         let pages_max = bytes_max.min(self.arena.bytes() / 4) / PAGE_BYTES as u64;
@@ -256,8 +259,13 @@ impl Capture {
         Ok(())
     }
 
-    /// Ends the watch over the guest's memory.
+    /// Ends a hold, and the watch over the guest's memory.
     pub fn detach(&mut self) {
+        if self.held {
+            if let Err(error) = self.end_hold() {
+                tracing::error!(domain = self.config.domain_name, "end the hold: {error}");
+            }
+        }
         if let Some(mut log) = self.log.take() {
             log.unwatch();
         }
@@ -291,7 +299,7 @@ impl Capture {
             log_bytes: self.disks.iter().map(|disk| disk.log_bytes()).sum(),
             arena_free_bytes: self.arena.free_bytes(),
             unreleased: self
-                .held
+                .unreleased
                 .iter()
                 .map(|held| PartId { epoch: held.part.epoch, part: held.part.part, last: held.part.last })
                 .collect(),
@@ -300,6 +308,7 @@ impl Capture {
             run_state,
             disks: self.disks.iter().map(|disk| disk_state(disk)).collect(),
             last_event: self.last_event.clone(),
+            held: self.held,
         })
     }
 
@@ -432,7 +441,7 @@ impl Capture {
             blocks: self.blocks(),
             ..copied.part
         };
-        self.held.push_back(Held { part: part.clone(), _chunks: copied.chunks });
+        self.unreleased.push_back(Held { part: part.clone(), _chunks: copied.chunks });
         if last {
             self.epoch += 1;
             self.next_part = 0;
