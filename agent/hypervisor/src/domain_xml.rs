@@ -105,7 +105,7 @@ pub struct MemoryBacking {
     pub discard: bool,
     /// `<locked/>`.
     pub locked: bool,
-    /// `<nosharepages/>` is not there, so that KSM may merge.
+    /// `<allocation mode='immediate'>`: all of it is there from the start.
     pub allocation_immediate: bool,
 }
 
