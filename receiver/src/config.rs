@@ -10,13 +10,12 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Deserializer};
 use vmdr_proto::{RECEIVER_PORT, RECEIVER_SOCKET};
 
+use crate::store::StoreOptions;
+
 /// Where the configuration is, unless given on the command line.
 pub const CONFIG_FILE: &str = "/etc/vmdr/receiver.toml";
 /// TCP port of the metrics, unless configured otherwise.
 pub const METRICS_PORT: u16 = RECEIVER_PORT + 1;
-/// Kept free for the rest of the file system: a full one is the one error that hurts everything on it.
-const SPACE_RESERVE_BYTES: u64 = 1 << 30;
-
 /// The receiver's configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -47,7 +46,7 @@ impl Default for Config {
             control_socket: PathBuf::from(RECEIVER_SOCKET),
             metrics_listen: Some(SocketAddr::from(([127, 0, 0, 1], METRICS_PORT))),
             libvirt_uri: vmdr_hypervisor::libvirt::SYSTEM_URI.to_owned(),
-            space_reserve_bytes: SPACE_RESERVE_BYTES,
+            space_reserve_bytes: StoreOptions::default().space_reserve_bytes,
             bridges: BTreeMap::new(),
         }
     }

@@ -1,6 +1,18 @@
-//! The receiver: journal, standby, activation.
+//! `vmdr-receiver`: the daemon at the backup site. It stores what agents send of their guests, and activates a guest when its
+//! host is lost.
+//!
+//! - [`store`]: journal, standby, recovery points; synchronous.
+//! - [`replication`]: agents' streams into the store; [`probe`]: whether a guest could run here.
+//! - [`activate`]: from a recovery point to a running guest, once.
+//! - [`control`]: the `vmdr` command's requests.
+//! - [`daemon`]: all of it together; [`config`], [`metrics`], [`stats`].
 
 pub mod activate;
-pub mod store;
 pub mod config;
+pub mod control;
+pub mod daemon;
 pub mod metrics;
+pub mod probe;
+pub mod replication;
+pub mod stats;
+pub mod store;

@@ -1,2 +1,47 @@
-//! Skeleton.
-fn main() {}
+//! `vmdr-receiver`: the daemon at the backup site. All behaviour is in the library.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+use vmdr_receiver::config::Config;
+
+/// Stores what agents send of their guests, and activates a guest when its host is lost.
+///
+/// Logs to stderr; VMDR_LOG sets how much (for example `debug`). Ends on SIGTERM.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// Configuration file; /etc/vmdr/receiver.toml, if there is one, where none is given.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Only reads the configuration and says whether it is right.
+    #[arg(long)]
+    check: bool,
+}
+
+fn main() -> ExitCode {
+    match start(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vmdr-receiver: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(arguments: &Arguments) -> anyhow::Result<()> {
+    let config = Config::load(arguments.config.as_deref())?;
+    if arguments.check {
+        println!("the configuration is right");
+        return Ok(());
+    }
+    let filter = EnvFilter::try_from_env("VMDR_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    let runtime = tokio::runtime::Runtime::new()?;
+    let ended = runtime.block_on(vmdr_receiver::daemon::run(config));
+    // A thread that is at its disk or waits for libvirt does not keep the process: all that matters is durable.
+    runtime.shutdown_background();
+    ended
+}

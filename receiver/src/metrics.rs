@@ -1,26 +1,10 @@
-//! Prometheus metrics: counters that the rest of the daemon raises, gauges that are read from the store when somebody
-//! asks, and a listener that serves both as text.
-//!
-//! The listener speaks as much HTTP as a scrape needs. It is bounded in connections, bytes and time, and it answers each
-//! request from one snapshot, made off the runtime's threads because the store may be at its disk.
+//! Prometheus metrics: counters that the rest of the daemon raises, and gauges that are read from the store when somebody
+//! asks. Both become text here; [`vmdr_daemon::scrape`] serves it.
 
 use std::fmt::Write as _;
-use std::io;
-use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
-
-/// Scrapes served at the same time; more wait.
-const CONNECTIONS_MAX: usize = 8;
-/// The longest request head read: Prometheus sends some 300 bytes.
-const REQUEST_BYTES_MAX: usize = 8 << 10;
-/// From connecting to the last byte of the answer.
-const SCRAPE_TIME_MAX: Duration = Duration::from_secs(10);
 /// Upper bounds of the buckets of durations, in milliseconds: an fsync takes from under one to thousands.
 const BUCKETS_MS: [u64; 12] = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000];
 
@@ -109,12 +93,6 @@ pub struct Sample {
     pub free_bytes: u64,
 }
 
-/// Where [`Sample`]s come from. May block.
-pub trait Source: Send + Sync + 'static {
-    /// The state now.
-    fn sample(&self) -> Sample;
-}
-
 impl Metrics {
     /// Everything as Prometheus' text format.
     pub fn render(&self, sample: &Sample) -> String {
@@ -173,93 +151,23 @@ fn escape(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
-/// Listens for scrapes.
-pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    TcpListener::bind(address).await
-}
-
-/// Serves scrapes until it is dropped.
-pub async fn serve(listener: TcpListener, metrics: Arc<Metrics>, source: Arc<dyn Source>) {
-    let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    loop {
-        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                // Out of descriptors, mostly: they come back.
-                tracing::warn!(%error, "accept a connection for metrics");
-                tokio::time::sleep(Duration::from_millis(200)).await;
-                continue;
-            }
-        };
-        let (metrics, source) = (Arc::clone(&metrics), Arc::clone(&source));
-        tokio::spawn(async move {
-            let _permit = permit;
-            match tokio::time::timeout(SCRAPE_TIME_MAX, answer(stream, metrics, source)).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::debug!(%error, "answer a scrape"),
-                Err(_) => tracing::debug!("a scrape took too long"),
-            }
-        });
-    }
-}
-
-async fn answer(mut stream: TcpStream, metrics: Arc<Metrics>, source: Arc<dyn Source>) -> io::Result<()> {
-    let mut head = Vec::new();
-    let mut buffer = [0; 1024];
-    while !head.windows(4).any(|w| w == b"\r\n\r\n") {
-        let got = stream.read(&mut buffer).await?;
-        if got == 0 || head.len() + got > REQUEST_BYTES_MAX {
-            return respond(&mut stream, "400 Bad Request", "not an HTTP request\n").await;
-        }
-        head.extend_from_slice(&buffer[..got]);
-    }
-    let line = head.split(|&b| b == b'\r').next().unwrap_or_default();
-    let mut words = line.split(|&b| b == b' ');
-    let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
-    let path = path.split(|&b| b == b'?').next().unwrap_or_default();
-    if method != b"GET" {
-        return respond(&mut stream, "405 Method Not Allowed", "only GET\n").await;
-    }
-    if path != b"/metrics" {
-        return respond(&mut stream, "404 Not Found", "the metrics are at /metrics\n").await;
-    }
-    let text = tokio::task::spawn_blocking(move || metrics.render(&source.sample())).await?;
-    respond(&mut stream, "200 OK", &text).await
-}
-
-async fn respond(stream: &mut TcpStream, status: &str, body: &str) -> io::Result<()> {
-    let head = format!(
-        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\nContent-Length: {}\r\n\
-         Connection: close\r\n\r\n",
-        body.len()
-    );
-    stream.write_all(head.as_bytes()).await?;
-    stream.write_all(body.as_bytes()).await?;
-    stream.shutdown().await
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    struct Fixed;
-
-    impl Source for Fixed {
-        fn sample(&self) -> Sample {
-            let domain = DomainSample {
-                name: "we\"b\\1\n".to_owned(),
-                uuid: "u".to_owned(),
-                generation: 2,
-                epoch: 9,
-                recovery_point_age_seconds: Some(0.25),
-                stored_bytes: 77,
-                receiving: true,
-                active: false,
-            };
-            let none = DomainSample { name: "new".to_owned(), recovery_point_age_seconds: None, ..domain.clone() };
-            Sample { domains: vec![domain, none], free_bytes: 5 }
-        }
+    fn sample() -> Sample {
+        let domain = DomainSample {
+            name: "we\"b\\1\n".to_owned(),
+            uuid: "u".to_owned(),
+            generation: 2,
+            epoch: 9,
+            recovery_point_age_seconds: Some(0.25),
+            stored_bytes: 77,
+            receiving: true,
+            active: false,
+        };
+        let none = DomainSample { name: "new".to_owned(), recovery_point_age_seconds: None, ..domain.clone() };
+        Sample { domains: vec![domain, none], free_bytes: 5 }
     }
 
     #[test]
@@ -269,7 +177,7 @@ mod tests {
         for ms in [1, 3, 30_000] {
             metrics.commit.observe(Duration::from_millis(ms));
         }
-        let text = metrics.render(&Fixed.sample());
+        let text = metrics.render(&sample());
         for line in [
             "# TYPE vmdr_receiver_received_bytes_total counter",
             "vmdr_receiver_received_bytes_total 12",
@@ -280,34 +188,12 @@ mod tests {
             "vmdr_receiver_commit_seconds_sum 30.004",
             "vmdr_receiver_commit_seconds_count 3",
             "vmdr_receiver_domain_recovery_point_age_seconds{domain=\"we\\\"b\\\\1\\n\",uuid=\"u\"} 0.25",
+            "vmdr_receiver_state_free_bytes 5",
             "vmdr_receiver_domain_durable_epoch{domain=\"new\",uuid=\"u\"} 9",
             "vmdr_receiver_domain_active{domain=\"new\",uuid=\"u\"} 0",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
         }
         assert!(!text.contains("age_seconds{domain=\"new\""), "no recovery point has no age");
-    }
-
-    async fn ask(address: SocketAddr, request: &[u8]) -> String {
-        let mut stream = TcpStream::connect(address).await.unwrap();
-        stream.write_all(request).await.unwrap();
-        stream.shutdown().await.unwrap();
-        let mut answer = Vec::new();
-        let reading = stream.read_to_end(&mut answer);
-        tokio::time::timeout(SCRAPE_TIME_MAX, reading).await.unwrap().unwrap();
-        String::from_utf8(answer).unwrap()
-    }
-
-    #[tokio::test]
-    async fn a_scrape_is_answered_and_anything_else_refused() {
-        let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let server = tokio::spawn(serve(listener, Arc::new(Metrics::default()), Arc::new(Fixed)));
-        let ok = ask(address, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").await;
-        assert!(ok.starts_with("HTTP/1.1 200 OK\r\n") && ok.contains("\nvmdr_receiver_state_free_bytes 5\n"), "{ok}");
-        assert!(ask(address, b"GET / HTTP/1.1\r\n\r\n").await.starts_with("HTTP/1.1 404"));
-        assert!(ask(address, b"POST /metrics HTTP/1.1\r\n\r\n").await.starts_with("HTTP/1.1 405"));
-        assert!(ask(address, b"\x16\x03\x01").await.starts_with("HTTP/1.1 400"));
-        server.abort();
     }
 }

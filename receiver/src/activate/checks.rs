@@ -76,7 +76,11 @@ fn check_machine(domain: &DomainXml, host: &dyn Host, found: &mut Vec<Finding>) 
     let fact = format!("this host cannot give the guest its CPU: {what}");
     found.push(if cpu.attribute("check") == Some("none") {
         // libvirt and QEMU would start it all the same: the guest may not have these features where it runs either.
-        warning("CPU", &fact, "compare the CPUs of both hosts; the guest's definition has check='none', so nothing else does")
+        warning(
+            "CPU",
+            &fact,
+            "compare the CPUs of both hosts; the guest's definition has check='none', so nothing else does",
+        )
     } else {
         refused("CPU", &fact, "give the guest a CPU model that both hosts have, and restart it")
     });
@@ -134,7 +138,9 @@ fn check_interface(
 
 /// Files that libvirt or QEMU opens when the guest starts, and directories where it makes them.
 fn check_files(xml: &Element, host: &dyn Host, found: &mut Vec<Finding>) {
-    for (path, what) in [("os/kernel", "kernel"), ("os/initrd", "initrd"), ("os/dtb", "device tree"), ("os/loader", "firmware")] {
+    for (path, what) in
+        [("os/kernel", "kernel"), ("os/initrd", "initrd"), ("os/dtb", "device tree"), ("os/loader", "firmware")]
+    {
         let file = xml.text_at(path).unwrap_or_default();
         if !file.is_empty() && !host.exists(Path::new(&file)) {
             let remedy = format!("copy it to {file} on this host (firmware: install the package that has it)");
@@ -164,14 +170,22 @@ fn check_files(xml: &Element, host: &dyn Host, found: &mut Vec<Finding>) {
         if let Some(directory) = directory.filter(|d| !host.exists(d)) {
             let directory = directory.display();
             let fact = format!("the directory of {path} is not on this host");
-            found.push(refused(&what, &fact, &format!("create {directory} with the owner it has on the protected host")));
+            found.push(refused(
+                &what,
+                &fact,
+                &format!("create {directory} with the owner it has on the protected host"),
+            ));
         }
     }
 }
 
 fn needed(what: &str, path: &str, host: &dyn Host, found: &mut Vec<Finding>) {
     if !path.is_empty() && !host.exists(Path::new(path)) {
-        found.push(refused(what, &format!("{path} is not on this host"), "create it, or remove the device from the guest"));
+        found.push(refused(
+            what,
+            &format!("{path} is not on this host"),
+            "create it, or remove the device from the guest",
+        ));
     }
 }
 
@@ -202,7 +216,8 @@ pub fn qemu_owner(capabilities: &Element, virt_type: &str) -> Option<(u32, u32)>
 /// The user and group that a definition demands for its QEMU (`<seclabel type='static' model='dac'>`).
 pub fn demanded_owner(xml: &Element) -> Option<(u32, u32)> {
     let labels = xml.find_all("seclabel");
-    let dac = labels.into_iter().find(|l| l.attribute("model") == Some("dac") && l.attribute("type") == Some("static"))?;
+    let dac =
+        labels.into_iter().find(|l| l.attribute("model") == Some("dac") && l.attribute("type") == Some("static"))?;
     parse_owner(&dac.text_at("label")?)
 }
 

@@ -7,7 +7,7 @@
 use vmdr_hypervisor::domain_xml::DomainXml;
 
 use super::xml::RAM_BACKEND;
-use super::point::RamBlock;
+use crate::store::RamImage;
 
 /// Names under which QEMU has the memory of a guest with one backend: as libvirt starts it, with the path that machine types
 /// before 4.0 use, and after an earlier activation.
@@ -47,7 +47,7 @@ pub enum MemoryError {
 }
 
 /// Decides how the memory of this guest is restored.
-pub fn choose(xml: &DomainXml, blocks: &[RamBlock]) -> Result<Memory, MemoryError> {
+pub fn choose(xml: &DomainXml, blocks: &[RamImage]) -> Result<Memory, MemoryError> {
     if blocks.is_empty() {
         return Err(MemoryError::NoBlocks);
     }
@@ -78,8 +78,8 @@ pub fn choose(xml: &DomainXml, blocks: &[RamBlock]) -> Result<Memory, MemoryErro
 mod tests {
     use super::*;
 
-    fn block(name: &str, used_bytes: u64) -> RamBlock {
-        RamBlock { name: name.to_owned(), used_bytes, page_bytes: 4096, path: name.into() }
+    fn block(name: &str, used_bytes: u64) -> RamImage {
+        RamImage { name: name.to_owned(), used_bytes, page_bytes: 4096, path: name.into() }
     }
 
     fn xml(extra: &str) -> DomainXml {

@@ -15,7 +15,6 @@ pub mod findings;
 pub mod host;
 pub mod memory;
 pub mod plan;
-pub mod point;
 pub mod record;
 pub mod run;
 pub mod save_image;
@@ -54,13 +53,8 @@ pub enum ActivateError {
         reasons: String,
     },
     /// The store failed.
-    #[error("{what}: {message}")]
-    Store {
-        /// What was tried.
-        what: String,
-        /// The store's words.
-        message: String,
-    },
+    #[error(transparent)]
+    Store(#[from] crate::store::StoreError),
     /// The guest ran here and does not run now.
     #[error(
         "{name} was activated here from recovery point {point} and is not running now, so it is not restored again: \
@@ -76,7 +70,9 @@ pub enum ActivateError {
         directory: PathBuf,
     },
     /// It does not come to run.
-    #[error("{name} is restored but {state} instead of running; see /var/log/libvirt/qemu/{name}.log, then run activate again")]
+    #[error(
+        "{name} is restored but {state} instead of running; see /var/log/libvirt/qemu/{name}.log, then run activate again"
+    )]
     NotRunning {
         /// The guest.
         name: String,

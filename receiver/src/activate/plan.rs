@@ -10,9 +10,9 @@ use super::checks;
 use super::findings;
 use super::host::Host;
 use super::memory::{self, Memory};
-use super::point::RecoveryPoint;
 use super::xml::{self, PlacedDisk, Placement, RAM_BACKEND, Transformed};
 use super::{ActivateError, Settings};
+use crate::store::RecoveryPoint;
 
 /// Everything that was decided about an activation.
 #[derive(Debug)]

@@ -97,6 +97,16 @@ pub enum Step {
     },
 }
 
+impl Step {
+    /// The number of the last attempt, 0: none.
+    pub fn last_attempt(&self) -> u32 {
+        match self {
+            Step::Planned { .. } => 0,
+            Step::Fenced { attempt, .. } | Step::Restoring { attempt, .. } | Step::Running { attempt, .. } => *attempt,
+        }
+    }
+}
+
 /// The record of one domain.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {

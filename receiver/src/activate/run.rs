@@ -27,11 +27,11 @@ use super::findings;
 use super::host::{Guest, Host};
 use super::memory::Memory;
 use super::plan::{self, Plan};
-use super::point::RecoveryPoint;
 use super::record::{self, ActiveDirectory, PointId, Pristine, Record, Step};
 use super::save_image::{self, Block, Content};
 use super::xml::RAM_BACKEND;
 use super::{ActivateError, Settings};
+use crate::store::RecoveryPoint;
 
 /// How long a guest may take from "libvirt has restored it" to running. libvirt answers when it runs, so this is only
 /// waited for after an interrupted activation, whose restore may still be at work on a slow disk.
@@ -48,9 +48,9 @@ const SAVE_IMAGE: &str = "restore.save";
 pub trait Standby {
     /// The generation that is stored now.
     fn generation(&self) -> Result<u64, ActivateError>;
-    /// Durably raises the generation, so that streams of older ones are refused and apply nothing any more. Nothing
-    /// happens if it is as high already.
-    fn raise_generation(&self, to: u64) -> Result<(), ActivateError>;
+    /// Durably raises the generation, so that streams of older ones are refused, and freezes the standby, so that nothing
+    /// changes it while a guest runs on it. Nothing happens where that is so already.
+    fn fence(&self, to: u64) -> Result<(), ActivateError>;
     /// The newest recovery point, with everything applied that is durable.
     fn recovery_point(&self) -> Result<RecoveryPoint, ActivateError>;
     /// The directory of the domain.
@@ -125,7 +125,7 @@ impl Activation<'_> {
         if last_attempt == 0 {
             active.write(self.uuid, self.name, &Step::Planned { generation })?;
         }
-        self.standby.raise_generation(generation)?;
+        self.standby.fence(generation)?;
         // Only now is it certain that no epoch is added any more.
         let point = self.standby.recovery_point()?;
         let id = point_id(&point);
@@ -348,8 +348,9 @@ impl Activation<'_> {
     }
 }
 
+/// A guest without disks cannot be told from another of its UUID; that libvirt was asked to restore it is enough then.
 fn guest_is_on(guest: &Guest, attempt: &Path) -> bool {
-    guest.disk_files.iter().any(|f| f.starts_with(attempt))
+    guest.disk_files.is_empty() || guest.disk_files.iter().any(|f| f.starts_with(attempt))
 }
 
 fn io(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> ActivateError {

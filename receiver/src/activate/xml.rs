@@ -216,7 +216,9 @@ fn listen_here(graphics: &mut Element, host: &dyn Host, findings: &mut Vec<Findi
     if let Some(address) = foreign {
         findings.push(findings::warning(
             "graphics",
-            &format!("the console listened on {address}, which is no address of this host; it will listen on {LOOPBACK}"),
+            &format!(
+                "the console listened on {address}, which is no address of this host; it will listen on {LOOPBACK}"
+            ),
             "",
         ));
     }

@@ -1,4 +1,5 @@
 //! A host that has what a test gives it, and a libvirt that does what a test wants.
+#![allow(missing_docs)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

@@ -5,8 +5,8 @@ use std::sync::Mutex;
 use tempfile::TempDir;
 
 use super::super::host::fake::{FakeHost, OnRestore};
-use super::super::point::{DiskImage, RamBlock};
 use super::*;
+use crate::store::{DiskImage, RamImage};
 
 const UUID: Uuid = Uuid::from_u128(0x22222222_1111_4111_8111_111111111111);
 const RAM_BYTES: u64 = 512 << 20;
@@ -24,7 +24,7 @@ impl Standby for FakeStandby {
     fn generation(&self) -> Result<u64, ActivateError> {
         Ok(*self.generation.lock().unwrap())
     }
-    fn raise_generation(&self, to: u64) -> Result<(), ActivateError> {
+    fn fence(&self, to: u64) -> Result<(), ActivateError> {
         let mut generation = self.generation.lock().unwrap();
         self.raised.lock().unwrap().push(to);
         *generation = to.max(*generation);
@@ -61,13 +61,15 @@ fn fixture() -> Fixture {
     std::fs::write(path("1.img"), vec![5; 4096]).unwrap();
     sparse(&path("vda.raw"), DISK_BYTES);
     std::fs::write(path("device"), b"QEVM\0\0\0\x03\x04D\x7e\0").unwrap();
-    let block = |name: &str, used_bytes, file: &str| RamBlock {
+    let block = |name: &str, used_bytes, file: &str| RamImage {
         name: name.to_owned(),
         used_bytes,
         page_bytes: 4096,
         path: path(file),
     };
     let point = RecoveryPoint {
+        uuid: UUID.to_string(),
+        name: "proof".to_owned(),
         generation: 1,
         epoch: 7,
         cut_unix_ns: CUT,
@@ -95,7 +97,12 @@ fn fixture() -> Fixture {
     let settings =
         Settings { state_directory: top, bridges: BTreeMap::from([("vmbr0".to_owned(), "br-dr".to_owned())]) };
     let (generation, raised) = (Mutex::new(1), Mutex::default());
-    Fixture { standby: FakeStandby { directory: domain, generation, raised, point }, host, settings, _directory: directory }
+    Fixture {
+        standby: FakeStandby { directory: domain, generation, raised, point },
+        host,
+        settings,
+        _directory: directory,
+    }
 }
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -160,7 +167,10 @@ impl Fixture {
         assert_eq!(self.attempts(), [format!("attempt-{attempt}")]);
         assert!(guest.disk_files[0].starts_with(self.active().attempt(attempt)));
         let defined = libvirt.defined.last().unwrap();
-        assert_eq!(defined.attribute_at("devices/disk/source", "file").map(PathBuf::from), Some(guest.disk_files[0].clone()));
+        assert_eq!(
+            defined.attribute_at("devices/disk/source", "file").map(PathBuf::from),
+            Some(guest.disk_files[0].clone())
+        );
         assert!(!self.active().attempt(attempt).join(SAVE_IMAGE).exists());
         assert_eq!(*self.standby.generation.lock().unwrap(), 2);
     }

@@ -116,7 +116,8 @@ fn what_is_of_the_old_host_goes_and_what_the_guest_sees_stays() {
     assert_eq!(disk(root, "sdc").attribute_at("source", "file"), Some("/srv/iso/debian.iso"));
     assert!(disk(root, "sdd").find("source").is_none());
 
-    let bridges: Vec<_> = root.find_all("devices/interface/source").iter().filter_map(|s| s.attribute("bridge")).collect();
+    let bridges: Vec<_> =
+        root.find_all("devices/interface/source").iter().filter_map(|s| s.attribute("bridge")).collect();
     assert_eq!(bridges, ["br-dr"]);
     assert_eq!(root.attribute_at("devices/graphics", "listen"), Some("127.0.0.1"));
     let subjects: Vec<_> = made.findings.iter().map(|f| f.subject.as_str()).collect();
@@ -158,7 +159,10 @@ fn media_that_are_not_here() {
     let made = make(NUMA, &["hda"], None, &host(&["/images/shared-tools.raw"]));
     assert_eq!(refusals(&made.findings).count(), 0);
     assert_eq!(disk(&made.restore, "hdb").attribute_at("source", "file"), Some("/images/shared-tools.raw"));
-    assert_eq!(disk(&made.restore, "hda").attribute_at("backingStore/source", "file"), Some("/s/standby.1/disk/hda.raw"));
+    assert_eq!(
+        disk(&made.restore, "hda").attribute_at("backingStore/source", "file"),
+        Some("/s/standby.1/disk/hda.raw")
+    );
 }
 
 #[test]

@@ -1,0 +1,357 @@
+//! What the `vmdr` command asks of the receiver.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Instant, SystemTime};
+
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+use uuid::Uuid;
+use vmdr_proto::control::receiver_server::Receiver as Service;
+use vmdr_proto::control::{
+    ActivateRequest, ActivationPlan, ActivationReport, DomainRequest, DomainStatus, ForgetReply, Point, PointsReply,
+    Progress, StatusReply, StatusRequest,
+};
+use vmdr_proto::replication::RefusedCode;
+
+use crate::activate::host::{Host, LocalHost};
+use crate::activate::record::{PointId, Step};
+use crate::activate::run::{Activated, Activation, Standby, age_seconds, unix_ns};
+use crate::activate::{ActivateError, plan};
+use crate::daemon::Receiver;
+use crate::store::{DomainSummary, RecoveryPoint, Store, StoreError};
+
+/// Messages to a client that does not read; an activation does not wait for it.
+const PROGRESS_MAX: usize = 64;
+
+/// The service.
+pub struct ControlService {
+    receiver: Arc<Receiver>,
+}
+
+impl ControlService {
+    /// For this receiver.
+    pub fn new(receiver: Arc<Receiver>) -> Self {
+        ControlService { receiver }
+    }
+
+    /// Runs something that may block.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Arc<Receiver>) -> Result<T, Status> + Send + 'static,
+    ) -> Result<Response<T>, Status> {
+        let receiver = Arc::clone(&self.receiver);
+        let done = tokio::task::spawn_blocking(move || work(&receiver)).await;
+        done.map_err(|e| Status::internal(format!("the request ended by itself: {e}")))?.map(Response::new)
+    }
+}
+
+fn store_status(error: &StoreError) -> Status {
+    let message = error.to_string();
+    match error {
+        StoreError::Unknown(_) | StoreError::NoPoint(_) => Status::not_found(message),
+        StoreError::BadUuid(_) => Status::invalid_argument(message),
+        StoreError::Busy { .. } | StoreError::Frozen(_) | StoreError::Fenced { .. } => {
+            Status::failed_precondition(message)
+        }
+        _ if error.code() == RefusedCode::Full => Status::resource_exhausted(message),
+        _ => Status::internal(message),
+    }
+}
+
+fn activate_status(error: &ActivateError) -> Status {
+    let message = error.to_string();
+    match error {
+        ActivateError::Store(error) => store_status(error),
+        ActivateError::Refused { .. } | ActivateError::HasRun { .. } => Status::failed_precondition(message),
+        ActivateError::Hypervisor(error) if error.is_connection() => Status::unavailable(message),
+        _ => Status::internal(message),
+    }
+}
+
+/// The stored domain of this name or UUID.
+fn find(receiver: &Receiver, wanted: &str) -> Result<(Uuid, DomainSummary), Status> {
+    if wanted.is_empty() {
+        return Err(Status::invalid_argument("no domain is named: give a name or a UUID"));
+    }
+    let domains = receiver.store.domains();
+    let by_uuid = Uuid::parse_str(wanted).ok().map(|u| u.to_string());
+    let mut found: Vec<_> =
+        domains.into_iter().filter(|d| Some(&d.uuid) == by_uuid.as_ref() || d.name == wanted).collect();
+    if found.len() > 1 {
+        let uuids = found.iter().map(|d| d.uuid.as_str()).collect::<Vec<_>>().join(", ");
+        return Err(Status::failed_precondition(format!("several domains are named {wanted:?}: give one of {uuids}")));
+    }
+    let summary = found.pop().ok_or_else(|| {
+        Status::not_found(format!("nothing is stored here of {wanted:?}; `vmdr status` lists what is"))
+    })?;
+    let uuid = Uuid::parse_str(&summary.uuid).map_err(|e| Status::internal(format!("{}: {e}", summary.uuid)))?;
+    Ok((uuid, summary))
+}
+
+fn point_message(generation: u64, epoch: u64, cut_unix_ns: u64, bytes: u64) -> Point {
+    Point {
+        id: format!("{generation}-{epoch}"),
+        generation,
+        epoch,
+        cut_unix_ns,
+        consistency: "crash".to_owned(),
+        bytes,
+        pinned: false,
+        newest: true,
+    }
+}
+
+fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
+    let uuid = Uuid::parse_str(&domain.uuid).unwrap_or_default();
+    let now = receiver.seconds();
+    let age = (domain.position.epoch > 0).then(|| age_seconds(domain.cut_unix_ns, unix_ns(SystemTime::now())));
+    let record = receiver.active_directory(uuid).read(uuid);
+    let active = matches!(&record, Ok(Some(r)) if matches!(r.step, Step::Running { .. }));
+    let (figures, peer, mut last_error) = receiver.session(uuid, |session| {
+        if let Some(age) = age.filter(|_| !domain.frozen) {
+            session.stats.age(now, age);
+        }
+        (session.stats.figures(now), session.peer.clone(), session.last_error.clone())
+    });
+    if let Some(trouble) = &domain.trouble {
+        last_error.clone_from(trouble);
+    } else if let Err(error) = &record {
+        last_error = error.to_string();
+    }
+    let name = if domain.name.is_empty() { &domain.uuid } else { &domain.name };
+    let (state, advice) = if active {
+        ("active", String::new())
+    } else if domain.trouble.is_some() && domain.position.epoch == 0 {
+        ("failed", "see the receiver's log".to_owned())
+    } else if domain.frozen {
+        ("fenced", format!("an activation was begun and has not ended: `vmdr activate {name}` goes on with it"))
+    } else if domain.position.epoch == 0 {
+        let wait =
+            if domain.receiving { "wait for the first copy to end" } else { "no agent is connected: look there" };
+        ("seeding", wait.to_owned())
+    } else if domain.receiving {
+        ("ready", String::new())
+    } else {
+        ("ready", format!("no agent is connected; if its host is lost: `vmdr activate {name}`"))
+    };
+    DomainStatus {
+        name: domain.name.clone(),
+        uuid: domain.uuid,
+        role: if active { "active" } else { "standby" }.to_owned(),
+        state: state.to_owned(),
+        generation: domain.position.generation,
+        epoch: domain.position.epoch,
+        durable_epoch: domain.position.epoch,
+        rpo_seconds: age.unwrap_or(0.0),
+        rpo_worst_hour_seconds: figures.rpo_worst_hour_seconds,
+        dirty_pages_per_epoch: figures.dirty_pages_per_epoch,
+        bytes_per_epoch: figures.bytes_per_epoch,
+        link_bytes_per_second: figures.link_bytes_per_second,
+        last_error,
+        peer,
+        advice,
+        stored_bytes: domain.stored_bytes,
+        ..DomainStatus::default()
+    }
+}
+
+/// The store, seen from an activation.
+struct StoredStandby<'a> {
+    store: &'a Store,
+    uuid: Uuid,
+}
+
+impl Standby for StoredStandby<'_> {
+    fn generation(&self) -> Result<u64, ActivateError> {
+        Ok(self.store.position(&self.uuid.to_string())?.generation)
+    }
+
+    fn fence(&self, to: u64) -> Result<(), ActivateError> {
+        let uuid = self.uuid.to_string();
+        self.store.raise_generation(&uuid, to)?;
+        self.store.set_frozen(&uuid, true)?;
+        Ok(())
+    }
+
+    fn recovery_point(&self) -> Result<RecoveryPoint, ActivateError> {
+        Ok(self.store.recovery_point(&self.uuid.to_string())?)
+    }
+
+    fn directory(&self) -> std::path::PathBuf {
+        self.store.dir().join(self.uuid.to_string())
+    }
+}
+
+fn connect(receiver: &Receiver) -> Result<LocalHost, Status> {
+    LocalHost::connect(&receiver.config.libvirt_uri).map_err(|e| Status::unavailable(e.to_string()))
+}
+
+fn hypervisor_status(error: vmdr_hypervisor::Error) -> Status {
+    activate_status(&ActivateError::Hypervisor(error))
+}
+
+fn make_plan(receiver: &Receiver, wanted: &str) -> Result<ActivationPlan, Status> {
+    let (uuid, summary) = find(receiver, wanted)?;
+    let standby = StoredStandby { store: &receiver.store, uuid };
+    let active = receiver.active_directory(uuid);
+    let record = active.read(uuid).map_err(|e| Status::internal(e.to_string()))?;
+    let host = connect(receiver)?;
+    let runs = host.guest(uuid).map_err(hypervisor_status)?.is_some_and(|g| g.state.is_active());
+    if let Some(Step::Running { point, .. }) = record.as_ref().map(|r| &r.step)
+        && !runs
+    {
+        let error = ActivateError::HasRun {
+            name: summary.name,
+            point: format!("{}-{}", point.generation, point.epoch),
+            directory: active.path().to_owned(),
+        };
+        return Err(activate_status(&error));
+    }
+    let point = standby.recovery_point().map_err(|e| activate_status(&e))?;
+    let next = record.map_or(1, |r| r.step.last_attempt() + 1);
+    let plan =
+        plan::make(&point, &active.attempt(next), &receiver.settings(), &host).map_err(|e| activate_status(&e))?;
+    Ok(ActivationPlan {
+        name: summary.name,
+        uuid: uuid.to_string(),
+        point: Some(point_message(point.generation, point.epoch, point.cut_unix_ns, summary.stored_bytes)),
+        lost_seconds: age_seconds(point.cut_unix_ns, unix_ns(SystemTime::now())),
+        steps: plan::steps(&plan, &point),
+        findings: if runs { Vec::new() } else { plan.findings },
+        already_active: runs,
+    })
+}
+
+fn activate(
+    receiver: &Receiver,
+    wanted: &str,
+    requested: (Instant, u64),
+    progress: &mut dyn FnMut(&str),
+) -> Result<ActivationReport, Status> {
+    let (uuid, summary) = find(receiver, wanted)?;
+    let lock = receiver.activation_lock(uuid);
+    let _one_at_a_time = match lock.try_lock() {
+        Ok(guard) => guard,
+        Err(_) => {
+            progress("wait for another activation of it");
+            lock.blocking_lock()
+        }
+    };
+    let host = connect(receiver)?;
+    let standby = StoredStandby { store: &receiver.store, uuid };
+    let settings = receiver.settings();
+    let activation = Activation {
+        uuid,
+        name: &summary.name,
+        standby: &standby,
+        host: &host,
+        settings: &settings,
+        requested: requested.0,
+        requested_unix_ns: requested.1,
+    };
+    let done = activation.run(progress).map_err(|e| activate_status(&e))?;
+    let Activated { name, point, generation, rto, lost_seconds, was_active } = done;
+    if let Some(rto) = rto {
+        receiver.metrics.activations.fetch_add(1, Ordering::Relaxed);
+        receiver.metrics.activation.observe(rto);
+    }
+    tracing::info!(domain = %name, %uuid, generation, ?rto, lost_seconds, was_active, "activated");
+    Ok(ActivationReport {
+        name,
+        uuid: uuid.to_string(),
+        point: point.map(|PointId { generation, epoch, cut_unix_ns }| point_message(generation, epoch, cut_unix_ns, 0)),
+        rto_seconds: rto.map_or(0.0, |r| r.as_secs_f64()),
+        lost_seconds,
+        was_active,
+        generation,
+    })
+}
+
+fn forget(receiver: &Receiver, wanted: &str) -> Result<ForgetReply, Status> {
+    let (uuid, summary) = find(receiver, wanted)?;
+    let lock = receiver.activation_lock(uuid);
+    let _one_at_a_time = lock.blocking_lock();
+    let id = uuid.to_string();
+    if summary.frozen {
+        // What is stored may be the disks of a guest that libvirt knows, whether it runs now or not.
+        let host = connect(receiver)?;
+        if host.guest(uuid).map_err(hypervisor_status)?.is_some() {
+            let name = &summary.name;
+            return Err(Status::failed_precondition(format!(
+                "{name} was activated here and its disks are what would be deleted: end it and `virsh undefine {name}` first"
+            )));
+        }
+        receiver.store.set_frozen(&id, false).map_err(|e| store_status(&e))?;
+    }
+    let freed_bytes = receiver.store.forget(&id).map_err(|e| store_status(&e))?;
+    receiver.forget_session(uuid);
+    tracing::info!(domain = %summary.name, %uuid, freed_bytes, "forgotten");
+    Ok(ForgetReply { freed_bytes })
+}
+
+#[tonic::async_trait]
+impl Service for ControlService {
+    async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
+        let wanted = request.into_inner().domain;
+        self.blocking(move |receiver| {
+            let domains = if wanted.is_empty() { receiver.store.domains() } else { vec![find(receiver, &wanted)?.1] };
+            Ok(StatusReply { domains: domains.into_iter().map(|d| domain_status(receiver, d)).collect() })
+        })
+        .await
+    }
+
+    async fn points(&self, request: Request<DomainRequest>) -> Result<Response<PointsReply>, Status> {
+        let wanted = request.into_inner().domain;
+        self.blocking(move |receiver| {
+            let (uuid, _) = find(receiver, &wanted)?;
+            let points = receiver.store.points(&uuid.to_string()).map_err(|e| store_status(&e))?;
+            let message = |(i, p): (usize, crate::store::Point)| Point {
+                newest: i == 0,
+                ..point_message(p.generation, p.epoch, p.cut_unix_ns, p.bytes)
+            };
+            Ok(PointsReply { points: points.into_iter().enumerate().map(message).collect() })
+        })
+        .await
+    }
+
+    async fn plan_activation(&self, request: Request<ActivateRequest>) -> Result<Response<ActivationPlan>, Status> {
+        let wanted = request.into_inner().domain;
+        self.blocking(move |receiver| make_plan(receiver, &wanted)).await
+    }
+
+    type ActivateStream = ReceiverStream<Result<Progress, Status>>;
+
+    async fn activate(&self, request: Request<ActivateRequest>) -> Result<Response<Self::ActivateStream>, Status> {
+        let requested = (Instant::now(), unix_ns(SystemTime::now()));
+        let ActivateRequest { domain, dry_run, wait: _ } = request.into_inner();
+        if dry_run {
+            return Err(Status::invalid_argument("a dry run is PlanActivation"));
+        }
+        let (messages, stream) = mpsc::channel(PROGRESS_MAX);
+        let receiver = Arc::clone(&self.receiver);
+        // Not ended with the client's interest: half an activation is worth nothing.
+        tokio::task::spawn_blocking(move || {
+            let mut progress = |step: &str| {
+                tracing::info!(%domain, step, "activation");
+                let _ = messages.try_send(Ok(Progress { step: step.to_owned(), ..Progress::default() }));
+            };
+            let last = match activate(&receiver, &domain, requested, &mut progress) {
+                Ok(report) => Ok(Progress { step: "run".to_owned(), activation: Some(report), ..Progress::default() }),
+                Err(status) => {
+                    receiver.metrics.activation_failures.fetch_add(1, Ordering::Relaxed);
+                    tracing::error!(%domain, "activation: {}", status.message());
+                    Err(status)
+                }
+            };
+            let _ = messages.blocking_send(last);
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn forget(&self, request: Request<DomainRequest>) -> Result<Response<ForgetReply>, Status> {
+        let wanted = request.into_inner().domain;
+        self.blocking(move |receiver| forget(receiver, &wanted)).await
+    }
+}

@@ -1,0 +1,239 @@
+//! The receiver as a whole: what its services share, and its life from start to end.
+//!
+//! Nothing here is durable: positions are the store's, activations are in their records. A receiver that is killed loses only
+//! figures of the last hour.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::Context;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use uuid::Uuid;
+use vmdr_proto::MESSAGE_BYTES_MAX;
+use vmdr_proto::control::receiver_server::ReceiverServer;
+use vmdr_proto::replication::replication_server::ReplicationServer;
+
+use crate::activate::run::{age_seconds, unix_ns};
+use crate::activate::{Settings, record::ActiveDirectory};
+use crate::config::Config;
+use crate::control::ControlService;
+use crate::metrics::{DomainSample, Metrics, Sample};
+use crate::replication::ReplicationService;
+use crate::stats::Stats;
+use crate::store::{Store, StoreOptions};
+
+/// Silence after which an agent is asked whether it is there; twice that and the connection is given up, so that a host that
+/// vanished is noticed within seconds.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+/// How long it may take to answer.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Bytes under way per stream: a link of 1 Gbit/s with a round trip of 60 ms is kept full.
+const STREAM_WINDOW_BYTES: u32 = 8 << 20;
+/// The same for a connection; an agent has a stream per guest on it.
+const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
+/// At the end: how long what is being answered may take.
+const SHUTDOWN_TIME_MAX: Duration = Duration::from_secs(20);
+
+/// What is known of a domain's stream while the receiver runs.
+#[derive(Debug, Default)]
+pub struct Session {
+    /// Figures.
+    pub stats: Stats,
+    /// Address and name of the protected host.
+    pub peer: String,
+    /// Why the last stream ended, unless it was ended in order.
+    pub last_error: String,
+    /// When the newest recovery point was cut, for its age when the next comes.
+    pub cut_unix_ns: u64,
+}
+
+/// What the services share.
+pub struct Receiver {
+    /// The configuration.
+    pub config: Config,
+    /// What is stored.
+    pub store: Store,
+    /// What is counted.
+    pub metrics: Metrics,
+    sessions: Mutex<HashMap<Uuid, Session>>,
+    activations: Mutex<HashMap<Uuid, Arc<tokio::sync::Mutex<()>>>>,
+    started: Instant,
+    ending: watch::Sender<bool>,
+}
+
+impl Receiver {
+    /// Opens the store. Blocks while journals are read.
+    pub fn open(config: Config) -> anyhow::Result<Self> {
+        let options = StoreOptions { space_reserve_bytes: config.space_reserve_bytes, ..StoreOptions::default() };
+        let store = Store::open(&config.state_dir, options).context("open the state directory")?;
+        Ok(Receiver {
+            config,
+            store,
+            metrics: Metrics::default(),
+            sessions: Mutex::default(),
+            activations: Mutex::default(),
+            started: Instant::now(),
+            ending: watch::channel(false).0,
+        })
+    }
+
+    /// Seconds since the start, for [`Stats`].
+    pub fn seconds(&self) -> u64 {
+        self.started.elapsed().as_secs()
+    }
+
+    /// Changes or reads what is known of a domain's stream.
+    pub fn session<T>(&self, uuid: Uuid, with: impl FnOnce(&mut Session) -> T) -> T {
+        with(self.sessions().entry(uuid).or_default())
+    }
+
+    fn sessions(&self) -> MutexGuard<'_, HashMap<Uuid, Session>> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is remembered of a domain that is no longer there.
+    pub fn forget_session(&self, uuid: Uuid) {
+        self.sessions().remove(&uuid);
+    }
+
+    /// The lock under which a domain is activated or forgotten.
+    pub fn activation_lock(&self, uuid: Uuid) -> Arc<tokio::sync::Mutex<()>> {
+        let mut locks = self.activations.lock().unwrap_or_else(PoisonError::into_inner);
+        // As many as domains were ever asked about: those that nobody holds go when there are more than a few.
+        if locks.len() > 64 {
+            locks.retain(|_, lock| Arc::strong_count(lock) > 1);
+        }
+        Arc::clone(locks.entry(uuid).or_default())
+    }
+
+    /// Becomes true when the receiver ends.
+    pub fn ending(&self) -> watch::Receiver<bool> {
+        self.ending.subscribe()
+    }
+
+    /// The directory of a domain.
+    pub fn domain_directory(&self, uuid: Uuid) -> PathBuf {
+        self.store.dir().join(uuid.to_string())
+    }
+
+    /// The activation of a domain.
+    pub fn active_directory(&self, uuid: Uuid) -> ActiveDirectory {
+        ActiveDirectory::of(&self.domain_directory(uuid))
+    }
+
+    /// What activation needs of the configuration.
+    pub fn settings(&self) -> Settings {
+        Settings { state_directory: self.config.state_dir.clone(), bridges: self.config.bridges.clone() }
+    }
+
+    /// Bytes that can still be written where the state directory is.
+    pub fn free_bytes(&self) -> io::Result<u64> {
+        let space = rustix::fs::statvfs(&self.config.state_dir)?;
+        Ok(space.f_bavail.saturating_mul(space.f_frsize))
+    }
+
+    /// The state for metrics.
+    pub fn sample(&self) -> Sample {
+        let now = unix_ns(SystemTime::now());
+        let domains = self.store.domains().into_iter().map(|d| DomainSample {
+            name: d.name,
+            generation: d.position.generation,
+            epoch: d.position.epoch,
+            recovery_point_age_seconds: (d.position.epoch > 0).then(|| age_seconds(d.cut_unix_ns, now)),
+            stored_bytes: d.stored_bytes,
+            receiving: d.receiving,
+            active: d.frozen,
+            uuid: d.uuid,
+        });
+        Sample { domains: domains.collect(), free_bytes: self.free_bytes().unwrap_or(0) }
+    }
+}
+
+/// Runs a receiver until SIGTERM or SIGINT.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("watch for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("watch for SIGINT")?;
+    let receiver = tokio::task::spawn_blocking(move || Receiver::open(config)).await.context("open the store")??;
+    let receiver = Arc::new(receiver);
+
+    let listener = listen(receiver.config.listen).await?;
+    let address = listener.local_addr().context("ask for the address listened on")?;
+    let metrics = match receiver.config.metrics_listen {
+        Some(at) => Some(TcpListener::bind(at).await.with_context(|| format!("listen on {at} for metrics"))?),
+        None => None,
+    };
+    // Last: whoever finds the socket finds everything else too.
+    let socket = vmdr_daemon::socket::listen(&receiver.config.control_socket)
+        .with_context(|| format!("listen on {}", receiver.config.control_socket.display()))?;
+
+    if let Some(metrics) = metrics {
+        let of = Arc::clone(&receiver);
+        tokio::spawn(vmdr_daemon::scrape::serve(metrics, Arc::new(move || of.metrics.render(&of.sample()))));
+    }
+    let replication = ReplicationServer::new(ReplicationService::new(Arc::clone(&receiver)))
+        .max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(KEEPALIVE_INTERVAL));
+    let agents = Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .add_service(replication)
+        .serve_with_incoming_shutdown(incoming, ended(receiver.ending()));
+    let control = Server::builder()
+        .add_service(ReceiverServer::new(ControlService::new(Arc::clone(&receiver))))
+        .serve_with_incoming_shutdown(UnixListenerStream::new(socket), ended(receiver.ending()));
+    let mut agents = tokio::spawn(agents);
+    let mut control = tokio::spawn(control);
+    tracing::info!(%address, state_dir = %receiver.config.state_dir.display(), "ready");
+
+    tokio::select! {
+        _ = terminate.recv() => tracing::info!("SIGTERM: ending"),
+        _ = interrupt.recv() => tracing::info!("SIGINT: ending"),
+        ended = &mut agents => {
+            ended.context("serve agents")?.context("serve agents")?;
+            anyhow::bail!("the server for agents has ended by itself");
+        }
+        ended = &mut control => {
+            ended.context("serve the control socket")?.context("serve the control socket")?;
+            anyhow::bail!("the server of the control socket has ended by itself");
+        }
+    }
+    receiver.ending.send_replace(true);
+    let both = async { (agents.await, control.await) };
+    if tokio::time::timeout(SHUTDOWN_TIME_MAX, both).await.is_err() {
+        tracing::warn!("something is still being answered; ending without it");
+    }
+    match std::fs::remove_file(&receiver.config.control_socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => tracing::warn!(%error, "remove the control socket"),
+        _ => {}
+    }
+    Ok(())
+}
+
+async fn ended(mut ending: watch::Receiver<bool>) {
+    // An error means that the receiver itself is gone.
+    let _ = ending.wait_for(|e| *e).await;
+}
+
+/// Any address means IPv4 as well; where the kernel has no IPv6, it means IPv4 alone.
+async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    let any = address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    let no_ipv6 = |e: &io::Error| matches!(e.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL));
+    match TcpListener::bind(address).await {
+        Err(error) if any && no_ipv6(&error) => {
+            let address = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), address.port());
+            TcpListener::bind(address).await.with_context(|| format!("listen on {address}"))
+        }
+        bound => bound.with_context(|| format!("listen on {address}")),
+    }
+}

@@ -1,0 +1,157 @@
+//! Whether a guest could be stored and run here: what an agent asks at `protect`, before anything is changed.
+//!
+//! The answers come from the same checks as an activation's ([`crate::activate::checks`], [`crate::activate::xml`]), so that
+//! what would fail on the day of the disaster is refused now.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use tonic::Status;
+use uuid::Uuid;
+use vmdr_hypervisor::domain_xml::DomainXml;
+use vmdr_hypervisor::xml::Element;
+use vmdr_proto::REPLICATION_VERSION;
+use vmdr_proto::control::Finding;
+use vmdr_proto::replication::{ProbeReply, ProbeRequest, Refusal};
+
+use crate::activate::findings::{refusals, refused};
+use crate::activate::host::{Host, LocalHost};
+use crate::activate::record::Step;
+use crate::activate::xml::{PlacedDisk, Placement, transform};
+use crate::activate::{checks, record::RecordError};
+use crate::daemon::Receiver;
+use crate::store::Position;
+
+/// Answers a probe. Blocks while libvirt and the disk answer.
+pub fn probe(receiver: &Receiver, request: &ProbeRequest) -> Result<ProbeReply, Status> {
+    let uuid = Uuid::parse_str(&request.domain_uuid)
+        .map_err(|_| Status::invalid_argument(format!("{:?} is not the UUID of a domain", request.domain_uuid)))?;
+    let host = LocalHost::connect(&receiver.config.libvirt_uri).map_err(|e| Status::unavailable(e.to_string()))?;
+    let unavailable = |e: vmdr_hypervisor::Error| Status::unavailable(format!("the receiver's libvirt: {e}"));
+    let mut found = Vec::new();
+    if request.protocol_version != REPLICATION_VERSION {
+        found.push(refused(
+            "protocol",
+            &format!("version {} is not spoken here, {REPLICATION_VERSION} is", request.protocol_version),
+            "upgrade the older side",
+        ));
+    }
+    let position = match receiver.store.position(&uuid.to_string()) {
+        Ok(position) => position,
+        Err(error) => {
+            let remedy = "repair it, or remove it with `vmdr forget` at the backup site";
+            found.push(refused("stored state", &error.to_string(), remedy));
+            Position::default()
+        }
+    };
+    check_space(receiver, request, uuid, position, &mut found)?;
+    let step = receiver.active_directory(uuid).read(uuid).map(|r| r.map(|r| r.step));
+    check_activation(step, &mut found);
+    check_guest(request, uuid, &receiver.config.bridges, &host, &mut found).map_err(unavailable)?;
+
+    let connection = host.connection();
+    let reply = ProbeReply {
+        protocol_version: REPLICATION_VERSION,
+        receiver_version: env!("CARGO_PKG_VERSION").to_owned(),
+        qemu_version: connection.qemu_version().map_err(unavailable)?.to_string(),
+        libvirt_version: connection.libvirt_version().map_err(unavailable)?.to_string(),
+        refusals: refusals(&found)
+            .map(|f| Refusal { subject: f.subject.clone(), fact: f.fact.clone(), remedy: f.remedy.clone() })
+            .collect(),
+        position: Some(position.into()),
+    };
+    tracing::info!(domain = %request.domain_name, %uuid, refusals = reply.refusals.len(), "probed");
+    Ok(reply)
+}
+
+/// A new seed grows beside the standby that there is: both must fit.
+fn check_space(
+    receiver: &Receiver,
+    request: &ProbeRequest,
+    uuid: Uuid,
+    position: Position,
+    found: &mut Vec<Finding>,
+) -> Result<(), Status> {
+    let free = receiver.free_bytes().map_err(|e| Status::internal(format!("measure the state directory: {e}")))?;
+    let stored = match position.epoch {
+        0 => 0,
+        _ => receiver.store.points(&uuid.to_string()).ok().and_then(|p| p.first().map(|p| p.bytes)).unwrap_or(0),
+    };
+    let copies = if position.epoch > 0 { 2 } else { 1 };
+    let needed = request.memory_bytes.saturating_add(request.disk_bytes).saturating_mul(copies);
+    let room = free.saturating_sub(receiver.config.space_reserve_bytes).saturating_add(stored);
+    if needed > room {
+        let times = if copies == 2 { ", twice, because a new copy grows beside the one there is" } else { "" };
+        let fact = format!(
+            "memory and disks take up to {} MiB{times}; {} has {} MiB for it",
+            needed >> 20,
+            receiver.config.state_dir.display(),
+            room >> 20
+        );
+        found.push(refused("space", &fact, "free space there, or move state_dir to a larger file system"));
+    }
+    Ok(())
+}
+
+fn check_activation(step: Result<Option<Step>, RecordError>, found: &mut Vec<Finding>) {
+    let remedy = "end it there and `vmdr forget` it at that site, if what it has done since is not needed";
+    match step {
+        Ok(None | Some(Step::Planned { .. })) => {}
+        Ok(Some(Step::Running { .. } | Step::Restoring { .. })) => {
+            found.push(refused("domain", "it was activated at the backup site, which owns it now", remedy));
+        }
+        Ok(Some(Step::Fenced { .. })) => {
+            found.push(refused("domain", "an activation was begun at the backup site: this host is fenced", remedy));
+        }
+        Err(error) => found.push(refused("activation record", &error.to_string(), remedy)),
+    }
+}
+
+fn check_guest(
+    request: &ProbeRequest,
+    uuid: Uuid,
+    bridges: &BTreeMap<String, String>,
+    host: &dyn Host,
+    found: &mut Vec<Finding>,
+) -> Result<(), vmdr_hypervisor::Error> {
+    let parsed = Element::parse(&request.domain_xml).map_err(|e| e.to_string()).and_then(|element| {
+        let domain = DomainXml::from_element(&element).map_err(|e| e.to_string())?;
+        Ok((element, domain))
+    });
+    let (element, domain) = match parsed {
+        Ok(parsed) => parsed,
+        Err(error) => {
+            found.push(refused("domain XML", &error, "report this: libvirt at the protected host has written it"));
+            return Ok(());
+        }
+    };
+    if domain.uuid != uuid {
+        let fact = format!("the XML is of {}, the request is about {uuid}", domain.uuid);
+        found.push(refused("domain XML", &fact, "report this: the agent has mixed up two domains"));
+    }
+    if host.guest(uuid)?.is_some_and(|g| g.state.is_active()) {
+        found.push(refused(
+            "domain",
+            "a guest of this UUID runs at the backup site",
+            "stop one of the two: two guests with the same identity must not run",
+        ));
+    }
+    found.extend(checks::check(&element, &domain, bridges, host)?);
+    // Every disk that can be written will be in the standby; where exactly does not matter for the question.
+    let disks: Vec<PlacedDisk> = domain
+        .disks
+        .iter()
+        .filter(|d| d.is_writable())
+        .map(|d| PlacedDisk {
+            target: d.target.clone(),
+            overlay: PathBuf::from("/overlay"),
+            base: PathBuf::from("/base"),
+        })
+        .collect();
+    let placement = Placement { ram: None, disks: &disks, bridges };
+    match transform(&request.domain_xml, &placement, host) {
+        Ok(made) => found.extend(made.findings),
+        Err(error) => found.push(refused("domain XML", &error.to_string(), "report this")),
+    }
+    Ok(())
+}

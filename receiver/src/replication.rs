@@ -1,0 +1,284 @@
+//! Agents' streams into the store.
+//!
+//! ```text
+//!  gRPC stream --> task: Open, Welcome --> queue (bounded) --> thread: begin, chunk, end --> store
+//!       ^                                                          |
+//!       +---- replies (bounded) <---- Durable, Heartbeat, Refused -+
+//! ```
+//! The store blocks at its disk, so each stream has a thread of its own; what arrives faster than the disk takes it stops at
+//! HTTP/2's flow control. Acknowledgements leave in the order in which parts became durable, heartbeats in the order of the
+//! stream: an answered heartbeat says that the disk is keeping up. After a refusal the stream ends.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime};
+
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+use uuid::Uuid;
+use vmdr_proto::REPLICATION_VERSION;
+use vmdr_proto::replication::replication_server::Replication;
+use vmdr_proto::replication::{
+    FromReceiver, Open, ProbeReply, ProbeRequest, Refused, RefusedCode, ToReceiver, Welcome, from_receiver, to_receiver,
+};
+
+use crate::activate::run::{age_seconds, unix_ns};
+use crate::daemon::Receiver;
+use crate::probe;
+use crate::store::{Ingest, PartTail, StoreError, part_head, part_tail};
+
+/// From the beginning of a stream to its first message.
+const OPEN_TIME_MAX: Duration = Duration::from_secs(10);
+/// Messages between network and disk: some 8 MiB, at most 32.
+const QUEUE_MESSAGES: usize = 8;
+/// Replies that the agent has not read yet; more and the stream waits for it.
+const REPLIES_MAX: usize = 64;
+/// The longest name of a domain or host taken over into messages and figures.
+const NAME_CHARS_MAX: usize = 256;
+
+/// Why a stream ends before its time.
+#[derive(Debug)]
+struct Refusal {
+    code: RefusedCode,
+    message: String,
+}
+
+impl From<StoreError> for Refusal {
+    fn from(error: StoreError) -> Self {
+        Refusal { code: error.code(), message: error.to_string() }
+    }
+}
+
+fn corrupt(message: &str) -> Refusal {
+    Refusal { code: RefusedCode::Corrupt, message: message.to_owned() }
+}
+
+type Replies = mpsc::Sender<Result<FromReceiver, Status>>;
+
+/// The service.
+pub struct ReplicationService {
+    receiver: Arc<Receiver>,
+}
+
+impl ReplicationService {
+    /// For this receiver.
+    pub fn new(receiver: Arc<Receiver>) -> Self {
+        ReplicationService { receiver }
+    }
+}
+
+#[tonic::async_trait]
+impl Replication for ReplicationService {
+    type ReplicateStream = ReceiverStream<Result<FromReceiver, Status>>;
+
+    async fn probe(&self, request: Request<ProbeRequest>) -> Result<Response<ProbeReply>, Status> {
+        let receiver = Arc::clone(&self.receiver);
+        let request = request.into_inner();
+        let reply = tokio::task::spawn_blocking(move || probe::probe(&receiver, &request)).await;
+        reply.map_err(|e| Status::internal(format!("the probe ended by itself: {e}")))?.map(Response::new)
+    }
+
+    async fn replicate(
+        &self,
+        request: Request<Streaming<ToReceiver>>,
+    ) -> Result<Response<Self::ReplicateStream>, Status> {
+        let peer = request.remote_addr().map_or_else(|| "unknown".to_owned(), |a| a.to_string());
+        let (replies, stream) = mpsc::channel(REPLIES_MAX);
+        tokio::spawn(serve(Arc::clone(&self.receiver), peer, request.into_inner(), replies));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}
+
+fn reply(message: from_receiver::Message) -> Result<FromReceiver, Status> {
+    Ok(FromReceiver { message: Some(message) })
+}
+
+async fn serve(receiver: Arc<Receiver>, peer: String, mut incoming: Streaming<ToReceiver>, replies: Replies) {
+    let open = match tokio::time::timeout(OPEN_TIME_MAX, incoming.message()).await {
+        Ok(Ok(Some(ToReceiver { message: Some(to_receiver::Message::Open(open)) }))) => open,
+        Ok(Ok(_)) => {
+            return refuse(&receiver, &replies, None, &peer, corrupt("the stream does not begin with Open")).await;
+        }
+        Ok(Err(status)) => return tracing::debug!(%peer, %status, "a stream ended before it began"),
+        Err(_) => return tracing::warn!(%peer, "a stream said nothing"),
+    };
+    let uuid = Uuid::parse_str(&open.domain_uuid).ok();
+    let name: String = open.domain_name.chars().take(NAME_CHARS_MAX).collect();
+    let host: String = open.host_name.chars().take(NAME_CHARS_MAX).collect();
+    let (uuid, ingest) = match open_stream(&receiver, open).await {
+        Ok(ingest) => ingest,
+        Err(refusal) => return refuse(&receiver, &replies, uuid, &peer, refusal).await,
+    };
+    receiver.metrics.streams_opened.fetch_add(1, Ordering::Relaxed);
+    receiver.session(uuid, |session| {
+        session.peer = if host.is_empty() { peer.clone() } else { format!("{host} ({peer})") };
+        session.last_error.clear();
+    });
+    let position = ingest.position();
+    tracing::info!(domain = %name, %uuid, %peer, host, generation = position.generation, epoch = position.epoch, "stream opened");
+    let welcome = Welcome { protocol_version: REPLICATION_VERSION, position: Some(position.into()) };
+    if replies.send(reply(from_receiver::Message::Welcome(welcome))).await.is_err() {
+        return;
+    }
+
+    let (queue, messages) = mpsc::channel(QUEUE_MESSAGES);
+    let of = Arc::clone(&receiver);
+    let answers = replies.clone();
+    let thread = std::thread::Builder::new().name(format!("ingest {name}")).spawn(move || {
+        let mut stream = Stream { receiver: &of, uuid, ingest, replies: &answers };
+        stream.run(messages)
+    });
+    let thread = match thread {
+        Ok(thread) => thread,
+        Err(error) => {
+            let message = format!("domain {uuid}: no thread for its stream: {error}");
+            return refuse(&receiver, &replies, Some(uuid), &peer, Refusal { code: RefusedCode::Io, message }).await;
+        }
+    };
+    let why = pass_on(&receiver, &mut incoming, queue).await;
+    let result = tokio::task::spawn_blocking(move || thread.join()).await;
+    match result {
+        Ok(Ok(Ok(()))) => {
+            receiver.session(uuid, |session| {
+                session.peer.clear();
+                session.last_error = why.clone().unwrap_or_default();
+            });
+            tracing::info!(domain = %name, %uuid, %peer, why = why.as_deref().unwrap_or("the agent ended it"), "stream closed");
+        }
+        Ok(Ok(Err(refusal))) => refuse(&receiver, &replies, Some(uuid), &peer, refusal).await,
+        Ok(Err(_)) | Err(_) => {
+            let message = format!("domain {uuid}: the receiver failed, see its log");
+            refuse(&receiver, &replies, Some(uuid), &peer, Refusal { code: RefusedCode::Io, message }).await;
+        }
+    }
+}
+
+/// Moves messages from the network to the thread, until one of them ends. Says why, unless the agent ended it.
+async fn pass_on(
+    receiver: &Receiver,
+    incoming: &mut Streaming<ToReceiver>,
+    queue: mpsc::Sender<ToReceiver>,
+) -> Option<String> {
+    let mut ending = receiver.ending();
+    loop {
+        let message = tokio::select! {
+            _ = ending.wait_for(|e| *e) => return Some("this receiver ends".to_owned()),
+            () = queue.closed() => return None,
+            message = incoming.message() => message,
+        };
+        match message {
+            Ok(Some(message)) => {
+                if queue.send(message).await.is_err() {
+                    return None;
+                }
+            }
+            Ok(None) => return None,
+            Err(status) => return Some(format!("the connection was lost: {}", status.message())),
+        }
+    }
+}
+
+async fn open_stream(receiver: &Arc<Receiver>, open: Open) -> Result<(Uuid, Ingest), Refusal> {
+    if open.protocol_version != REPLICATION_VERSION {
+        let message = format!(
+            "protocol version {} is not spoken here, {REPLICATION_VERSION} is: upgrade the older side",
+            open.protocol_version
+        );
+        return Err(Refusal { code: RefusedCode::Version, message });
+    }
+    let store = receiver.store.clone();
+    let opened = tokio::task::spawn_blocking(move || {
+        let ingest = store.open_stream(&open.domain_uuid, &open.domain_name, open.generation)?;
+        let uuid = Uuid::parse_str(&open.domain_uuid).map_err(|_| StoreError::BadUuid(open.domain_uuid.clone()))?;
+        Ok::<_, StoreError>((uuid, ingest))
+    });
+    match opened.await {
+        Ok(opened) => Ok(opened?),
+        Err(error) => {
+            Err(Refusal { code: RefusedCode::Io, message: format!("opening the domain ended by itself: {error}") })
+        }
+    }
+}
+
+async fn refuse(receiver: &Arc<Receiver>, replies: &Replies, uuid: Option<Uuid>, peer: &str, refusal: Refusal) {
+    let Refusal { code, message } = refusal;
+    tracing::warn!(%peer, code = code.as_str_name(), "stream refused: {message}");
+    receiver.metrics.streams_refused.fetch_add(1, Ordering::Relaxed);
+    let mut position = None;
+    if let Some(uuid) = uuid {
+        // Only of domains that exist: a peer's inventions are not remembered.
+        let store = receiver.store.clone();
+        let asked = tokio::task::spawn_blocking(move || store.position(&uuid.to_string()).ok()).await;
+        position = asked.ok().flatten().filter(|p| p.generation > 0);
+        if position.is_some() {
+            receiver.session(uuid, |session| {
+                session.last_error.clone_from(&message);
+                session.peer.clear();
+            });
+        }
+    }
+    let refused = Refused { code: code.into(), message, position: position.map(Into::into) };
+    // An agent that is gone need not be told.
+    let _ = replies.send(reply(from_receiver::Message::Refused(refused))).await;
+}
+
+/// One stream's work, on its own thread.
+struct Stream<'a> {
+    receiver: &'a Receiver,
+    uuid: Uuid,
+    ingest: Ingest,
+    replies: &'a Replies,
+}
+
+impl Stream<'_> {
+    fn run(&mut self, mut messages: mpsc::Receiver<ToReceiver>) -> Result<(), Refusal> {
+        while let Some(ToReceiver { message }) = messages.blocking_recv() {
+            let answer = match message {
+                Some(to_receiver::Message::Begin(begin)) => {
+                    let head = part_head(&begin).ok_or_else(|| corrupt("a part of unknown kind"))?;
+                    self.ingest.begin(head)?;
+                    None
+                }
+                Some(to_receiver::Message::Chunk(chunk)) => {
+                    let bytes = chunk.payload.len() as u64;
+                    self.ingest.chunk(chunk.sequence, chunk.payload.into(), chunk.xxh3)?;
+                    self.receiver.metrics.received_bytes.fetch_add(bytes, Ordering::Relaxed);
+                    let now = self.receiver.seconds();
+                    self.receiver.session(self.uuid, |session| session.stats.received(now, bytes));
+                    None
+                }
+                Some(to_receiver::Message::End(end)) => Some(self.end(part_tail(&end))?),
+                Some(to_receiver::Message::Heartbeat(heartbeat)) => Some(from_receiver::Message::Heartbeat(heartbeat)),
+                Some(to_receiver::Message::Open(_)) => return Err(corrupt("a second Open in a stream")),
+                None => return Err(corrupt("an empty message, or one of a later version")),
+            };
+            if let Some(answer) = answer
+                && self.replies.blocking_send(reply(answer)).is_err()
+            {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, tail: PartTail) -> Result<from_receiver::Message, Refusal> {
+        let (pages, cut_unix_ns) = (tail.counts.ram_pages, tail.cut_unix_ns);
+        let began = Instant::now();
+        let durable = self.ingest.end(tail)?;
+        let metrics = &self.receiver.metrics;
+        metrics.commit.observe(began.elapsed());
+        metrics.durable_parts.fetch_add(1, Ordering::Relaxed);
+        metrics.durable_epochs.fetch_add(u64::from(durable.last), Ordering::Relaxed);
+        let (now, now_unix_ns) = (self.receiver.seconds(), unix_ns(SystemTime::now()));
+        self.receiver.session(self.uuid, |session| {
+            session.stats.durable_pages(now, pages);
+            if durable.last {
+                let previous = (session.cut_unix_ns > 0).then(|| age_seconds(session.cut_unix_ns, now_unix_ns));
+                session.stats.durable_epoch(now, previous);
+                session.cut_unix_ns = cut_unix_ns;
+            }
+        });
+        Ok(from_receiver::Message::Durable(durable.into()))
+    }
+}
