@@ -46,7 +46,7 @@ pub fn findings(domain: &Domain, host: &HostFacts, options: &DomainOptions) -> V
     findings
 }
 
-/// What a live definition alone tells.
+/// What a live definition alone tells. (A lock manager is the host's finding: [`super::locks`].)
 pub fn definition(root: &Element, host: &HostFacts, options: &DomainOptions) -> Vec<Finding> {
     let domain = match DomainXml::from_element(root) {
         Ok(domain) => domain,
@@ -57,13 +57,6 @@ pub fn definition(root: &Element, host: &HostFacts, options: &DomainOptions) -> 
     findings.extend(devices::devices(&domain, host));
     findings.extend(disks::disks(&domain, options.protected));
     findings.extend(memory::arguments(&domain));
-    if let Some(manager) = &host.lock_manager {
-        findings.push(Finding::refused(
-            "lock manager",
-            format!("libvirt's QEMU driver uses {manager}: it gives the disks' leases up at every pause"),
-            "remove lock_manager from /etc/libvirt/qemu.conf, restart libvirtd, and start the domain anew",
-        ));
-    }
     for driver in &domain.confined_by {
         findings.push(Finding::warning(
             "confinement",

@@ -19,6 +19,8 @@ pub mod memory;
 pub mod prepare;
 pub mod qemu_devices;
 
+#[cfg(test)]
+mod definition_tests;
 mod kernel_probe;
 
 pub use domain::DomainOptions;
