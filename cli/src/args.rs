@@ -19,13 +19,13 @@ Protects running libvirt/KVM guests against the loss of a site. On the protected
 checkpoint of the whole guest (memory, devices, disks) many times a second and streams it to a receiver at the backup
 site, which can resume the guest from the newest one: same processes, same memory, same disks.
 
-On the protected host:  doctor, prepare, protect, status, unprotect.
+On the protected host:  doctor, prepare, protect, status, hold, release, unprotect.
 At the backup site:     status, points, activate, forget.";
 
 const EXAMPLES: &str = "\
 Examples, in the order in which they are used:
   vmdr doctor web1                           can web1 be protected? what is in the way?
-  vmdr prepare web1                          give web1 a control socket, from its next start
+  vmdr prepare web1                          give web1 a control socket; then shut it down and start it, once
   vmdr protect web1 --receiver b.example     start; ends when the first recovery point is safe at the backup site
   vmdr status                                what is protected here, and how much a failure now would lose
   vmdr points web1                           (backup site) what can be activated
@@ -97,12 +97,12 @@ pub enum Command {
     },
     /// Give a domain a control socket of its own, from its next start
     ///
-    /// Adds a second QEMU monitor socket to the persistent domain XML. Without it vmdr goes through libvirt's own
-    /// monitor, which serves for intervals of 1 s and more. A running guest is not touched; run it twice and nothing
-    /// changes the second time.
+    /// Adds a second QEMU monitor socket to the persistent domain XML. `protect` refuses a guest that runs without it:
+    /// shut the guest down and start it once (a reboot inside the guest is not enough). A running guest is not
+    /// touched; run it twice and nothing changes the second time.
     #[command(
         verbatim_doc_comment,
-        after_help = "Example:\n  vmdr prepare web1 && virsh shutdown web1 && virsh start web1"
+        after_help = "Example:\n  vmdr prepare web1\n  virsh shutdown web1       and when it is shut off\n  virsh start web1"
     )]
     Prepare {
         /// Name or UUID
@@ -127,9 +127,33 @@ pub enum Command {
         #[arg(long, value_name = "HOST[:PORT]", value_parser = receiver)]
         receiver: Option<String>,
     },
+    /// Pause a protected guest with its standby level with it
+    ///
+    /// For planned stops and for comparisons. Pauses the guest with a checkpoint, and ends when that is durable at the
+    /// receiver: the recovery point there is then what stands here, to the byte, and an activation loses nothing.
+    /// The guest stays paused until `vmdr release`, also when the agent is restarted. Asked of a domain in state
+    /// `protected` only. When this ends in any other way (no answer in time, Ctrl-C) the guest may be held all the
+    /// same: see `vmdr status`.
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Examples:\n  vmdr hold web1                    it stands still, nothing of it is only here\n  vmdr release web1                 it runs on"
+    )]
+    Hold {
+        /// Name or UUID
+        domain: Domain,
+    },
+    /// Let a held guest run on
+    ///
+    /// Ends what `vmdr hold` began; checkpoints are taken again. Not after an activation at the backup site: then the
+    /// guest runs there.
+    #[command(verbatim_doc_comment, after_help = "Example:\n  vmdr release web1")]
+    Release {
+        /// Name or UUID
+        domain: Domain,
+    },
     /// Stop protecting a domain; the guest runs on
     ///
-    /// The recovery points stay at the receiver (`vmdr forget` deletes them there).
+    /// The recovery points stay at the receiver (`vmdr forget` deletes them there). A guest that is held runs again.
     #[command(verbatim_doc_comment, after_help = "Example:\n  vmdr unprotect web1")]
     Unprotect {
         /// Name or UUID

@@ -24,7 +24,8 @@ use crate::failure::{Failure, innermost};
 
 /// For a daemon to accept a connection.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
-/// For a daemon to answer a request that is not a stream. `doctor` and `unprotect` talk to libvirt and to QEMU.
+/// For a daemon to answer a request that is not a stream. `doctor` and `unprotect` talk to libvirt and to QEMU; `hold`
+/// waits for the receiver, at most 30 s.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// How often a silent connection is asked whether it is alive.
 const PING_EVERY: Duration = Duration::from_secs(10);

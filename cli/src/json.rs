@@ -92,6 +92,26 @@ pub struct Protect {
     pub messages: Vec<String>,
 }
 
+/// `hold`.
+#[derive(Serialize)]
+pub struct Hold {
+    /// As typed.
+    pub domain: String,
+    /// Always true: otherwise there is no document.
+    pub held: bool,
+    /// What the receiver has: the guest stands where this epoch was cut.
+    pub epoch: u64,
+}
+
+/// `release`.
+#[derive(Serialize)]
+pub struct Release {
+    /// As typed.
+    pub domain: String,
+    /// Always false: otherwise there is no document.
+    pub held: bool,
+}
+
 /// `unprotect`.
 #[derive(Serialize)]
 pub struct Unprotect {

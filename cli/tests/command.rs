@@ -21,10 +21,12 @@ fn golden(name: &str, text: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn json_keeps_its_shape() {
     let host = Host::with_both();
-    let cases: [(&str, &[&str]); 9] = [
+    let cases: [(&str, &[&str]); 11] = [
         ("doctor.json", &["doctor", "web1"]),
         ("prepare.json", &["prepare", "web1"]),
         ("protect.json", &["protect", "web1"]),
+        ("hold.json", &["hold", "web1"]),
+        ("release.json", &["release", "web1"]),
         ("unprotect.json", &["unprotect", "web1"]),
         ("status.json", &["status"]),
         ("points.json", &["points", "web1"]),
@@ -41,10 +43,12 @@ async fn json_keeps_its_shape() {
 #[tokio::test(flavor = "multi_thread")]
 async fn tables_keep_their_shape() {
     let host = Host::with_both();
-    let cases: [(&str, &[&str]); 6] = [
+    let cases: [(&str, &[&str]); 8] = [
         ("doctor.txt", &["doctor", "web1"]),
         ("prepare.txt", &["prepare", "web1"]),
         ("protect.txt", &["protect", "web1"]),
+        ("hold.txt", &["hold", "web1"]),
+        ("release.txt", &["release", "web1"]),
         ("status.txt", &["status"]),
         ("activate-plan.txt", &["activate", "web1", "--dry-run"]),
         ("activate.txt", &["activate", "web1", "--yes"]),
@@ -80,7 +84,7 @@ async fn each_refusal_has_its_exit_code_and_one_line() {
             assert_eq!(ran.stdout, "", "{domain}");
         }
     }
-    for command in ["doctor", "prepare", "unprotect", "points", "status"] {
+    for command in ["doctor", "prepare", "hold", "release", "unprotect", "points", "status"] {
         host.run(&[command, "unknown"]).await.failed(4);
     }
     for command in ["activate", "forget"] {
@@ -119,6 +123,36 @@ async fn protect_passes_on_what_was_asked() {
         host.calls(),
         ["agent protect web1", "interval 0 receiver", "agent protect web1", "interval 1250 receiver b.example:7420"]
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hold_and_release_ask_the_agent_and_pass_on_its_no() {
+    let host = Host::with_both();
+    host.run(&["hold", UUID]).await.succeeded();
+    host.run(&["release", UUID]).await.succeeded();
+    assert_eq!(host.calls(), [format!("agent hold {UUID}"), format!("agent release {UUID}")]);
+    for output in ["table", "json"] {
+        for (arguments, line) in [
+            (["hold", "seeding"], "the domain is seeding, not protected"),
+            (["release", "idle"], "the domain is not held"),
+        ] {
+            let ran = host.run(&[&arguments[..], &["-o", output]].concat()).await;
+            assert_eq!(ran.failed(1), line);
+            assert_eq!(ran.stdout, "", "{arguments:?}");
+        }
+    }
+    // Not answered in time is not "refused": the guest may be held all the same.
+    host.run(&["hold", "late"]).await.failed(6);
+    let ran = host.run_on_terminal(&["status", "held"], "", &[]).await;
+    assert!(ran.stdout.contains("\x1b[33mheld\x1b[0m"), "{:?}", ran.stdout);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn prepare_says_when_nothing_is_left_to_do() {
+    let host = Host::with_both();
+    let ran = host.run(&["prepare", "prepared"]).await;
+    assert!(ran.succeeded().starts_with("prepared was prepared already: "), "{}", ran.stdout);
+    assert!(ran.stdout.ends_with("Nothing more is needed for `vmdr protect`.\n"), "{}", ran.stdout);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -293,14 +327,25 @@ async fn colour_and_progress_only_on_a_terminal() {
 #[tokio::test(flavor = "multi_thread")]
 async fn help_version_completions() {
     let host = Host::empty();
-    for arguments in [&["--help"][..], &["-h"], &["activate", "--help"], &["protect", "-h"], &["--version"]] {
+    for arguments in [
+        &["--help"][..],
+        &["-h"],
+        &["activate", "--help"],
+        &["prepare", "--help"],
+        &["hold", "--help"],
+        &["release", "--help"],
+        &["protect", "-h"],
+        &["--version"],
+    ] {
         let ran = host.run(arguments).await;
         assert!(!ran.succeeded().is_empty());
         assert!(ran.stdout.lines().all(|line| line.chars().count() <= 120), "{}", ran.stdout);
     }
     for shell in ["bash", "zsh", "fish"] {
         let ran = host.run(&["completions", shell]).await;
-        for command in ["doctor", "prepare", "protect", "unprotect", "status", "points", "activate", "forget"] {
+        for command in
+            ["doctor", "prepare", "protect", "hold", "release", "unprotect", "status", "points", "activate", "forget"]
+        {
             assert!(ran.succeeded().contains(command), "{shell}");
         }
     }

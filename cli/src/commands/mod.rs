@@ -24,6 +24,8 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
         Command::Protect { domain, interval, receiver } => {
             protected_side::protect(common, out, domain, *interval, receiver.as_deref()).await
         }
+        Command::Hold { domain } => protected_side::hold(common, out, domain).await,
+        Command::Release { domain } => protected_side::release(common, out, domain).await,
         Command::Unprotect { domain } => protected_side::unprotect(common, out, domain).await,
         Command::Status { domain } => status::status(common, out, domain.as_ref()).await,
         Command::Points { domain } => backup_side::points(common, out, domain).await,

@@ -1,4 +1,4 @@
-//! Commands to the agent: `doctor`, `prepare`, `protect`, `unprotect`.
+//! Commands to the agent: `doctor`, `prepare`, `protect`, `hold`, `release`, `unprotect`.
 
 use vmdr_proto::control::{DoctorRequest, DomainRequest, ProtectRequest};
 
@@ -61,10 +61,10 @@ pub async fn prepare(common: &Common, out: Out, domain: &Domain) -> Result<(), F
                 format!("{name} was prepared already: its control socket is {socket}\n")
             };
             let next = if reply.restart_needed {
-                "It is there from the guest's next start (shut it down and start it; a reboot inside the guest is not enough). \
-                 Until then it can be protected at intervals of 1 s and more."
+                "It is there from the guest's next start: shut it down and start it (a reboot inside the guest is not enough). \
+                 Until then `vmdr protect` refuses it."
             } else {
-                "It can be protected at intervals of 25 ms and more."
+                "Nothing more is needed for `vmdr protect`."
             };
             first + &text::wrapped("", next)
         },
@@ -97,6 +97,34 @@ pub async fn protect(
             table.push_str(&format!("{}\n", out.paint(Tone::Good, &line)));
             table
         },
+    )
+}
+
+/// Pauses the guest with a checkpoint that is durable when this ends.
+pub async fn hold(common: &Common, out: Out, domain: &Domain) -> Result<(), Failure> {
+    let request = DomainRequest { domain: domain.0.clone() };
+    let reply = answer(Daemon::Agent, "hold", client::agent(common).await?.hold(request)).await?;
+    out.result(
+        "hold",
+        || json::Hold { domain: domain.0.clone(), held: true, epoch: reply.epoch },
+        || {
+            let name = text::one_line(&domain.0);
+            let held =
+                format!("{name} is held: it is paused, and epoch {} at the receiver is level with it", reply.epoch);
+            format!("{}\n", out.paint(Tone::Care, &held))
+                + &text::wrapped("", &format!("`vmdr release {name}` lets it run on."))
+        },
+    )
+}
+
+/// Ends a hold.
+pub async fn release(common: &Common, out: Out, domain: &Domain) -> Result<(), Failure> {
+    let request = DomainRequest { domain: domain.0.clone() };
+    answer(Daemon::Agent, "release", client::agent(common).await?.release(request)).await?;
+    out.result(
+        "release",
+        || json::Release { domain: domain.0.clone(), held: false },
+        || format!("{}\n", out.paint(Tone::Good, &format!("{} runs again", text::one_line(&domain.0)))),
     )
 }
 

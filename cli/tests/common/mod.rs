@@ -158,6 +158,8 @@ impl Daemon {
             "odd" => Err(Status::invalid_argument("interval of 7 ms is below 25 ms")),
             "late" => Err(Status::deadline_exceeded("libvirt did not answer within 10 s")),
             "broken" => Err(Status::internal("disk vda: the mirror failed")),
+            "idle" => Err(Status::failed_precondition("the domain is not held")),
+            "seeding" => Err(Status::failed_precondition("the domain is seeding, not protected")),
             _ => Ok(()),
         }
     }
@@ -224,7 +226,7 @@ impl Agent for Daemon {
         self.asked("doctor", &domain)?;
         let mut findings = vec![
             finding(Severity::Ok, "qemu", "10.0.2", ""),
-            finding(Severity::Warning, "monitor", "no socket of its own", "`vmdr prepare`, then restart the guest"),
+            finding(Severity::Warning, "clock", "kvmclock stands still in every pause", "use a TSC clock source"),
         ];
         if domain == "bad" {
             findings.push(hostdev());
@@ -233,9 +235,11 @@ impl Agent for Daemon {
     }
 
     async fn prepare(&self, request: Request<DomainRequest>) -> Result<Response<PrepareReply>, Status> {
-        self.asked("prepare", &request.into_inner().domain)?;
+        let domain = request.into_inner().domain;
+        self.asked("prepare", &domain)?;
         let qmp_socket = "/run/vmdr/qmp/web1.sock".into();
-        Ok(Response::new(PrepareReply { changed: true, restart_needed: true, qmp_socket }))
+        let prepared = domain == "prepared";
+        Ok(Response::new(PrepareReply { changed: !prepared, restart_needed: !prepared, qmp_socket }))
     }
 
     type ProtectStream = Stream;
@@ -245,7 +249,7 @@ impl Agent for Daemon {
         self.asked("protect", &domain)?;
         self.calls.lock().unwrap().push(format!("interval {interval_ms} receiver {receiver}").trim_end().to_owned());
         let mut messages = vec![
-            progress("check", 0, 0, "", "warning: QMP socket: none of its own"),
+            progress("check", 0, 0, "", "warning: clock: kvmclock stands still in every pause"),
             progress("copy", 0, 0, "bytes", "starting"),
             progress("copy", 256 << 20, 512 << 20, "bytes", "seeding"),
         ];
@@ -260,6 +264,16 @@ impl Agent for Daemon {
         let domain = request.into_inner().domain;
         self.asked("unprotect", &domain)?;
         Ok(Response::new(UnprotectReply { domain }))
+    }
+
+    async fn hold(&self, request: Request<DomainRequest>) -> Result<Response<HoldReply>, Status> {
+        self.asked("hold", &request.into_inner().domain)?;
+        Ok(Response::new(HoldReply { epoch: 1001 }))
+    }
+
+    async fn release(&self, request: Request<DomainRequest>) -> Result<Response<ReleaseReply>, Status> {
+        self.asked("release", &request.into_inner().domain)?;
+        Ok(Response::new(ReleaseReply {}))
     }
 
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
@@ -278,6 +292,7 @@ impl Agent for Daemon {
         let domains = match domain.as_str() {
             "" => vec![protected("web1"), seeding],
             "db1" => vec![seeding],
+            "held" => vec![DomainStatus { state: "held".into(), durable_epoch: 1001, ..protected("held") }],
             "web1" => vec![protected("web1")],
             _ => return Err(Status::not_found(format!("{domain} is not protected here"))),
         };
