@@ -308,14 +308,15 @@ impl Raw {
         }
     }
 
-    /// The server has closed this connection.
-    pub fn assert_closed(mut self) {
+    /// The server has closed this connection; what it said before that.
+    pub fn assert_closed(mut self) -> Vec<u8> {
         let mut rest = Vec::new();
         match self.stream.read_to_end(&mut rest) {
             Ok(_) => {}
             Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => {}
             Err(e) => panic!("connection is still open: {e}"),
         }
+        rest
     }
 }
 

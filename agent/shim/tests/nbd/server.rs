@@ -252,7 +252,7 @@ fn sessions_are_limited_and_a_place_becomes_free_again() {
     let served = Served::empty(MIB);
     let mut sessions: Vec<Raw> = (0..SESSIONS_MAX).map(|_| served.raw()).collect();
     let one_too_many = Raw::connect(&served.socket);
-    one_too_many.assert_closed();
+    assert!(one_too_many.assert_closed().is_empty(), "it was let in");
     for session in &mut sessions {
         session.write(0, 0, &[1; 512]).data();
     }
