@@ -8,6 +8,7 @@ use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::{Request, Response, Status};
+use vmdr_hypervisor::domain_xml::own_qmp_socket;
 use vmdr_hypervisor::libvirt::Connection;
 use vmdr_proto::REPLICATION_VERSION;
 use vmdr_proto::control::agent_server::{Agent as AgentService, AgentServer};
@@ -20,6 +21,7 @@ use vmdr_proto::replication::{ProbeReply, ProbeRequest};
 use crate::config::check_interval;
 use crate::daemon::Agent;
 use crate::link;
+use crate::preflight::domain::PASSTHROUGH_INTERVAL_MS_MIN;
 use crate::preflight::{self, DomainOptions, Finding, HostFacts, Severity};
 use crate::registry::Protection;
 use crate::session::{Answer, Input, Phase, Session};
@@ -98,6 +100,7 @@ impl AgentService for Control {
         if let Some(error) = refusals(&examined) {
             return Err(error);
         }
+        let interval_ms = slow_enough(&examined, request.interval_ms, interval_ms)?;
         let protection = Protection {
             name: examined.name.clone(),
             uuid: examined.uuid.clone(),
@@ -166,7 +169,25 @@ impl AgentService for Control {
 struct Examined {
     name: String,
     uuid: String,
+    /// Whether QEMU can only be talked to through libvirt.
+    passthrough: bool,
     findings: Vec<Finding>,
+}
+
+/// The interval for a domain without a QMP socket of its own is longer: the default one silently (a finding says so),
+/// one that was asked for is refused.
+fn slow_enough(examined: &Examined, asked_ms: u32, interval_ms: u32) -> Result<u32, Status> {
+    if !examined.passthrough || interval_ms >= PASSTHROUGH_INTERVAL_MS_MIN {
+        return Ok(interval_ms);
+    }
+    if asked_ms == 0 {
+        return Ok(PASSTHROUGH_INTERVAL_MS_MIN);
+    }
+    Err(Status::invalid_argument(format!(
+        "interval {asked_ms} ms is out of range: domain {0} has no QMP socket of its own, through libvirt's monitor \
+         {PASSTHROUGH_INTERVAL_MS_MIN} ms and more are possible; `vmdr prepare {0}` and a restart give it one",
+        examined.name
+    )))
 }
 
 impl Control {
@@ -200,8 +221,13 @@ impl Control {
             let options = DomainOptions { arena_bytes: config.arena_bytes, protected };
             let mut findings = preflight::host::findings(&facts, Ok(&connection), config.arena_bytes);
             findings.extend(preflight::domain::findings(&domain, &facts, &options));
-            let probe = if domain.state()?.0.is_active() { Some(preflight::probe_request(&domain)?) } else { None };
-            Ok((Examined { name: domain.name().to_owned(), uuid: domain.uuid().to_string(), findings }, probe))
+            let active = domain.state()?.0.is_active();
+            let passthrough = active && own_qmp_socket(&domain.live_xml()?).is_none();
+            let probe = if active { Some(preflight::probe_request(&domain)?) } else { None };
+            Ok((
+                Examined { name: domain.name().to_owned(), uuid: domain.uuid().to_string(), passthrough, findings },
+                probe,
+            ))
         })
         .await?;
         if let (Some(receiver), Some(probe)) = (receiver, probe) {
@@ -315,7 +341,7 @@ pub fn domain_status(session: &Session) -> DomainStatus {
         paused_ratio: figures.paused_ratio(),
         advice: advice(status.phase).to_owned(),
         stored_bytes: 0,
-        monitor: "direct".to_owned(),
+        monitor: status.monitor.to_owned(),
     }
 }
 

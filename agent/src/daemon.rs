@@ -91,10 +91,10 @@ impl Agent {
         loop {
             match events.next_timeout(EVENT_LOOK) {
                 Ok(Event::Domain { uuid, event, .. }) => {
-                    if matches!(event, DomainEvent::DeviceAdded { .. } | DomainEvent::DeviceRemoved { .. }) {
-                        if let Some(session) = self.sessions().get(&uuid.to_string()) {
-                            session.tell(Input::DevicesChanged);
-                        }
+                    if matches!(event, DomainEvent::DeviceAdded { .. } | DomainEvent::DeviceRemoved { .. })
+                        && let Some(session) = self.sessions().get(&uuid.to_string())
+                    {
+                        session.tell(Input::DevicesChanged);
                     }
                 }
                 Ok(Event::Disconnected(why)) => anyhow::bail!("libvirt closed the connection: {why:?}"),

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use vmdr_shim::qmp::Qmp;
+use vmdr_shim::monitor::{Address, Monitor};
 use vmdr_shim::state_page::StatePage;
 
 /// How often the heartbeat is looked at.
@@ -19,7 +19,7 @@ const LOOK: Duration = Duration::from_millis(100);
 const STOPPED_LIMIT: Duration = Duration::from_millis(300);
 /// A shim that is not stopped, but does not beat: the machine may just be overloaded.
 const SILENT_LIMIT: Duration = Duration::from_secs(3);
-const QMP_LIMIT: Duration = Duration::from_secs(5);
+const MONITOR_LIMIT: Duration = Duration::from_secs(5);
 
 /// A running watch; dropping it ends it.
 #[derive(Debug)]
@@ -28,8 +28,8 @@ pub struct Guard {
 }
 
 impl Guard {
-    /// Watches the shim whose state page is at `page`, beside the guest with the QMP socket `qmp`.
-    pub fn watch(domain: String, page: PathBuf, qmp: PathBuf) -> std::io::Result<Self> {
+    /// Watches the shim whose state page is at `page`, beside the guest with this monitor.
+    pub fn watch(domain: String, page: PathBuf, monitor: Address) -> std::io::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let state = StatePage::open(&page)?;
@@ -45,14 +45,14 @@ impl Guard {
                 let silent = last.1.elapsed();
                 let Some(process) = process_state(state.pid()) else {
                     tracing::error!(domain, pid = state.pid(), "the shim died");
-                    resume_if_left_paused(&domain, &page, &qmp);
+                    resume_if_left_paused(&domain, &page, &monitor);
                     return;
                 };
                 let limit = if process == 'T' || process == 't' { STOPPED_LIMIT } else { SILENT_LIMIT };
                 if silent > limit {
                     tracing::error!(domain, pid = state.pid(), ?silent, %process, "the shim hangs: killing it");
                     kill(state.pid());
-                    resume_if_left_paused(&domain, &page, &qmp);
+                    resume_if_left_paused(&domain, &page, &monitor);
                     return;
                 }
             }
@@ -68,12 +68,12 @@ impl Drop for Guard {
 }
 
 /// Resumes the guest if the state page says that a shim that is gone has paused it.
-pub fn resume_if_left_paused(domain: &str, page: &Path, qmp: &Path) {
+pub fn resume_if_left_paused(domain: &str, page: &Path, monitor: &Address) {
     let Ok(state) = StatePage::open(page) else { return };
     if !state.paused() {
         return;
     }
-    match resume(qmp) {
+    match resume(monitor) {
         Ok(()) => {
             state.set_paused(false);
             tracing::warn!(domain, "the guest had been left paused and runs again");
@@ -82,12 +82,12 @@ pub fn resume_if_left_paused(domain: &str, page: &Path, qmp: &Path) {
     }
 }
 
-fn resume(qmp: &Path) -> anyhow::Result<()> {
-    let mut qmp = Qmp::connect(qmp, QMP_LIMIT)?;
-    let status = qmp.execute("query-status", None)?;
+fn resume(monitor: &Address) -> anyhow::Result<()> {
+    let mut monitor = Monitor::connect(monitor, MONITOR_LIMIT)?;
+    let status = monitor.execute("query-status", None)?;
     // Any other state than "paused" has another cause than our `stop`.
     if status["status"] == "paused" {
-        qmp.execute("cont", None)?;
+        monitor.execute("cont", None)?;
     }
     Ok(())
 }

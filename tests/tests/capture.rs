@@ -74,7 +74,7 @@ impl Guest {
             domain_uuid: "00000000-0000-4000-8000-000000000000".to_owned(),
             qemu_pid: self.qemu.id() as i32,
             qemu_uid: 0,
-            qmp_socket: self.path("capture.qmp"),
+            monitor: vmdr_shim::monitor::Address::Socket(self.path("capture.qmp")),
             directory: self.path("shim"),
             disks: Vec::new(),
             arena_bytes: 256 << 20,

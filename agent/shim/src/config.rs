@@ -36,8 +36,8 @@ pub struct Config {
     pub qemu_pid: i32,
     /// The user that QEMU runs as: it must be able to open the NBD sockets.
     pub qemu_uid: u32,
-    /// The domain's own QMP socket.
-    pub qmp_socket: PathBuf,
+    /// How QEMU is talked to.
+    pub monitor: crate::monitor::Address,
     /// Directory of this shim's sockets and state page.
     pub directory: PathBuf,
     /// The disks, in the order in which parts number them.

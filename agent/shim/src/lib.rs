@@ -17,6 +17,7 @@ pub mod config;
 pub mod dirty_log;
 pub mod disk;
 pub mod inject;
+pub mod monitor;
 pub mod nbd;
 pub mod procmem;
 pub mod qmp;

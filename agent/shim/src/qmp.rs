@@ -71,6 +71,16 @@ pub struct Sent {
     command: &'static str,
 }
 
+impl Sent {
+    pub(crate) fn new(id: u64, command: &'static str) -> Self {
+        Self { id, command }
+    }
+
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+}
+
 /// A command with its arguments.
 pub type Command<'a> = (&'static str, Option<&'a Value>);
 

@@ -12,8 +12,10 @@ use uuid::Uuid;
 use vmdr_codec::Disk;
 use vmdr_hypervisor::domain_xml::{DomainXml, own_qmp_socket};
 use vmdr_hypervisor::libvirt::{Connection, Domain, DomainState};
+use vmdr_hypervisor::xml::Element;
 use vmdr_proto::shim::State;
 use vmdr_shim::config::{self as shim_config, Config as ShimConfig, DiskConfig};
+use vmdr_shim::monitor::Address;
 
 use crate::arena_map::ArenaMap;
 use crate::config::Config;
@@ -29,6 +31,8 @@ pub struct Attached {
     pub domain: Domain,
     /// Its machine type, with version.
     pub machine: String,
+    /// How its QEMU is talked to.
+    pub monitor: Address,
     /// Its disks, as parts number them.
     pub disks: Vec<Disk>,
     /// The shim.
@@ -56,9 +60,7 @@ pub fn attach(config: &Config, connection: &Connection, uuid: &Uuid) -> anyhow::
         bail!("domain {} is not running", domain.name());
     }
     let live = domain.live_xml()?;
-    let qmp = own_qmp_socket(&live).with_context(|| {
-        format!("domain {0} has no QMP socket of its own: run `vmdr prepare {0}` and restart it", domain.name())
-    })?;
+    let monitor = monitor_of(config, &domain, &live);
     let xml = DomainXml::from_element(&live)?;
     let machine = xml.machine.clone();
     let disks = mirrored_disks(&domain, &xml)?;
@@ -66,11 +68,11 @@ pub fn attach(config: &Config, connection: &Connection, uuid: &Uuid) -> anyhow::
     let page = shim_config::state_page(&directory);
     if let Some((shim, state)) = adopt(&directory, &disks) {
         let arena = ArenaMap::open(state.pid, state.arena_fd, state.arena_bytes)?;
-        let guard = Guard::watch(domain.name().to_owned(), page, qmp).context("watch the shim")?;
+        let guard = Guard::watch(domain.name().to_owned(), page, monitor.clone()).context("watch the shim")?;
         tracing::info!(domain = domain.name(), pid = state.pid, "going on with the shim that runs");
-        return Ok(Attached { domain, machine, disks, shim, state, arena, guard, adopted: true });
+        return Ok(Attached { domain, machine, monitor, disks, shim, state, arena, guard, adopted: true });
     }
-    clear(&domain, &directory, &qmp, &disks);
+    clear(&domain, &directory, &monitor, &disks);
     if state != DomainState::Running {
         bail!("domain {} is {state:?}: it has to be running to be protected", domain.name());
     }
@@ -80,7 +82,7 @@ pub fn attach(config: &Config, connection: &Connection, uuid: &Uuid) -> anyhow::
         domain_uuid: uuid.to_string(),
         qemu_pid: pid as i32,
         qemu_uid: std::fs::metadata(format!("/proc/{pid}")).context("find QEMU's user")?.uid(),
-        qmp_socket: qmp.clone(),
+        monitor: monitor.clone(),
         directory: directory.clone(),
         disks: disks
             .iter()
@@ -95,8 +97,8 @@ pub fn attach(config: &Config, connection: &Connection, uuid: &Uuid) -> anyhow::
         format!("start the shim (its log: {})", log_file(config, &shim_settings.domain_uuid).display())
     })?;
     let arena = ArenaMap::open(state.pid, state.arena_fd, state.arena_bytes)?;
-    let guard = Guard::watch(domain.name().to_owned(), page, qmp).context("watch the shim")?;
-    Ok(Attached { domain, machine, disks, shim, state, arena, guard, adopted: false })
+    let guard = Guard::watch(domain.name().to_owned(), page, monitor.clone()).context("watch the shim")?;
+    Ok(Attached { domain, machine, monitor, disks, shim, state, arena, guard, adopted: false })
 }
 
 /// Begins mirroring a disk into the shim.
@@ -123,9 +125,17 @@ pub fn remove(config: &Config, connection: &Connection, uuid: &Uuid) -> anyhow::
     let domain = connection.domain_by_uuid(uuid)?;
     let live = domain.live_xml()?;
     let disks = mirrored_disks(&domain, &DomainXml::from_element(&live)?)?;
-    let qmp = own_qmp_socket(&live).context("the domain has no QMP socket of its own")?;
-    clear(&domain, &directory(config, uuid), &qmp, &disks);
+    let monitor = monitor_of(config, &domain, &live);
+    clear(&domain, &directory(config, uuid), &monitor, &disks);
     Ok(())
+}
+
+/// A running domain's own QMP socket; libvirt where it has none.
+pub fn monitor_of(config: &Config, domain: &Domain, live: &Element) -> Address {
+    match own_qmp_socket(live) {
+        Some(socket) => Address::Socket(socket),
+        None => Address::Libvirt { uri: config.libvirt_uri.clone(), uuid: domain.uuid() },
+    }
 }
 
 /// The writable disks of a running domain, in the order of its XML.
@@ -163,7 +173,7 @@ fn adopt(directory: &Path, disks: &[Disk]) -> Option<(ShimClient, State)> {
 }
 
 /// Removes what a shim that is dead or unusable left behind.
-fn clear(domain: &Domain, directory: &Path, qmp: &Path, disks: &[Disk]) {
+fn clear(domain: &Domain, directory: &Path, monitor: &Address, disks: &[Disk]) {
     let page = shim_config::state_page(directory);
     if let Ok(state) = vmdr_shim::state_page::StatePage::open(&page) {
         // Its pid may have been given to another process since: only one that has this directory's name is it.
@@ -171,7 +181,7 @@ fn clear(domain: &Domain, directory: &Path, qmp: &Path, disks: &[Disk]) {
         if String::from_utf8_lossy(&name).contains(&*directory.to_string_lossy()) {
             guard::kill(state.pid());
         }
-        guard::resume_if_left_paused(domain.name(), &page, qmp);
+        guard::resume_if_left_paused(domain.name(), &page, monitor);
     }
     for disk in disks {
         if let Err(error) = domain.block_job_abort(&disk.target, true) {

@@ -103,6 +103,8 @@ pub struct Status {
     pub epoch: u64,
     /// Newest epoch that is durable.
     pub durable_epoch: u64,
+    /// How QEMU is talked to: `direct` or `passthrough`; empty before that is known.
+    pub monitor: &'static str,
     /// The generation in use.
     pub generation: u64,
     /// What last went wrong.
@@ -171,6 +173,7 @@ impl Session {
                 phase: Phase::Starting,
                 epoch: 0,
                 durable_epoch: 0,
+                monitor: "",
                 generation: protection.generation,
                 last_error: String::new(),
                 pending_bytes: 0,
@@ -204,10 +207,10 @@ impl Session {
     /// Ends it and waits for that. Blocks.
     pub fn end(&mut self, input: Input) {
         self.tell(input);
-        if let Some(thread) = self.thread.take() {
-            if thread.join().is_err() {
-                tracing::error!(domain = self.protection.name, "the session's thread had panicked");
-            }
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!(domain = self.protection.name, "the session's thread had panicked");
         }
     }
 }
@@ -430,7 +433,9 @@ impl<'a> Active<'a> {
             self.attached.shim.fence()?;
             return Err(Stop::Fenced("another site owns this guest".to_owned()));
         }
-        self.worker.set_phase(Phase::Disconnected);
+        self.worker.shared.status().monitor = self.attached.monitor.kind();
+        let held = self.attached.state.held;
+        self.worker.set_phase(if held { Phase::Held } else { Phase::Disconnected });
         loop {
             let wait = self.next_cut.saturating_duration_since(Instant::now()).min(LOOK);
             match self.worker.received.recv_timeout(wait) {
@@ -464,7 +469,7 @@ impl<'a> Active<'a> {
         match input {
             Input::Hold(answer) => {
                 let phase = self.worker.shared.status().phase;
-                if phase == Phase::Protected {
+                if phase == Phase::Protected && self.hold.is_none() {
                     self.hold = Some(Hold { answer, epoch: None });
                     self.next_cut = Instant::now();
                 } else {
@@ -473,13 +478,12 @@ impl<'a> Active<'a> {
                 Ok(())
             }
             Input::Release(answer) => {
-                if self.worker.shared.status().phase != Phase::Held {
+                if !self.attached.shim.state()?.held {
                     let _ = answer.send(Err("the domain is not held".to_owned()));
                     return Ok(());
                 }
                 self.attached.shim.resume()?;
-                self.next_cut = Instant::now();
-                self.worker.set_phase(if self.sender.is_some() { Phase::Protected } else { Phase::Disconnected });
+                self.hold_ended();
                 let _ = answer.send(Ok(()));
                 Ok(())
             }
@@ -517,7 +521,9 @@ impl<'a> Active<'a> {
             Input::Link(LinkEvent::Down(reason)) => {
                 self.sender = None;
                 self.worker.set_error(reason);
-                self.worker.set_phase(Phase::Disconnected);
+                if self.worker.shared.status().phase != Phase::Held {
+                    self.worker.set_phase(Phase::Disconnected);
+                }
                 Ok(())
             }
         }
@@ -605,27 +611,36 @@ impl<'a> Active<'a> {
             self.in_flight.pop_front();
         }
         drop(status);
-        if self.hold.as_ref().is_some_and(|hold| hold.epoch.is_some_and(|held| held <= epoch)) {
-            if let Some(hold) = self.hold.take() {
-                let _ = hold.answer.send(Ok(epoch));
-            }
+        if self.hold.as_ref().is_some_and(|hold| hold.epoch.is_some_and(|held| held <= epoch))
+            && let Some(hold) = self.hold.take()
+        {
+            let _ = hold.answer.send(Ok(epoch));
         }
         Ok(())
     }
 
     /// One step: a cut, or a piece of a copy.
     fn act(&mut self) -> Result<(), Stop> {
+        if self.worker.shared.status().phase == Phase::Held {
+            // Perhaps somebody else has resumed the guest.
+            if self.attached.shim.state()?.held {
+                self.next_cut = Instant::now() + LOOK;
+            } else {
+                self.hold_ended();
+            }
+            return Ok(());
+        }
         if self.sender.is_none() {
             self.next_cut = Instant::now() + LOOK;
             return Ok(());
         }
+        // Nobody waits for it any more.
+        if self.hold.as_ref().is_some_and(|hold| hold.answer.is_closed()) {
+            self.hold = None;
+        }
         if self.in_flight.len() >= IN_FLIGHT_MAX {
             // Acknowledgements wake the thread; this is only in case none comes.
             self.next_cut = Instant::now() + Duration::from_millis(5);
-            return Ok(());
-        }
-        if self.worker.shared.status().phase == Phase::Held {
-            self.next_cut = Instant::now() + LOOK;
             return Ok(());
         }
         match self.mode {
@@ -656,6 +671,12 @@ impl<'a> Active<'a> {
                 Err(no) => self.no_part(&no),
             },
         }
+    }
+
+    /// The guest runs again after a hold.
+    fn hold_ended(&mut self) {
+        self.next_cut = Instant::now();
+        self.worker.set_phase(if self.sender.is_some() { Phase::Protected } else { Phase::Disconnected });
     }
 
     fn look_at_pending(&mut self) -> Result<(), Stop> {

@@ -257,6 +257,9 @@ impl Capture {
 
     /// Ends a hold.
     pub fn end_hold(&mut self) -> Result<(), CaptureError> {
+        if self.fenced {
+            return Err(CaptureError::Refused("fenced: another site owns this guest".to_owned()));
+        }
         if !self.held {
             return Err(CaptureError::Refused("the guest is not held".to_owned()));
         }

@@ -34,7 +34,8 @@ use crate::config::Config;
 use crate::dirty_log::{DirtyLog, Run};
 use crate::disk::{Disk, Op, Taken};
 use crate::inject::Origin;
-use crate::qmp::{COMMAND_LIMIT, Event, Qmp, QmpError};
+use crate::monitor::Monitor;
+use crate::qmp::{COMMAND_LIMIT, Event, QmpError};
 use crate::ramblock;
 use crate::state_page::StatePage;
 
@@ -87,7 +88,7 @@ struct Held {
 /// See the module.
 pub struct Capture {
     config: Config,
-    qmp: Qmp,
+    qmp: Monitor,
     page: Arc<StatePage>,
     arena: Arena,
     disks: Vec<Arc<Disk>>,
@@ -117,8 +118,8 @@ pub struct Capture {
 impl Capture {
     /// Connects to the guest's monitor. Nothing of the guest is changed yet.
     pub fn new(config: Config, page: Arc<StatePage>, arena: Arena, disks: Vec<Arc<Disk>>) -> anyhow::Result<Self> {
-        let mut qmp = Qmp::connect(&config.qmp_socket, COMMAND_LIMIT)
-            .with_context(|| format!("connect to the QMP socket {}", config.qmp_socket.display()))?;
+        let mut qmp = Monitor::connect(&config.monitor, COMMAND_LIMIT)
+            .with_context(|| format!("connect to QEMU's monitor ({:?})", config.monitor))?;
         let device_memory: File = memfd_create("vmdr-device-state", MemfdFlags::CLOEXEC)?.into();
         // QEMU takes a descriptor of a set only if its access mode is the one it wants to open.
         let device_writer: OwnedFd = File::options()
@@ -250,6 +251,7 @@ impl Capture {
     /// Stops the guest for good: another site owns it.
     pub fn fence(&mut self) -> Result<(), CaptureError> {
         self.fenced = true;
+        self.held = false;
         self.page.set_paused(false);
         self.qmp.execute("stop", None)?;
         tracing::error!(
@@ -261,10 +263,10 @@ impl Capture {
 
     /// Ends a hold, and the watch over the guest's memory.
     pub fn detach(&mut self) {
-        if self.held {
-            if let Err(error) = self.end_hold() {
-                tracing::error!(domain = self.config.domain_name, "end the hold: {error}");
-            }
+        if self.held
+            && let Err(error) = self.end_hold()
+        {
+            tracing::error!(domain = self.config.domain_name, "end the hold: {error}");
         }
         if let Some(mut log) = self.log.take() {
             log.unwatch();
@@ -322,6 +324,8 @@ impl Capture {
     fn note(&mut self, events: Vec<Event>) {
         for event in events {
             tracing::debug!(domain = self.config.domain_name, event = event.name, "QEMU event");
+            // Somebody else ended the hold.
+            self.held &= event.name != "RESUME";
             self.last_event = event.name;
         }
     }
