@@ -28,6 +28,8 @@ mod ingest;
 mod points;
 mod recover;
 mod standby;
+#[cfg(test)]
+mod tests;
 mod wire;
 
 use std::collections::HashMap;

@@ -70,8 +70,8 @@ impl Domain {
             (None, None) if replay.standby.is_some_and(|s| s.generation == control.generation) => replay.open.take(),
             (None, _) => None,
         };
-        let shared = shared(&control, &replay, open.as_ref(), &journal);
         let layout = replay.layout.take();
+        let shared = shared(&control, replay, open.as_ref(), &journal);
         let domain = Arc::new(Domain {
             uuid,
             id: id.clone(),
@@ -200,9 +200,8 @@ fn open_seed(disk: &Arc<dyn Disk>, dir: &Path, control: &mut Control) -> Result<
     }
 }
 
-fn shared(control: &Control, replay: &Replay, open: Option<&OpenEpoch>, journal: &Journal) -> Shared {
+fn shared(control: &Control, replay: Replay, open: Option<&OpenEpoch>, journal: &Journal) -> Shared {
     let standby = control.standby;
-    let newest = replay.epochs.last();
     let mut shared = Shared {
         name: control.name.clone(),
         position: Position {
@@ -212,13 +211,14 @@ fn shared(control: &Control, replay: &Replay, open: Option<&OpenEpoch>, journal:
             open_parts: open.map_or(0, |open| open.parts),
         },
         point_generation: standby.map_or(0, |standby| standby.generation),
-        cut_unix_ns: newest.map(|epoch| epoch.cut_unix_ns).or(standby.map(|s| s.cut_unix_ns)).unwrap_or(0),
+        cut_unix_ns: replay.epochs.last().map(|epoch| epoch.cut_unix_ns).or(standby.map(|s| s.cut_unix_ns)).unwrap_or(0),
         backlog_bytes: replay.epochs.iter().map(|epoch| epoch.bytes).sum(),
         applied: standby.map_or(0, |standby| standby.epoch),
         synced: standby.map_or(0, |standby| standby.epoch),
         open_segment: journal.segment(),
         damage: control.damage.clone(),
         frozen: control.frozen,
+        backlog: replay.epochs.into_iter().map(Arc::new).collect(),
         ..Shared::default()
     };
     if let Some(OpenEpoch { content: Content::Delta { parts, .. }, .. }) = open
