@@ -72,7 +72,7 @@ async fn what_is_acknowledged_survives_sigkill_and_is_in_the_standby() {
     assert_eq!(points.points[0].id, "1-5");
     assert_eq!(points.points[0].cut_unix_ns, common::CUT_UNIX_NS);
     drop(stream);
-    assert_eq!(daemon.terminate(), Some(0), "{}", daemon.log());
+    assert_eq!(daemon.terminate().await, Some(0), "{}", daemon.log());
     daemon.start_again().await;
     wait_for(&daemon, "applied", |s| s.durable_epoch == 5).await;
     // A plan waits for everything durable to be applied, then fails because this libvirt does not exist.
@@ -217,7 +217,7 @@ async fn one_receiver_per_state_directory_and_a_clean_end() {
     assert_eq!(reply.into_inner().domains, []);
 
     let mut stream = seeded(&daemon).await;
-    assert_eq!(daemon.terminate(), Some(0), "{}", daemon.log());
+    assert_eq!(daemon.terminate().await, Some(0), "{}", daemon.log());
     assert!(!daemon.socket().exists());
     assert!(matches!(stream.answer().await, Answer::End(_)));
     // One that was killed leaves its socket behind.

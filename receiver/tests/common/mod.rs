@@ -114,7 +114,7 @@ impl Daemon {
     }
 
     /// SIGTERM; gives the exit code.
-    pub fn terminate(&mut self) -> Option<i32> {
+    pub async fn terminate(&mut self) -> Option<i32> {
         let mut child = self.child.take().unwrap();
         let pid = rustix::process::Pid::from_raw(child.id() as i32).unwrap();
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
@@ -123,7 +123,7 @@ impl Daemon {
             if let Some(status) = child.try_wait().unwrap() {
                 return status.code();
             }
-            std::thread::sleep(Duration::from_millis(10));
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
         child.kill().unwrap();
         child.wait().unwrap();
