@@ -155,7 +155,8 @@ impl std::fmt::Display for DomainState {
 }
 
 impl Connection {
-    /// Connects; [`SYSTEM_URI`] is this host's libvirt.
+    /// Connects; [`SYSTEM_URI`] is this host's libvirt. Keep-alive begins with the connection: while a libvirtd hangs that
+    /// took the connection but does not answer, this waits.
     pub fn open(uri: &str) -> Result<Self, Error> {
         start_event_loop()?;
         no_nul("the libvirt URI", uri)?;

@@ -4,12 +4,12 @@
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde_json::{Value, json};
 use vmdr_hypervisor::block::BlockJobKind;
 use vmdr_hypervisor::domain_xml::{DomainXml, add_own_qmp_socket, own_qmp_socket, remove_own_qmp_socket};
-use vmdr_hypervisor::events::{BlockJobStatus, DomainEvent, Event, EventStream, Lifecycle};
+use vmdr_hypervisor::events::{BlockJobStatus, Disconnect, DomainEvent, Event, EventStream, Lifecycle};
 use vmdr_hypervisor::libvirt::{
     Connection, CpuComparison, Domain, DomainFilter, DomainState, RestoreState, SYSTEM_URI,
 };
@@ -44,7 +44,7 @@ fn inside() {
     domain.undefine().unwrap();
     assert!(connection.domain(NAME).unwrap_err().is_no_such_domain());
     assert_eq!(events.lost(), 0);
-    disconnect(&events);
+    disconnect(&connection, &events);
 }
 
 fn host(connection: &Connection) {
@@ -219,16 +219,24 @@ fn prepare(connection: &Connection, domain: &Domain, events: &EventStream) {
     domain.destroy().unwrap();
 }
 
-fn disconnect(events: &EventStream) {
+/// A libvirtd that hangs is noticed by its silence: a call does not wait forever, and the stream of events ends.
+fn disconnect(connection: &Connection, events: &EventStream) {
     let pid: i32 = std::fs::read_to_string("/run/libvirtd.pid").unwrap().trim().parse().unwrap();
-    assert!(Command::new("kill").args(["-KILL", &pid.to_string()]).status().unwrap().success());
+    let signal = |name: &str| assert!(Command::new("kill").args([name, &pid.to_string()]).status().unwrap().success());
+    signal("-STOP");
+    let error = connection.libvirt_version().unwrap_err();
+    assert!(error.is_connection(), "{error}");
+    assert!(!connection.is_alive());
     let started = Instant::now();
     loop {
         let left = LIMIT.saturating_sub(started.elapsed());
-        if let Event::Disconnected(_) = events.next_timeout(left).unwrap() {
+        if let Event::Disconnected(reason) = events.next_timeout(left).unwrap() {
+            assert_eq!(reason, Disconnect::KeepAlive);
             break;
         }
     }
+    signal("-CONT");
+    Connection::open(SYSTEM_URI).unwrap().libvirt_version().unwrap();
 }
 
 /// Takes events until one is as wanted.

@@ -27,6 +27,7 @@ fn facts() -> HostFacts {
         vhost_net: true,
         lock_manager: None,
         lock_daemons: vec![],
+        apparmor_rules: true,
     }
 }
 
@@ -243,13 +244,39 @@ fn arguments_and_confinement_are_told() {
     let mut root = parse(Q35_TCG);
     add_own_qmp_socket(&mut root).unwrap();
     add_qemu_arguments(&mut root, &["-set", "a.b=c"]);
-    let label = Element::new("seclabel").with_attribute("type", "dynamic").with_attribute("model", "apparmor");
-    root.push(label);
+    let label = |driver| Element::new("seclabel").with_attribute("type", "dynamic").with_attribute("model", driver);
+    root.push(label("apparmor"));
+    root.push(label("selinux"));
     let findings = judge(&root);
     let warned =
         |subject: &str| findings.iter().filter(|f| f.severity == Severity::Warning && f.subject == subject).count();
     assert_eq!((warned("qemu:commandline"), warned("confinement")), (2, 1));
     assert_eq!(refusals(&findings).count(), 0);
+    let without_rules = HostFacts { apparmor_rules: false, ..facts() };
+    let findings = definition(&root, &without_rules, &DomainOptions::default());
+    assert_eq!(refusals(&findings).map(|f| f.subject.as_str()).collect::<Vec<_>>(), ["confinement"]);
+}
+
+#[test]
+fn files_of_this_host_are_told() {
+    for (path, element, file) in [
+        ("os", "<kernel>/boot/k</kernel>", "/boot/k"),
+        ("os", "<initrd>/boot/i</initrd>", "/boot/i"),
+        ("os", "<acpi><table type='slic'>/srv/slic</table></acpi>", "/srv/slic"),
+        ("os", "<loader type='rom'>/srv/OVMF.fd</loader>", "/srv/OVMF.fd"),
+        (
+            "",
+            "<sysinfo type='fwcfg'><entry name='opt/a' file='/srv/a'/><entry name='opt/b'>b</entry></sysinfo>",
+            "/srv/a",
+        ),
+    ] {
+        let mut root = parse(Q35_TCG);
+        root.find_mut(path).unwrap().push(parse(element));
+        let findings = judge(&root);
+        let warned: Vec<_> = findings.iter().filter(|f| f.severity == Severity::Warning).collect();
+        assert_eq!(warned.len(), 1, "{warned:#?}");
+        assert!(warned[0].fact.ends_with(&format!("reads {file} of this host")), "{}", warned[0]);
+    }
 }
 
 #[test]

@@ -13,7 +13,7 @@ use vmdr_hypervisor::libvirt::{Domain, DomainState};
 use vmdr_hypervisor::xml::Element;
 
 use super::host::{QEMU_MAJOR_MIN, mib};
-use super::{Finding, HostFacts, devices, disks, memory, qemu_devices, refusals};
+use super::{Finding, HostFacts, confinement, devices, disks, memory, qemu_devices, refusals};
 
 /// The shortest interval between cuts through libvirt's monitor passthrough, in milliseconds: other API calls may come
 /// between its commands, and it costs some milliseconds more.
@@ -57,13 +57,7 @@ pub fn definition(root: &Element, host: &HostFacts, options: &DomainOptions) -> 
     findings.extend(devices::devices(&domain, host));
     findings.extend(disks::disks(&domain, options.protected));
     findings.extend(memory::arguments(&domain));
-    for driver in &domain.confined_by {
-        findings.push(Finding::warning(
-            "confinement",
-            format!("{driver} confines QEMU to what libvirt knows of"),
-            format!("allow its profile {}/vmdr-*.qmp and vmdr's sockets in /run/vmdr", "/var/lib/libvirt/qemu"),
-        ));
-    }
+    findings.extend(confinement::findings(&domain.confined_by, host.apparmor_rules));
     findings
 }
 

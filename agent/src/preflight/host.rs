@@ -7,7 +7,7 @@ use vmdr_hypervisor::Error;
 use vmdr_hypervisor::libvirt::Connection;
 
 use super::kernel_probe::{Memory, dirty_log};
-use super::{Finding, locks};
+use super::{Finding, confinement, locks};
 
 /// The oldest QEMU: the first whose `info ramblock` says where guest memory is mapped.
 pub const QEMU_MAJOR_MIN: u32 = 8;
@@ -37,6 +37,8 @@ pub struct HostFacts {
     pub lock_manager: Option<String>,
     /// Lock managers that run.
     pub lock_daemons: Vec<String>,
+    /// AppArmor is told what vmdr needs ([`confinement::rules`]).
+    pub apparmor_rules: bool,
 }
 
 impl HostFacts {
@@ -54,6 +56,7 @@ impl HostFacts {
             vhost_net: Path::new("/dev/vhost-net").exists(),
             lock_manager: read(locks::QEMU_CONF).and_then(|s| locks::configured(&s)),
             lock_daemons: locks::running(Path::new("/proc")),
+            apparmor_rules: confinement::rules_present(Path::new(confinement::LOCAL_RULES)),
         }
     }
 }
@@ -197,6 +200,7 @@ mod tests {
             vhost_net: true,
             lock_manager: None,
             lock_daemons: vec![],
+            apparmor_rules: false,
         }
     }
 

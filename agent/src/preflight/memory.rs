@@ -114,12 +114,14 @@ pub fn machine(domain: &DomainXml, root: &Element, host: &HostFacts) -> Vec<Find
             "boot the guest with BIOS, or with a stateless UEFI (<loader stateless='yes'>)",
         ));
     }
-    let boot: Vec<String> =
-        ["kernel", "initrd", "dtb"].iter().filter_map(|n| root.text_at(&format!("os/{n}"))).collect();
-    if !boot.is_empty() {
+    let texts = ["os/kernel", "os/initrd", "os/dtb", "os/shim", "os/loader", "os/acpi/table"];
+    let texts = texts.into_iter().flat_map(|path| root.find_all(path)).map(Element::text);
+    let entries = root.find_all("sysinfo/entry").into_iter().filter_map(|e| e.attribute("file")).map(str::to_owned);
+    let files: Vec<String> = texts.chain(entries).filter(|f| !f.is_empty()).collect();
+    if !files.is_empty() {
         findings.push(Finding::warning(
-            "direct kernel boot",
-            format!("QEMU reads {} of this host", boot.join(" and ")),
+            "files",
+            format!("QEMU reads {} of this host", files.join(" and ")),
             "have the same files at the same place at the backup site: without them QEMU does not start there",
         ));
     }

@@ -6,10 +6,11 @@
 //!
 //! - [`host`]: the kernel's two interfaces (tried, on memory of our own), permissions, libvirt, memory.
 //! - [`domain`]: a running domain, through libvirt and its monitor.
-//! - [`devices`], [`disks`], [`memory`], [`locks`]: the parts of it that need no libvirt: definitions in, findings out.
+//! - [`devices`], [`disks`], [`memory`], [`confinement`], [`locks`]: the parts of it that need no libvirt: definitions in, findings out.
 //! - [`qemu_devices`]: the same question to QEMU, which knows of devices that libvirt does not.
 //! - [`prepare`]: gives a domain a QMP socket of its own for its next start.
 
+pub mod confinement;
 pub mod devices;
 pub mod disks;
 pub mod domain;

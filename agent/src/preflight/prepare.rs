@@ -3,11 +3,13 @@
 //! libvirt's monitor passthrough takes a domain job for each command and lets other API calls in between; a socket of
 //! one's own does not, and is faster. It is an argument on QEMU's command line, in the persistent definition.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use vmdr_hypervisor::Error;
 use vmdr_hypervisor::domain_xml::{add_own_qmp_socket, own_qmp_socket, qmp_socket_path};
 use vmdr_hypervisor::libvirt::{Connection, Domain};
+
+use super::confinement;
 
 /// What `prepare` did.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +28,14 @@ pub enum PrepareError {
     /// There is no definition that could be changed.
     #[error("{0} is transient, it has no persistent definition: `virsh define` one, then prepare it")]
     Transient(String),
+    /// The guest could not be started with the socket.
+    #[error("AppArmor would keep {domain} from starting with a socket of vmdr's: {remedy}")]
+    Confined {
+        /// The domain.
+        domain: String,
+        /// What to do.
+        remedy: String,
+    },
     /// libvirt refused.
     #[error(transparent)]
     Hypervisor(#[from] Error),
@@ -39,6 +49,11 @@ pub fn prepare(connection: &Connection, domain: &Domain) -> Result<Prepared, Pre
     let mut definition = domain.inactive_xml()?;
     let changed = add_own_qmp_socket(&mut definition).map_err(Error::from)?;
     if changed {
+        let drivers = confinement::drivers(&connection.capabilities()?);
+        let rules = || confinement::rules_present(Path::new(confinement::LOCAL_RULES));
+        if drivers.iter().any(|d| d == "apparmor") && !rules() {
+            return Err(PrepareError::Confined { domain: domain.name().to_owned(), remedy: confinement::remedy() });
+        }
         connection.define(&definition)?;
     }
     let active = domain.state()?.0.is_active();
