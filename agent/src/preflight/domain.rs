@@ -12,7 +12,7 @@ use vmdr_hypervisor::domain_xml::{DomainXml, own_qmp_socket};
 use vmdr_hypervisor::libvirt::{Domain, DomainState};
 use vmdr_hypervisor::xml::Element;
 
-use super::host::{QEMU_MAJOR_MIN, mib};
+use super::host::{QEMU_MIN, mib};
 use super::{Finding, HostFacts, confinement, devices, disks, memory, qemu_devices, refusals};
 
 /// The shortest interval between cuts through libvirt's monitor passthrough, in milliseconds: other API calls may come
@@ -155,7 +155,7 @@ fn qemu(domain: &Domain) -> Vec<Finding> {
     }
     findings.push(match domain.hmp("info ramblock").map(|text| vmdr_shim::ramblock::parse(&text)) {
         Ok(Ok(blocks)) => Finding::ok("guest memory", format!("QEMU tells where its {} RAM blocks are", blocks.len())),
-        Ok(Err(e)) => Finding::refused("guest memory", e.to_string(), "use QEMU >= 8.0 and start the guest anew"),
+        Ok(Err(e)) => Finding::refused("guest memory", e.to_string(), "use QEMU >= 8.2 and start the guest anew"),
         Err(e) => unreadable("guest memory", &e),
     });
     if refusals(&findings).next().is_none() {
@@ -175,11 +175,13 @@ fn running_version(reply: &Value) -> Finding {
         return Finding::refused("QEMU", format!("query-version answered {reply}"), remedy);
     };
     let version = format!("{major}.{minor}.{micro}");
-    if major < u64::from(QEMU_MAJOR_MIN) {
+    if (major, minor) < (u64::from(QEMU_MIN.0), u64::from(QEMU_MIN.1)) {
         return Finding::refused(
             "QEMU",
-            format!("the guest runs in QEMU {version}, which does not say where guest memory is"),
-            "install QEMU >= 8.0, then shut the guest down and start it",
+            format!(
+                "the guest runs in QEMU {version}, which does not say where guest memory is or whether a mirror is synced"
+            ),
+            "install QEMU >= 8.2, then shut the guest down and start it",
         );
     }
     Finding::ok("QEMU", format!("the guest runs in version {version}"))
@@ -254,9 +256,11 @@ mod tests {
 
     #[test]
     fn versions() {
-        let version = |major| json!({ "qemu": { "major": major, "minor": 2, "micro": 0 }, "package": "" });
-        assert_eq!(running_version(&version(8)).severity, Severity::Ok);
-        assert_eq!(running_version(&version(7)).severity, Severity::Refused);
+        let version = |major, minor| json!({ "qemu": { "major": major, "minor": minor, "micro": 0 }, "package": "" });
+        assert_eq!(running_version(&version(8, 2)).severity, Severity::Ok);
+        assert_eq!(running_version(&version(10, 0)).severity, Severity::Ok);
+        assert_eq!(running_version(&version(8, 1)).severity, Severity::Refused);
+        assert_eq!(running_version(&version(7, 9)).severity, Severity::Refused);
         assert_eq!(running_version(&json!({})).severity, Severity::Refused);
     }
 

@@ -9,8 +9,8 @@ use vmdr_hypervisor::libvirt::Connection;
 use super::kernel_probe::{Memory, dirty_log};
 use super::{Finding, confinement, locks};
 
-/// The oldest QEMU: the first whose `info ramblock` says where guest memory is mapped.
-pub const QEMU_MAJOR_MIN: u32 = 8;
+/// The oldest QEMU that will do: from 8.0 it says where guest memory is, from 8.2 whether a mirror is synced.
+pub const QEMU_MIN: (u32, u32) = (8, 2);
 /// CAP_SYS_PTRACE (capabilities(7)).
 const CAP_SYS_PTRACE: u32 = 19;
 
@@ -148,10 +148,12 @@ fn libvirt(connection: &Connection) -> Vec<Finding> {
         Err(e) => findings.push(Finding::refused("libvirt", e.to_string(), "restart libvirtd")),
     }
     findings.push(match connection.qemu_version() {
-        Ok(version) if version.major < QEMU_MAJOR_MIN => Finding::refused(
+        Ok(version) if (version.major, version.minor) < QEMU_MIN => Finding::refused(
             "QEMU",
-            format!("libvirt starts QEMU {version}, which does not say where guest memory is"),
-            "install QEMU >= 8.0 (on Debian 12 from bookworm-backports)",
+            format!(
+                "libvirt starts QEMU {version}, which does not say where guest memory is or whether a mirror is synced"
+            ),
+            "install QEMU >= 8.2 (on Debian 12 from bookworm-backports)",
         ),
         Ok(version) => Finding::ok("QEMU", format!("libvirt starts version {version}")),
         Err(e) => Finding::refused("QEMU", e.to_string(), "install qemu-system-x86 and restart libvirtd"),
