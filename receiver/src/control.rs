@@ -109,12 +109,16 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
     let age = (domain.position.epoch > 0).then(|| age_seconds(domain.cut_unix_ns, unix_ns(SystemTime::now())));
     let record = receiver.active_directory(uuid).read(uuid);
     let active = matches!(&record, Ok(Some(r)) if matches!(r.step, Step::Running { .. }));
+    // The stream of an active domain is history.
     let (figures, peer, mut last_error) = receiver.session(uuid, |session| {
         if let Some(age) = age.filter(|_| !domain.frozen) {
             session.stats.age(now, age);
         }
         (session.stats.figures(now), session.peer.clone(), session.last_error.clone())
     });
+    if active {
+        last_error.clear();
+    }
     if let Some(trouble) = &domain.trouble {
         last_error.clone_from(trouble);
     } else if let Err(error) = &record {

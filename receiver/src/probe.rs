@@ -18,7 +18,7 @@ use crate::activate::findings::{refusals, refused};
 use crate::activate::host::{Host, LocalHost};
 use crate::activate::record::Step;
 use crate::activate::xml::{PlacedDisk, Placement, transform};
-use crate::activate::{checks, record::RecordError};
+use crate::activate::{checks, files, record::RecordError};
 use crate::daemon::Receiver;
 use crate::store::Position;
 
@@ -45,6 +45,15 @@ pub fn probe(receiver: &Receiver, request: &ProbeRequest) -> Result<ProbeReply, 
         }
     };
     check_space(receiver, request, uuid, position, &mut found)?;
+    match files::closed_above(&receiver.config.state_dir) {
+        Ok(None) => {}
+        Ok(Some(closed)) => {
+            let closed = closed.display();
+            let fact = format!("QEMU's user cannot enter {closed} at the backup site, which the state directory is in");
+            found.push(refused("state directory", &fact, &format!("`chmod o+x {closed}`, or move state_dir")));
+        }
+        Err(error) => return Err(Status::internal(error.to_string())),
+    }
     let step = receiver.active_directory(uuid).read(uuid).map(|r| r.map(|r| r.step));
     check_activation(step, &mut found);
     check_guest(request, uuid, &receiver.config.bridges, &host, &mut found).map_err(unavailable)?;

@@ -9,6 +9,7 @@
 //! HTTP/2's flow control. Acknowledgements leave in the order in which parts became durable, heartbeats in the order of the
 //! stream: an answered heartbeat says that the disk is keeping up. After a refusal the stream ends.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
@@ -83,7 +84,9 @@ impl Replication for ReplicationService {
         &self,
         request: Request<Streaming<ToReceiver>>,
     ) -> Result<Response<Self::ReplicateStream>, Status> {
-        let peer = request.remote_addr().map_or_else(|| "unknown".to_owned(), |a| a.to_string());
+        // An IPv4 address that came in on an IPv6 socket is shown as what it is.
+        let shown = |a: SocketAddr| SocketAddr::new(a.ip().to_canonical(), a.port()).to_string();
+        let peer = request.remote_addr().map_or_else(|| "unknown".to_owned(), shown);
         let (replies, stream) = mpsc::channel(REPLIES_MAX);
         tokio::spawn(serve(Arc::clone(&self.receiver), peer, request.into_inner(), replies));
         Ok(Response::new(ReceiverStream::new(stream)))

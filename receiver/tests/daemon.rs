@@ -1,4 +1,5 @@
 //! The receiver as a process: agents' streams, kills, refusals, the control socket, metrics.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 

@@ -7,6 +7,7 @@ use vmdr_hypervisor::xml::Element;
 use vmdr_proto::control::Finding;
 
 use super::checks;
+use super::files;
 use super::findings;
 use super::host::Host;
 use super::memory::{self, Memory};
@@ -58,6 +59,14 @@ pub fn make(
     let mut transformed = xml::transform(&point.domain_xml, &placement, host)?;
     let mut found = checks::check(&element, &domain, &settings.bridges, host)?;
     found.append(&mut transformed.findings);
+    if let Some(closed) = files::closed_above(&settings.state_directory)? {
+        let closed = closed.display();
+        found.push(findings::refused(
+            "state directory",
+            &format!("QEMU's user cannot enter {closed}, which the state directory is in"),
+            &format!("`chmod o+x {closed}`, or move state_dir"),
+        ));
+    }
     if let Memory::Carried { reason } = &memory {
         found.push(findings::warning(
             "memory",

@@ -39,7 +39,7 @@ impl Standby for FakeStandby {
 }
 
 struct Fixture {
-    _directory: TempDir,
+    parent: TempDir,
     standby: FakeStandby,
     host: FakeHost,
     settings: Settings,
@@ -97,12 +97,7 @@ fn fixture() -> Fixture {
     let settings =
         Settings { state_directory: top, bridges: BTreeMap::from([("vmbr0".to_owned(), "br-dr".to_owned())]) };
     let (generation, raised) = (Mutex::new(1), Mutex::default());
-    Fixture {
-        standby: FakeStandby { directory: domain, generation, raised, point },
-        host,
-        settings,
-        _directory: directory,
-    }
+    Fixture { standby: FakeStandby { directory: domain, generation, raised, point }, host, settings, parent: directory }
 }
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -343,6 +338,15 @@ fn a_refusal_changes_nothing() {
     assert_eq!(f.step(), None);
     assert!(f.standby.raised.lock().unwrap().is_empty());
     assert!(!f.active().path().exists());
+}
+
+#[test]
+fn a_state_directory_that_qemu_cannot_reach_is_refused_before_anything_is_done() {
+    let f = fixture();
+    std::fs::set_permissions(f.parent.path(), std::fs::Permissions::from_mode(0o750)).unwrap();
+    let error = f.run().unwrap_err().to_string();
+    assert!(error.contains("chmod o+x"), "{error}");
+    assert_eq!((f.step(), f.restores()), (None, 0));
 }
 
 #[test]
