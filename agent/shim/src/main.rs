@@ -48,6 +48,9 @@ enum Command {
     },
 }
 
+/// `nice` value of a shim.
+const PRIORITY: i32 = -10;
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     tracing_subscriber::fmt()
@@ -69,6 +72,10 @@ fn execute(command: Command) -> anyhow::Result<ExitCode> {
             let config = Config::read(&config)?;
             // Beside the guest, and needed by it: among the last to go when memory runs out.
             let _ = std::fs::write("/proc/self/oom_score_adj", "-900");
+            // A cut that waits for a processor is a pause that the guest notices.
+            if let Err(error) = rustix::process::setpriority_process(None, PRIORITY) {
+                tracing::warn!("raise the priority: {error}");
+            }
             let name = config.domain_name.clone();
             let end = server::run(config).with_context(|| format!("domain {name}"))?;
             tracing::info!(domain = name, ?end, "ended");

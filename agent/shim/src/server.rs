@@ -164,7 +164,8 @@ fn answer(capture: &mut Capture, request: to_shim::Request) -> (from_shim::Reply
         Request::Resume(_) => capture.end_hold().and_then(|()| state(capture)),
         Request::Release(release) => {
             capture.release(release.epoch, release.part);
-            state(capture)
+            // Comes with every epoch: QEMU is not asked for it.
+            Ok(from_shim::Reply::State(capture.own_state()))
         }
         Request::Resend(resend) => capture.resend(resend.epoch, resend.part).map(from_shim::Reply::Part),
         Request::Fence(_) => capture.fence().and_then(|()| state(capture)),

@@ -275,19 +275,24 @@ impl Capture {
         let _ = self.qmp.execute("remove-fd", Some(&serde_json::json!({ "fdset-id": DEVICE_FD_SET })));
     }
 
-    /// Where things stand.
+    /// Where things stand, QEMU asked.
     pub fn state(&mut self) -> Result<State, CaptureError> {
         let events = self.qmp.events()?;
         self.note(events);
         let status = self.qmp.execute("query-status", None)?;
         let run_state = status.get("status").and_then(serde_json::Value::as_str).unwrap_or("unknown").to_owned();
+        Ok(State { run_state, ..self.own_state() })
+    }
+
+    /// Where things stand as far as this process knows: without the guest's run state.
+    pub fn own_state(&self) -> State {
         let remembered: u64 = self
             .disks
             .iter()
             .zip(&self.catch_up)
             .map(|(disk, catch_up)| disk.remembered_bytes() + catch_up.bytes())
             .sum();
-        Ok(State {
+        State {
             protocol_version: SHIM_VERSION,
             pid: std::process::id(),
             arena_fd: self.arena.fd_number(),
@@ -307,11 +312,11 @@ impl Capture {
                 .collect(),
             armed: self.log.is_some(),
             fenced: self.fenced,
-            run_state,
+            run_state: String::new(),
             disks: self.disks.iter().map(|disk| disk_state(disk)).collect(),
             last_event: self.last_event.clone(),
             held: self.held,
-        })
+        }
     }
 
     /// Looks at QEMU's events, so that a socket that nobody reads does not fill up.
