@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use vmdr_proto::PAGE_BYTES;
 use vmdr_proto::shim::Part;
 use vmdr_shim::arena::Arena;
-use vmdr_shim::capture::Capture;
+use vmdr_shim::capture::{Capture, Whole};
 use vmdr_shim::config::{CUT_LIMIT_MS, CUT_PAGES_MAX, Config};
 use vmdr_shim::qmp::Qmp;
 use vmdr_shim::ramblock;
@@ -140,7 +140,12 @@ impl Standby {
                     found[range.clone()] != expected[range]
                 })
                 .collect();
-            ensure!(differ.is_empty(), "{when}: {} pages of {name} differ: {:?}", differ.len(), &differ[..differ.len().min(8)]);
+            ensure!(
+                differ.is_empty(),
+                "{when}: {} pages of {name} differ: {:?}",
+                differ.len(),
+                &differ[..differ.len().min(8)]
+            );
         }
         Ok(())
     }
@@ -151,7 +156,7 @@ fn every_epoch_is_the_guest(accelerator: &str, extra: &[&str]) -> Result<()> {
     let guest = Guest::start(accelerator, extra)?;
     let mut oracle = Qmp::connect(&guest.path("oracle.qmp"), ANSWER)?;
     let mut capture = guest.capture()?;
-    capture.arm(1, 1, true)?;
+    capture.arm(1, 1, Whole::Seed)?;
     let state = capture.state()?;
     let arena = File::open(format!("/proc/self/fd/{}", state.arena_fd))?;
     let mut standby = Standby::default();
@@ -214,7 +219,7 @@ fn a_guest_that_somebody_stopped_stays_stopped() -> Result<()> {
     let guest = Guest::start("tcg", &[])?;
     let mut oracle = Qmp::connect(&guest.path("oracle.qmp"), ANSWER)?;
     let mut capture = guest.capture()?;
-    capture.arm(1, 1, true)?;
+    capture.arm(1, 1, Whole::Seed)?;
     let status = |oracle: &mut Qmp| -> Result<String> {
         Ok(oracle.execute("query-status", None)?["status"].as_str().unwrap_or_default().to_owned())
     };
@@ -246,7 +251,7 @@ fn a_successor_takes_over_the_dirty_log() -> Result<()> {
     };
     for _ in 0..3 {
         let mut capture = guest.capture()?;
-        capture.arm(1, 1, true)?;
+        capture.arm(1, 1, Whole::Seed)?;
         capture.cut(u64::MAX, false)?.map_err(|no| anyhow::anyhow!("{no}"))?;
         ensure!(descriptors(guest.qemu.id())? == 1);
     }

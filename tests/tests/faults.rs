@@ -36,10 +36,13 @@ fn lose_and_activate(scene: &mut Scene, tick: u64, epoch: u64) -> Result<()> {
 
 fn check_activation(scene: &Scene, boot: &str, tick: u64, epoch: u64) -> Result<()> {
     let (client, address) = (scene.rig.client(), scene.guest.address);
+    let begun = Instant::now();
     let report = scene.activate()?;
+    let activate = begun.elapsed();
+    let back = client.ping(address, ANSWER)?;
+    println!("activate took {activate:.1?}, the first answer came after {:.1?}", begun.elapsed());
     let activated = report["point"]["epoch"].as_u64().context("the report names the epoch")?;
     assert!(activated >= epoch, "epoch {epoch} had been acknowledged, {activated} was activated: {report}");
-    let back = client.ping(address, ANSWER)?;
     assert_eq!(back.boot, boot, "resumed, not booted");
     assert!(back.tick >= tick, "tick {tick} had been durable, it went on from {}", back.tick);
     client.self_check(address)?;

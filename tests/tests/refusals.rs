@@ -18,7 +18,7 @@ fn fingerprint(scene: &Scene, guest: &str) -> Result<Vec<String>> {
     let mut prints = vec![site.virsh(&["dumpxml", guest])?, site.virsh(&["dumpxml", "--inactive", guest])?];
     prints.push(site.virsh(&["domstate", guest])?);
     if prints[2].trim() == "running" {
-        prints.push(site.virsh(&["qemu-monitor-command", guest, r#"{"execute":"query-block-jobs","id":"x"}"#])?);
+        prints.push(site.virsh(&["qemu-monitor-command", guest, "--hmp", "info block-jobs"])?);
     }
     Ok(prints)
 }
@@ -48,7 +48,7 @@ fn what_cannot_be_done_is_refused_in_one_line_and_leaves_the_guest_alone() -> Re
     refused(&scene, At::A, &["protect", "nosuch"], 4, &["nosuch"])?;
     refused(&scene, At::A, &["unprotect", "web1"], 4, &["web1"])?;
     refused(&scene, At::A, &["doctor", "nosuch"], 4, &["nosuch"])?;
-    refused(&scene, At::A, &["protect", "web2"], 1, &["web2", "not running"])?;
+    refused(&scene, At::A, &["protect", "web2"], 1, &["web2", "shut off", "virsh start"])?;
     for interval in ["5ms", "61s", "x", "100.5ms"] {
         refused(&scene, At::A, &["protect", "web1", "--interval", interval], 2, &["interval"])?;
     }
@@ -73,7 +73,8 @@ fn what_cannot_be_done_is_refused_in_one_line_and_leaves_the_guest_alone() -> Re
     refused(&scene, At::A, &["protect", "web1"], 1, &["lock"])?;
     fs::write(&conf, text)?;
 
-    assert_eq!((fingerprint(&scene, "web1")?, fingerprint(&scene, "web2")?), before, "nothing happened to the guests");
+    let after = (fingerprint(&scene, "web1")?, fingerprint(&scene, "web2")?);
+    assert!(after == before, "nothing happened to the guests");
     let tick = client.ping(address, ANSWER)?.tick;
     client.wait_tick(address, tick + 10, ANSWER)?;
     client.self_check(address)?;
@@ -82,28 +83,27 @@ fn what_cannot_be_done_is_refused_in_one_line_and_leaves_the_guest_alone() -> Re
 
 #[test]
 fn devices_that_write_memory_unseen_are_refused_by_name() -> Result<()> {
+    let scene = Scene::new("refused-devices", GuestSpec::linux("web1").workload("--ram-mib 16"))?;
+    let site = scene.rig.site(At::A);
+    let shmem = "<shmem name='vmdr-test'><model type='ivshmem-plain'/><size unit='M'>4</size></shmem>";
+    let guest = GuestSpec::linux("shm1").memory(96).address(Ipv4Addr::new(10, 78, 0, 20)).extra(shmem, "");
+    guest.start(site)?;
+    let before = fingerprint(&scene, "shm1")?;
+    refused(&scene, At::A, &["protect", "shm1"], 1, &["shm1", "shmem"])?;
+    assert!(fingerprint(&scene, "shm1")? == before, "nothing happened to shm1");
+
+    // These start only where the device, or its backend, is: doctor checks their definitions in the same way.
     let shared = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>";
     let vhost_user = "<interface type='vhostuser'><mac address='52:54:00:00:00:77'/>\
                       <source type='unix' path='/var/lib/libvirt/qemu/user.sock' mode='server'/><model type='virtio'/></interface>";
-    let hostdev = "<hostdev mode='subsystem' type='usb' managed='no'><source startupPolicy='optional'>\
-                   <vendor id='0x1234'/><product id='0xbeef'/></source></hostdev>";
-    let shmem = "<shmem name='vmdr-test'><model type='ivshmem-plain'/><size unit='M'>4</size></shmem>";
-    let scene = Scene::new("refused-devices", GuestSpec::linux("web1").workload("--ram-mib 16"))?;
-    for (number, (name, devices, elements, says)) in
-        [("user1", vhost_user, shared, "vhost"), ("host1", hostdev, "", "hostdev"), ("shm1", shmem, "", "shmem")]
-            .into_iter()
-            .enumerate()
-    {
-        let address = Ipv4Addr::new(10, 78, 0, 20 + number as u8);
-        let guest = GuestSpec::linux(name).memory(96).address(address).extra(devices, elements);
-        guest.start(scene.rig.site(At::A)).with_context(|| format!("start {name}"))?;
-        let before = fingerprint(&scene, name)?;
-        refused(&scene, At::A, &["protect", name], 1, &[name, says])?;
-        assert_eq!(fingerprint(&scene, name)?, before, "nothing happened to {name}");
-        let doctor = vmdr_output(scene.rig.site(At::A), REFUSE_SECONDS_MAX, &["doctor", name])?;
+    let pci = "<hostdev mode='subsystem' type='pci' managed='yes'><source>\
+               <address domain='0x0000' bus='0x7f' slot='0x1f' function='0x7'/></source></hostdev>";
+    for (name, devices, elements, says) in [("user1", vhost_user, shared, "vhostuser"), ("host1", pci, "", "hostdev")] {
+        GuestSpec::linux(name).extra(devices, elements).define(site)?;
+        let doctor = vmdr_output(site, REFUSE_SECONDS_MAX, &["doctor", name])?;
         let table = String::from_utf8_lossy(&doctor.stdout).into_owned();
-        assert!(!doctor.status.success() && table.contains(says), "{table}");
-        scene.rig.site(At::A).virsh(&["destroy", name])?;
+        let named = table.lines().any(|line| line.starts_with("refused") && line.contains(says));
+        assert!(doctor.status.code() == Some(1) && named, "{table}");
     }
     scene.rig.finish()
 }
@@ -131,14 +131,17 @@ fn a_second_protect_is_refused_and_the_first_goes_on() -> Result<()> {
 fn a_configuration_that_cannot_be_read_is_refused_with_its_place() -> Result<()> {
     let rig = vmdr_tests::rig::Rig::new("refused-config")?;
     for (program, at) in [(Program::Agent, At::A), (Program::Receiver, At::B)] {
-        for (config, says) in
-            [("x = [\n", "line 1"), ("\nnosuch_key = 1\n", "nosuch_key"), ("control_socket = 5\n", "line 1")]
-        {
+        for (config, says) in [
+            ("x = [\n", &["line 1,", ":1:"][..]),
+            ("\nnosuch_key = 1\n", &["nosuch_key"]),
+            ("control_socket = 5\n", &["line 1,", ":1:"]),
+        ] {
             let error = Daemon::start(rig.site(at), program, config).err().context("it must not start")?;
             let log = daemon::log(rig.site(at), program);
             let last = log.lines().last().unwrap_or_default();
             let file = if program == Program::Agent { "agent.toml" } else { "receiver.toml" };
-            assert!(log.contains(file) && log.contains(says) && !log.contains("panicked"), "{log:?} ({error:#})");
+            let place = says.iter().any(|place| log.contains(place));
+            assert!(log.contains(file) && place && !log.contains("panicked"), "{log:?} ({error:#})");
             assert!(!last.is_empty());
             fs::remove_file(daemon::log_path(rig.site(at), program))?;
         }
