@@ -140,8 +140,11 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
     } else {
         ("ready", format!("no agent is connected; if its host is lost: `vmdr activate {name}`"))
     };
+    // A domain whose control record is damaged has its name from the activation, if there was one.
+    let recorded = record.ok().flatten().map(|r| r.name);
+    let name = if domain.name.is_empty() { recorded.unwrap_or_default() } else { domain.name };
     DomainStatus {
-        name: domain.name.clone(),
+        name,
         uuid: domain.uuid,
         role: if active { "active" } else { "standby" }.to_owned(),
         state: state.to_owned(),
@@ -214,7 +217,9 @@ fn make_plan(receiver: &Receiver, wanted: &str) -> Result<ActivationPlan, Status
         return Err(activate_status(&error));
     }
     let point = standby.recovery_point().map_err(|e| activate_status(&e))?;
-    let next = record.map_or(1, |r| r.step.last_attempt() + 1);
+    let next = record.as_ref().map_or(1, |r| r.step.last_attempt() + 1);
+    let stored = standby.generation().map_err(|e| activate_status(&e))?;
+    let raised = record.map(|r| r.step.generation());
     let plan =
         plan::make(&point, &active.attempt(next), &receiver.settings(), &host).map_err(|e| activate_status(&e))?;
     Ok(ActivationPlan {
@@ -222,7 +227,7 @@ fn make_plan(receiver: &Receiver, wanted: &str) -> Result<ActivationPlan, Status
         uuid: uuid.to_string(),
         point: Some(point_message(point.generation, point.epoch, point.cut_unix_ns, summary.stored_bytes)),
         lost_seconds: age_seconds(point.cut_unix_ns, unix_ns(SystemTime::now())),
-        steps: plan::steps(&plan, &point),
+        steps: plan::steps(&plan, &point, stored, raised),
         findings: if runs { Vec::new() } else { plan.findings },
         already_active: runs,
     })

@@ -49,6 +49,8 @@ const SHUTDOWN_TIME_MAX: Duration = Duration::from_secs(5);
 pub struct Session {
     /// Figures.
     pub stats: Stats,
+    /// Streams opened so far: the end of an older one says nothing about the newest.
+    pub streams: u64,
     /// Address and name of the protected host.
     pub peer: String,
     /// Why the last stream ended, unless it was ended in order.

@@ -164,3 +164,72 @@ fn check_guest(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::activate::host::Guest;
+    use crate::activate::host::fake::FakeHost;
+    use crate::activate::record::PointId;
+    use vmdr_hypervisor::libvirt::DomainState;
+
+    const Q35: &str = include_str!("activate/testdata/q35.xml");
+    const UUID: &str = "22222222-1111-4111-8111-111111111111";
+
+    fn host() -> FakeHost {
+        let files = [
+            "/usr/bin/qemu-system-x86_64",
+            "/var/lib/libvirt/images/vmlinuz",
+            "/var/lib/libvirt/images/initrd.gz",
+            "/var/log/libvirt/qemu",
+        ];
+        let interfaces = ["vmbr0".to_owned()].into();
+        FakeHost { files: files.iter().map(PathBuf::from).collect(), interfaces, ..FakeHost::default() }
+    }
+
+    fn ask(xml: &str, host: &FakeHost) -> Vec<String> {
+        let uuid = Uuid::parse_str(UUID).unwrap();
+        let request =
+            ProbeRequest { domain_uuid: UUID.to_owned(), domain_xml: xml.to_owned(), ..ProbeRequest::default() };
+        let mut found = Vec::new();
+        check_guest(&request, uuid, &BTreeMap::new(), host, &mut found).unwrap();
+        refusals(&found).map(|f| format!("{}: {}", f.subject, f.fact)).collect()
+    }
+
+    #[test]
+    fn a_guest_that_fits_is_not_refused() {
+        assert_eq!(ask(Q35, &host()), [] as [&str; 0]);
+    }
+
+    #[test]
+    fn what_would_fail_later_is_refused_now() {
+        let no_bridge = FakeHost { interfaces: [].into(), ..host() };
+        assert!(ask(Q35, &no_bridge)[0].contains("vmbr0"));
+        let another = Q35.replace(UUID, "32222222-1111-4111-8111-111111111111");
+        assert!(ask(&another, &host())[0].starts_with("domain XML: the XML is of 32222222"));
+        assert!(ask("<domain", &host())[0].starts_with("domain XML: "));
+        let read_only = Q35.replace("<serial>LUN0001</serial>", "<readonly/>");
+        assert!(ask(&read_only, &host())[0].starts_with("disk vda: its read-only image"));
+        let running = host();
+        let guest = Guest { state: DomainState::Running, persistent: true, disk_files: Vec::new() };
+        running.libvirt.lock().unwrap().guest = Some(guest);
+        assert!(ask(Q35, &running)[0].contains("runs at the backup site"));
+    }
+
+    #[test]
+    fn a_domain_that_was_activated_here_is_not_taken_over() {
+        let refused = |step| {
+            let mut found = Vec::new();
+            check_activation(step, &mut found);
+            found.len()
+        };
+        let point = PointId { generation: 1, epoch: 1, cut_unix_ns: 1 };
+        assert_eq!(refused(Ok(None)), 0);
+        assert_eq!(refused(Ok(Some(Step::Planned { generation: 2 }))), 0);
+        assert_eq!(refused(Ok(Some(Step::Fenced { generation: 2, point, attempt: 1 }))), 1);
+        let step = Step::Restoring { generation: 2, point, attempt: 1, overlays: Vec::new() };
+        assert_eq!(refused(Ok(Some(step))), 1);
+        let why = "it is torn".to_owned();
+        assert_eq!(refused(Err(RecordError::Damaged { path: PathBuf::from("/x"), why })), 1);
+    }
+}

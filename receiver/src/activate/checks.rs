@@ -16,6 +16,9 @@ use vmdr_proto::control::Finding;
 use super::findings::{refused, warning};
 use super::host::{CpuFit, Host};
 
+/// Subject of findings about this host's memory.
+pub const MEMORY: &str = "memory";
+
 /// Everything that this host lacks for a guest, and what will be different.
 pub fn check(
     xml: &Element,
@@ -91,7 +94,7 @@ fn check_memory(domain: &DomainXml, host: &dyn Host, found: &mut Vec<Finding>) {
     let Some(available) = host.memory_available_bytes() else { return };
     if domain.memory_bytes > available {
         found.push(refused(
-            "memory",
+            MEMORY,
             &format!("the guest has {} MiB, this host has {} MiB left", domain.memory_bytes >> 20, available >> 20),
             "stop something here, or add memory",
         ));

@@ -81,8 +81,8 @@ pub enum ActivateError {
     },
     /// libvirt refused the restore; everything made for it is removed.
     #[error(
-        "{name} was not restored: {source}. The recovery point is untouched: put right what libvirt names and run activate \
-         again (its QEMU's log: /var/log/libvirt/qemu/{name}.log)"
+        "{name} was not restored: {source}. The recovery point is untouched, the old host is fenced: put right what libvirt \
+         names and run activate again (its QEMU's log: /var/log/libvirt/qemu/{name}.log)"
     )]
     Restore {
         /// The guest.

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use vmdr_hypervisor::domain_xml::DomainXml;
 use vmdr_hypervisor::xml::Element;
-use vmdr_proto::control::Finding;
+use vmdr_proto::control::{Finding, Severity};
 
 use super::checks;
 use super::files;
@@ -67,6 +67,12 @@ pub fn make(
             &format!("`chmod o+x {closed}`, or move state_dir"),
         ));
     }
+    if let Memory::Mapped(_) = memory {
+        // Pages come in as the guest touches them: too little memory is for the operator to judge, on such a day.
+        for finding in found.iter_mut().filter(|f| f.subject == checks::MEMORY) {
+            finding.set_severity(Severity::Warning);
+        }
+    }
     if let Memory::Carried { reason } = &memory {
         found.push(findings::warning(
             "memory",
@@ -87,12 +93,16 @@ fn overlay_name(target: &str) -> PathBuf {
     PathBuf::from(format!("{safe}.qcow2"))
 }
 
-/// The steps, in words.
-pub fn steps(plan: &Plan, point: &RecoveryPoint) -> Vec<String> {
+/// The steps, in words. `raised`: the generation that an earlier attempt has raised it to; `stored`: the one that is stored.
+pub fn steps(plan: &Plan, point: &RecoveryPoint, stored: u64, raised: Option<u64>) -> Vec<String> {
     let name = &plan.domain.name;
-    let next = point.generation.saturating_add(1);
-    let mut steps =
-        vec![format!("raise the generation of {name} to {next}: from then on its old host is refused (fenced)")];
+    let mut steps = vec![match raised.filter(|r| *r <= stored) {
+        Some(raised) => format!("keep the generation of {name} at {raised}: its old host is refused (fenced) already"),
+        None => {
+            let next = stored.saturating_add(1);
+            format!("raise the generation of {name} to {next}: from then on its old host is refused (fenced)")
+        }
+    }];
     for (disk, image) in plan.disks.iter().zip(&point.disks) {
         steps.push(format!(
             "create the overlay {} over {} ({} MiB), so that the recovery point stays as it is",

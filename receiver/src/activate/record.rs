@@ -98,6 +98,16 @@ pub enum Step {
 }
 
 impl Step {
+    /// The generation that was or will be raised.
+    pub fn generation(&self) -> u64 {
+        match self {
+            Step::Planned { generation }
+            | Step::Fenced { generation, .. }
+            | Step::Restoring { generation, .. }
+            | Step::Running { generation, .. } => *generation,
+        }
+    }
+
     /// The number of the last attempt, 0: none.
     pub fn last_attempt(&self) -> u32 {
         match self {
