@@ -20,7 +20,7 @@ use vmdr_proto::replication::{ProbeReply, ProbeRequest};
 
 use crate::config::check_interval;
 use crate::daemon::Agent;
-use crate::link;
+use crate::link::Questions;
 use crate::preflight::domain::PASSTHROUGH_INTERVAL_MS_MIN;
 use crate::preflight::{self, DomainOptions, Finding, HostFacts, Severity};
 use crate::registry::Protection;
@@ -231,7 +231,7 @@ impl Control {
         })
         .await?;
         if let (Some(receiver), Some(probe)) = (receiver, probe) {
-            examined.findings.extend(receiver_findings(receiver, link::probe(receiver, probe).await));
+            examined.findings.extend(receiver_findings(receiver, ask_receiver(receiver, probe).await));
         }
         Ok(examined)
     }
@@ -241,11 +241,15 @@ impl Control {
             return Finding::warning("receiver", "none is configured", "set `receiver` in agent.toml");
         };
         let probe = ProbeRequest { protocol_version: REPLICATION_VERSION, ..Default::default() };
-        match link::probe(receiver, probe).await {
+        match ask_receiver(receiver, probe).await {
             Ok(reply) => Finding::ok("receiver", format!("{receiver} answers (vmdr {})", reply.receiver_version)),
             Err(error) => Finding::refused("receiver", error, RECEIVER_REMEDY),
         }
     }
+}
+
+async fn ask_receiver(receiver: &str, request: ProbeRequest) -> Result<ProbeReply, String> {
+    Questions::connect(receiver).await?.probe(request).await
 }
 
 fn receiver_findings(receiver: &str, reply: Result<ProbeReply, String>) -> Vec<Finding> {
@@ -350,6 +354,9 @@ fn advice(phase: Phase) -> &'static str {
         Phase::Starting => "wait: the guest is being put under protection",
         Phase::Disconnected => "check the receiver and the network: the guest runs on unprotected until they are back",
         Phase::Seeding => "wait for the first copy; until then only an older recovery point, if any, can be activated",
+        Phase::Resync => {
+            "wait: the standby is being brought level; the older recovery point can be activated meanwhile"
+        }
         Phase::Protected => "nothing to do; `vmdr activate` at the backup site brings the guest up there",
         Phase::Behind => "nothing is lost yet: more is written than the link takes, the recovery point grows older",
         Phase::Held => "the guest is paused and its standby level with it; `vmdr release` lets it go on",

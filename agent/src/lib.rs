@@ -5,6 +5,7 @@
 //! | [`daemon`] | the whole: sessions by domain |
 //! | [`session`] | the protection of one domain |
 //! | [`link`] | the stream to the receiver |
+//! | [`resync`] | leaves out what the receiver has |
 //! | [`encode`] | from what a shim captured to what goes over the wire |
 //! | [`shim_client`], [`arena_map`], [`guard`] | the shim: asked, read, watched |
 //! | [`preflight`] | what can be protected, and what cannot |
@@ -20,5 +21,6 @@ pub mod link;
 pub mod metrics;
 pub mod preflight;
 pub mod registry;
+pub mod resync;
 pub mod session;
 pub mod shim_client;

@@ -11,13 +11,15 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Endpoint;
 use vmdr_proto::replication::replication_client::ReplicationClient;
 use vmdr_proto::replication::{
-    Durable, FromReceiver, Heartbeat, Open, Position, ProbeReply, ProbeRequest, Refused, ToReceiver, from_receiver,
-    to_receiver,
+    DescribeReply, DescribeRequest, Durable, FromReceiver, HashesReply, HashesRequest, Heartbeat, Open, Position,
+    ProbeReply, ProbeRequest, Refused, ToReceiver, from_receiver, to_receiver,
 };
 use vmdr_proto::{MESSAGE_BYTES_MAX, REPLICATION_VERSION};
 
 /// Messages (of about 1 MiB at most) that wait for the network.
 const MESSAGES_MAX: usize = 8;
+/// How long a receiver may take for an answer: it reads disks for some.
+const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// HTTP/2 pings find a peer that vanished without a word.
 const PING_INTERVAL: Duration = Duration::from_secs(2);
@@ -76,14 +78,43 @@ pub async fn run<T: Send + 'static>(target: Target, events: EventSender<T>, wrap
     }
 }
 
-/// Asks a receiver what it could store and run.
-pub async fn probe(receiver: &str, request: ProbeRequest) -> Result<ProbeReply, String> {
-    let mut client = client(receiver).await?;
-    let reply = tokio::time::timeout(CONNECT_LIMIT * 4, client.probe(request)).await;
-    match reply {
+/// A connection for questions beside the stream.
+#[derive(Clone, Debug)]
+pub struct Questions {
+    receiver: String,
+    client: ReplicationClient<tonic::transport::Channel>,
+}
+
+impl Questions {
+    /// Connects.
+    pub async fn connect(receiver: &str) -> Result<Self, String> {
+        Ok(Self { receiver: receiver.to_owned(), client: client(receiver).await? })
+    }
+
+    /// What the receiver has of a domain.
+    pub async fn describe(&mut self, request: DescribeRequest) -> Result<DescribeReply, String> {
+        answer(&self.receiver, self.client.describe(request)).await
+    }
+
+    /// Hashes of what the receiver has.
+    pub async fn hashes(&mut self, request: HashesRequest) -> Result<HashesReply, String> {
+        answer(&self.receiver, self.client.hashes(request)).await
+    }
+
+    /// What the receiver could store and run.
+    pub async fn probe(&mut self, request: ProbeRequest) -> Result<ProbeReply, String> {
+        answer(&self.receiver, self.client.probe(request)).await
+    }
+}
+
+async fn answer<T>(
+    receiver: &str,
+    call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+) -> Result<T, String> {
+    match tokio::time::timeout(ANSWER_LIMIT, call).await {
         Ok(Ok(reply)) => Ok(reply.into_inner()),
         Ok(Err(status)) => Err(format!("receiver {receiver}: {}", status.message())),
-        Err(_) => Err(format!("receiver {receiver} did not answer the probe")),
+        Err(_) => Err(format!("receiver {receiver} did not answer within {ANSWER_LIMIT:?}")),
     }
 }
 

@@ -11,6 +11,7 @@ use vmdr_proto::shim::{
     Arm, Cut, Detach, Fence, Fill, FromShim, GetState, Hello, NoPart, Part, Pass, Passed, Release, Resend, Resume,
     State, ToShim, from_shim, to_shim,
 };
+use vmdr_shim::capture::Whole;
 
 /// How long a shim may take for any answer. A cut ends itself well before; reading a disk that hangs, too.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
@@ -56,8 +57,9 @@ impl ShimClient {
     }
 
     /// See `shim.proto`.
-    pub fn arm(&mut self, generation: u64, epoch: u64, seed: bool) -> Result<State, ShimError> {
-        self.state_after(to_shim::Request::Arm(Arm { generation, epoch, seed }))
+    pub fn arm(&mut self, generation: u64, epoch: u64, whole: Whole) -> Result<State, ShimError> {
+        let (seed, resync) = (whole == Whole::Seed, whole == Whole::Resync);
+        self.state_after(to_shim::Request::Arm(Arm { generation, epoch, seed, resync }))
     }
 
     /// See `shim.proto`.

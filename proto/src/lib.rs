@@ -29,6 +29,13 @@ pub const SHIM_VERSION: u32 = 1;
 
 /// Bytes of a page of guest memory, the unit of the dirty log and of RAM records, whatever the host maps it with.
 pub const PAGE_BYTES: usize = 4096;
+/// Unit of a disk in which contents are compared by hash, and in which a shim remembers written places.
+pub const GRANULE_BYTES: u64 = 64 << 10;
+/// The most units whose hashes are asked for at once: 1 MiB of hashes.
+pub const HASHES_MAX: u32 = 64 << 10;
+/// Bytes of a hash: XXH3-128.
+pub const HASH_BYTES: usize = 16;
+
 /// The most a chunk's payload may hold before it is closed; one more record may pass it.
 pub const CHUNK_BYTES: usize = 1 << 20;
 /// The largest gRPC message accepted: a chunk, the record that passed its limit, and the framing.

@@ -2,7 +2,8 @@
 //! host is lost.
 //!
 //! - [`store`]: journal, standby, recovery points; synchronous.
-//! - [`replication`]: agents' streams into the store; [`probe`]: whether a guest could run here.
+//! - [`replication`]: agents' streams into the store; [`probe`]: whether a guest could run here;
+//!   [`hashes`]: what an agent that resyncs compares with.
 //! - [`activate`]: from a recovery point to a running guest, once.
 //! - [`control`]: the `vmdr` command's requests.
 //! - [`daemon`]: all of it together; [`config`], [`metrics`], [`stats`].
@@ -11,6 +12,7 @@ pub mod activate;
 pub mod config;
 pub mod control;
 pub mod daemon;
+pub mod hashes;
 pub mod metrics;
 pub mod probe;
 pub mod replication;

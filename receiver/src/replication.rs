@@ -21,11 +21,13 @@ use uuid::Uuid;
 use vmdr_proto::REPLICATION_VERSION;
 use vmdr_proto::replication::replication_server::Replication;
 use vmdr_proto::replication::{
-    FromReceiver, Open, ProbeReply, ProbeRequest, Refused, RefusedCode, ToReceiver, Welcome, from_receiver, to_receiver,
+    DescribeReply, DescribeRequest, FromReceiver, HashesReply, HashesRequest, Open, ProbeReply, ProbeRequest, Refused,
+    RefusedCode, ToReceiver, Welcome, from_receiver, to_receiver,
 };
 
 use crate::activate::run::{age_seconds, unix_ns};
 use crate::daemon::Receiver;
+use crate::hashes;
 use crate::probe;
 use crate::store::{Ingest, PartTail, StoreError, part_head, part_tail};
 
@@ -80,6 +82,18 @@ impl Replication for ReplicationService {
         reply.map_err(|e| Status::internal(format!("the probe ended by itself: {e}")))?.map(Response::new)
     }
 
+    async fn describe(&self, request: Request<DescribeRequest>) -> Result<Response<DescribeReply>, Status> {
+        let (receiver, uuid) = (Arc::clone(&self.receiver), request.into_inner().domain_uuid);
+        let reply = tokio::task::spawn_blocking(move || hashes::describe(&receiver.store, &uuid)).await;
+        reply.map_err(|e| Status::internal(e.to_string()))?.map(Response::new)
+    }
+
+    async fn hashes(&self, request: Request<HashesRequest>) -> Result<Response<HashesReply>, Status> {
+        let (receiver, request) = (Arc::clone(&self.receiver), request.into_inner());
+        let reply = tokio::task::spawn_blocking(move || hashes::hashes(&receiver.store, &request)).await;
+        reply.map_err(|e| Status::internal(e.to_string()))?.map(Response::new)
+    }
+
     async fn replicate(
         &self,
         request: Request<Streaming<ToReceiver>>,
@@ -111,12 +125,14 @@ async fn serve(receiver: Arc<Receiver>, peer: String, mut incoming: Streaming<To
     let host: String = open.host_name.chars().take(NAME_CHARS_MAX).collect();
     let (uuid, ingest) = match open_stream(&receiver, open).await {
         Ok(ingest) => ingest,
-        Err(refusal) => return refuse(&receiver, &replies, uuid, &peer, refusal).await,
+        Err(refusal) => return refuse(&receiver, &replies, uuid.map(|u| (u, None)), &peer, refusal).await,
     };
     receiver.metrics.streams_opened.fetch_add(1, Ordering::Relaxed);
-    receiver.session(uuid, |session| {
+    let number = receiver.session(uuid, |session| {
+        session.streams += 1;
         session.peer = if host.is_empty() { peer.clone() } else { format!("{host} ({peer})") };
         session.last_error.clear();
+        session.streams
     });
     let position = ingest.position();
     tracing::info!(domain = %name, %uuid, %peer, host, generation = position.generation, epoch = position.epoch, "stream opened");
@@ -136,23 +152,28 @@ async fn serve(receiver: Arc<Receiver>, peer: String, mut incoming: Streaming<To
         Ok(thread) => thread,
         Err(error) => {
             let message = format!("domain {uuid}: no thread for its stream: {error}");
-            return refuse(&receiver, &replies, Some(uuid), &peer, Refusal { code: RefusedCode::Io, message }).await;
+            return refuse(
+                &receiver,
+                &replies,
+                Some((uuid, Some(number))),
+                &peer,
+                Refusal { code: RefusedCode::Io, message },
+            )
+            .await;
         }
     };
     let why = pass_on(&receiver, &mut incoming, queue).await;
     let result = tokio::task::spawn_blocking(move || thread.join()).await;
     match result {
         Ok(Ok(Ok(()))) => {
-            receiver.session(uuid, |session| {
-                session.peer.clear();
-                session.last_error = why.clone().unwrap_or_default();
-            });
+            ended(&receiver, uuid, number, why.as_deref().unwrap_or_default());
             tracing::info!(domain = %name, %uuid, %peer, why = why.as_deref().unwrap_or("the agent ended it"), "stream closed");
         }
-        Ok(Ok(Err(refusal))) => refuse(&receiver, &replies, Some(uuid), &peer, refusal).await,
+        Ok(Ok(Err(refusal))) => refuse(&receiver, &replies, Some((uuid, Some(number))), &peer, refusal).await,
         Ok(Err(_)) | Err(_) => {
             let message = format!("domain {uuid}: the receiver failed, see its log");
-            refuse(&receiver, &replies, Some(uuid), &peer, Refusal { code: RefusedCode::Io, message }).await;
+            refuse(&receiver, &replies, Some((uuid, Some(number))), &peer, Refusal { code: RefusedCode::Io, message })
+                .await;
         }
     }
 }
@@ -204,21 +225,37 @@ async fn open_stream(receiver: &Arc<Receiver>, open: Open) -> Result<(Uuid, Inge
     }
 }
 
-async fn refuse(receiver: &Arc<Receiver>, replies: &Replies, uuid: Option<Uuid>, peer: &str, refusal: Refusal) {
+/// A stream has ended. What is known of the domain's newest stream stays if that is another one.
+fn ended(receiver: &Receiver, uuid: Uuid, number: u64, why: &str) {
+    receiver.session(uuid, |session| {
+        if session.streams == number {
+            session.peer.clear();
+            session.last_error = why.to_owned();
+        }
+    });
+}
+
+/// `of`: the domain, and the stream's number if it was opened.
+async fn refuse(
+    receiver: &Arc<Receiver>,
+    replies: &Replies,
+    of: Option<(Uuid, Option<u64>)>,
+    peer: &str,
+    refusal: Refusal,
+) {
     let Refusal { code, message } = refusal;
     tracing::warn!(%peer, code = code.as_str_name(), "stream refused: {message}");
     receiver.metrics.streams_refused.fetch_add(1, Ordering::Relaxed);
     let mut position = None;
-    if let Some(uuid) = uuid {
-        // Only of domains that exist: a peer's inventions are not remembered.
+    if let Some((uuid, number)) = of {
         let store = receiver.store.clone();
         let asked = tokio::task::spawn_blocking(move || store.position(&uuid.to_string()).ok()).await;
+        // Only of domains that exist: a peer's inventions are not remembered.
         position = asked.ok().flatten().filter(|p| p.generation > 0);
-        if position.is_some() {
-            receiver.session(uuid, |session| {
-                session.last_error.clone_from(&message);
-                session.peer.clear();
-            });
+        match number {
+            Some(number) => ended(receiver, uuid, number, &message),
+            None if position.is_some() => receiver.session(uuid, |session| session.last_error.clone_from(&message)),
+            None => {}
         }
     }
     let refused = Refused { code: code.into(), message, position: position.map(Into::into) };

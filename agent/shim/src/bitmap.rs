@@ -29,6 +29,11 @@ impl Bitmap {
         self.set
     }
 
+    /// Whether a unit is set.
+    pub fn contains(&self, unit: u64) -> bool {
+        unit < self.bits && self.words[(unit / 64) as usize] >> (unit % 64) & 1 == 1
+    }
+
     /// Sets `count` units from `first`. What lies beyond the end is ignored.
     pub fn insert(&mut self, first: u64, count: u64) {
         self.change(first, count, |word, mask| word | mask);
@@ -126,6 +131,9 @@ mod tests {
                     seen[first as usize..(first + count) as usize].fill(true);
                 }
                 prop_assert_eq!(&seen, &model);
+                for unit in 0..bits + 2 {
+                    prop_assert_eq!(bitmap.contains(unit), model.get(unit as usize).copied().unwrap_or(false));
+                }
             }
         }
     }

@@ -11,12 +11,12 @@ use std::io::{self, Read};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use vmdr_proto::GRANULE_BYTES;
+
 use crate::arena::{Arena, Chunk};
 use crate::bitmap::Bitmap;
 use crate::nbd::{Capabilities, Export, ExportError, Extent, WriteError};
 
-/// Unit in which written places are remembered without their data.
-pub const GRANULE_BYTES: u64 = 64 << 10;
 /// Entries a log may have (64 bytes each); writes beyond are remembered.
 const OPS_MAX: usize = 256 << 10;
 
@@ -104,6 +104,12 @@ impl Disk {
         self.log().remembered.count() * GRANULE_BYTES
     }
 
+    /// Whether the whole disk is to be read, so that the log is void.
+    pub fn is_remembered(&self) -> bool {
+        let log = self.log();
+        log.remembered.count() == log.remembered.len()
+    }
+
     /// Bytes of data in the log.
     pub fn log_bytes(&self) -> u64 {
         self.log().taken.ops.iter().filter(|op| op.arena_offset.is_some()).map(|op| op.length).sum()
@@ -115,8 +121,12 @@ impl Disk {
     }
 
     /// Takes the log and the remembered granules, in one instant: from now on data is kept again, if there is room.
+    /// Where the whole disk is remembered, what was logged is void: all of it will be read.
     pub fn take_all(&self) -> (Taken, Bitmap) {
         let mut log = self.log();
+        if log.remembered.count() == log.remembered.len() {
+            log.taken.ops.clear();
+        }
         let empty = Bitmap::new(log.remembered.len());
         let remembered = std::mem::replace(&mut log.remembered, empty);
         (std::mem::take(&mut log.taken), remembered)

@@ -18,7 +18,7 @@ use vmdr_proto::frame::{self, FrameError};
 use vmdr_proto::shim::{Failed, FromShim, NoPart, NoPartReason, Passed, ToShim, from_shim, to_shim};
 
 use crate::arena::Arena;
-use crate::capture::{Capture, CaptureError, NoCut};
+use crate::capture::{Capture, CaptureError, NoCut, Whole};
 use crate::config::Config;
 use crate::disk::Disk;
 use crate::nbd::{Export, Server};
@@ -140,7 +140,9 @@ fn answer(capture: &mut Capture, request: to_shim::Request) -> (from_shim::Reply
             hello.protocol_version
         ))),
         Request::Hello(_) | Request::GetState(_) => capture.state().map(from_shim::Reply::State),
-        Request::Arm(arm) => capture.arm(arm.generation, arm.epoch, arm.seed).and_then(|()| state(capture)),
+        Request::Arm(arm) => {
+            capture.arm(arm.generation, arm.epoch, Whole::of(arm.seed, arm.resync)).and_then(|()| state(capture))
+        }
         Request::Pass(_) => capture.pass().map(|outcome| match outcome {
             Ok(passed) => from_shim::Reply::Passed(Passed {
                 dirty_pages: passed.dirty_pages,

@@ -13,7 +13,7 @@ pub enum Resume {
         /// Parts the receiver does not have, in order.
         again: Vec<(u64, u32)>,
     },
-    /// What the shim captured does not join what the receiver has: seed as `epoch`.
+    /// What the shim captured does not join what the receiver has: copy the whole guest as `epoch`.
     Seed {
         /// The epoch to open.
         epoch: u64,
@@ -22,7 +22,8 @@ pub enum Resume {
 
 /// Compares what the receiver has with what the shim holds.
 pub fn resume(receiver: &Position, shim: &State) -> Resume {
-    let seed = Resume::Seed { epoch: receiver.epoch.max(receiver.open_epoch) + 1 };
+    // Parts of an open epoch are given up: they never were a recovery point.
+    let seed = Resume::Seed { epoch: receiver.epoch + 1 };
     if !shim.armed || shim.generation != receiver.generation || shim.epoch == 0 {
         return seed;
     }

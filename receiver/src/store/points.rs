@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use vmdr_codec::{DOMAIN_XML_BYTES_MAX, Digest};
+use vmdr_codec::{DOMAIN_XML_BYTES_MAX, Digest, Layout};
 use vmdr_journal::{JournalError, Mode};
 
 use super::domain::Domain;
@@ -52,6 +52,8 @@ pub struct RecoveryPoint {
     pub disks: Vec<DiskImage>,
     /// The standby's directory.
     pub dir: PathBuf,
+    /// What it consists of, blocks that are gone included.
+    pub layout: Layout,
 }
 
 /// A RAM block of a recovery point.
@@ -201,6 +203,7 @@ impl Domain {
             let what = format!("{} is not UTF-8", xml_path.display());
             StoreError::Damaged { domain: self.id.clone(), what }
         })?;
+        let whole = layout.clone();
         let ram = layout.ram.into_iter().enumerate().filter(|(_, block)| block.used_bytes > 0);
         let ram = ram.map(|(i, block)| RamImage {
             name: block.name,
@@ -225,6 +228,7 @@ impl Domain {
             device_state: standby::device_path(&dir, durable.device_epoch),
             disks: disks.collect(),
             dir,
+            layout: whole,
         })
     }
 
@@ -238,8 +242,13 @@ impl Domain {
         self.wait_synced()?;
         let mut standby = self.standby();
         let Some(applier) = &mut *standby else { return Err(StoreError::NoPoint(self.id.clone())) };
-        // More may have been applied since the wait; the device state of that epoch is in a file only after this.
-        applier.checkpoint(self)?;
+        // The lock is only ever let go of between batches, when the files are exactly one epoch; or in the middle of one
+        // that ran out of space.
+        if applier.durable.applying != applier.durable.epoch {
+            let (epoch, applying) = (applier.durable.epoch, applier.durable.applying);
+            let what = format!("the standby is between epochs {epoch} and {applying} until there is space");
+            return Err(StoreError::Full { domain: self.id.clone(), what });
+        }
         let (durable, layout) = (applier.durable, applier.files.layout().clone());
         let dir = applier.files.dir().to_owned();
         let hash = |path: &Path, bytes: u64| self.hash(path, bytes).map_err(|error| StoreError::of(&self.id, error));

@@ -15,8 +15,8 @@ use vmdr_proto::shim::{DiskOp, DiskOpKind};
 use super::{Capture, Copied, job_prefix, mirror_of};
 use crate::arena::CHUNK_BYTES;
 use crate::bitmap::Bitmap;
-use crate::disk::GRANULE_BYTES;
 use crate::nbd::Client;
+use vmdr_proto::GRANULE_BYTES;
 
 /// How long QEMU may take to answer a read of the guest's disk before catching up is given up for now.
 const READ_LIMIT: Duration = Duration::from_secs(10);
@@ -53,7 +53,9 @@ impl Capture {
                 }
                 if !self.mirror_is_ready(disk.target())? {
                     // The mirror is still copying: what it writes would be read twice.
-                    copied.add_log(index, disk.take());
+                    if !disk.is_remembered() {
+                        copied.add_log(index, disk.take());
+                    }
                     continue;
                 }
                 let (log, remembered) = disk.take_all();

@@ -77,6 +77,28 @@ impl From<QmpError> for CaptureError {
     }
 }
 
+/// Whether an epoch begins with the whole guest: everything is dirty then, and what was captured before forgotten.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whole {
+    /// Only what is dirty.
+    No,
+    /// Its parts make a new standby.
+    Seed,
+    /// Its parts are differences to the standby that is there.
+    Resync,
+}
+
+impl Whole {
+    /// From the flags of a request.
+    pub fn of(seed: bool, resync: bool) -> Self {
+        match (seed, resync) {
+            (true, _) => Self::Seed,
+            (false, true) => Self::Resync,
+            (false, false) => Self::No,
+        }
+    }
+}
+
 /// A part that is not durable yet, and the memory it lies in.
 #[derive(Debug)]
 struct Held {
@@ -167,16 +189,15 @@ impl Capture {
         self
     }
 
-    /// Opens `epoch`. The first time, memory is put under watch while the guest runs. With `seed` everything is
-    /// dirty afterwards and what was captured before is forgotten.
-    pub fn arm(&mut self, generation: u64, epoch: u64, seed: bool) -> Result<(), CaptureError> {
+    /// Opens `epoch`. The first time, memory is put under watch while the guest runs.
+    pub fn arm(&mut self, generation: u64, epoch: u64, whole: Whole) -> Result<(), CaptureError> {
         if self.fenced {
             return Err(CaptureError::Refused("fenced: another site owns this guest".to_owned()));
         }
         if generation == 0 || epoch == 0 {
             return Err(CaptureError::Refused("generations and epochs count from 1".to_owned()));
         }
-        if self.log.is_none() && !seed {
+        if self.log.is_none() && whole == Whole::No {
             return Err(CaptureError::Refused("nothing was captured before: the first epoch is a seed".to_owned()));
         }
         let first_time = self.log.is_none();
@@ -190,22 +211,26 @@ impl Capture {
             if origin == Origin::Adopted {
                 tracing::debug!("the userfaultfd of a predecessor was found in QEMU and adopted");
             }
-        } else if seed {
+        } else if whole != Whole::No {
             let log = self.log.as_mut().context("no dirty log")?;
             let everything = log.everything().context("list populated pages")?;
             self.add_pending(&everything);
+        }
+        if whole != Whole::No {
+            // The first seed is brought by the mirrors themselves; afterwards, and where most is known already, the
+            // disks are read.
             for (disk, catch_up) in self.disks.iter().zip(&mut self.catch_up) {
-                disk.remember_everything();
+                if whole == Whole::Resync || !first_time {
+                    disk.remember_everything();
+                }
                 catch_up.forget();
             }
-        }
-        if seed {
             self.unreleased.clear();
         }
         self.generation = generation;
         self.epoch = epoch;
         self.next_part = 0;
-        self.seed = seed;
+        self.seed = whole == Whole::Seed;
         Ok(())
     }
 

@@ -1,0 +1,553 @@
+//! A session that has a shim: cuts, copies, and what the link says.
+
+use std::collections::VecDeque;
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::{Duration, Instant};
+
+use anyhow::anyhow;
+use vmdr_codec::{Layout, RamBlock};
+use vmdr_proto::replication::{Position, RefusedCode, ToReceiver};
+use vmdr_proto::shim::{NoPart, NoPartReason, Part};
+use vmdr_shim::capture::Whole;
+
+use super::attach::{self, Attached};
+use super::resume::{Resume, resume};
+use super::{Answer, Input, Phase, RETRY, Stop, Worker};
+use crate::encode::{Extras, PartEncoder};
+use crate::link::LinkEvent;
+use crate::resync::Resync;
+
+/// Parts that may be on their way before the next cut waits.
+const IN_FLIGHT_MAX: usize = 4;
+/// Bytes of a part while copying: small enough that acknowledgements come often.
+const FILL_BYTES: u64 = 16 << 20;
+/// A rest of this many pages is copied in the pause that ends a copy.
+const REST_PAGES: u64 = 4096;
+/// Passes after which a guest that dirties faster than it is copied gets a longer pause instead of another pass.
+const ROUNDS_MAX: u32 = 8;
+/// How often state is looked at when nothing else happens.
+const LOOK: Duration = Duration::from_millis(200);
+/// How often the domain's XML is compared with what the receiver has.
+const XML_LOOK: Duration = Duration::from_secs(30);
+/// A disk that has had no mirror for this long gets a new one.
+const MIRROR_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How the open epoch is being captured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    /// One part per epoch.
+    Cuts,
+    /// Parts until little is left; `round` passes so far.
+    Copy { round: u32, need_pass: bool },
+}
+
+/// A part that is not durable.
+struct InFlight {
+    epoch: u64,
+    part: u32,
+    last: bool,
+    cut_unix_ns: u64,
+}
+
+/// A hold that was asked for.
+struct Hold {
+    answer: Answer<u64>,
+    /// The epoch that the guest was paused with.
+    epoch: Option<u64>,
+}
+
+/// A session with a shim.
+pub(super) struct Active<'a> {
+    pub(super) worker: &'a mut Worker,
+    attached: Attached,
+    encoder: PartEncoder,
+    sender: Option<tokio::sync::mpsc::Sender<ToReceiver>>,
+    mode: Mode,
+    in_flight: VecDeque<InFlight>,
+    next_cut: Instant,
+    /// Asked for and not answered yet.
+    hold: Option<Hold>,
+    /// The open epoch is a resync.
+    resync: Option<Resync>,
+    /// The receiver did not take differences: send everything.
+    no_resync: bool,
+    /// What the receiver was sent on this connection.
+    sent_xml: String,
+    sent_layout: Option<Layout>,
+    xml_changed: bool,
+    xml_looked: Instant,
+    /// Since when mirrors have been out of order.
+    mirrors_bad: Option<Instant>,
+}
+
+pub(super) enum Never {}
+
+impl<'a> Active<'a> {
+    pub(super) fn new(worker: &'a mut Worker, attached: Attached) -> Self {
+        Self {
+            worker,
+            attached,
+            encoder: PartEncoder::default(),
+            sender: None,
+            mode: Mode::Cuts,
+            in_flight: VecDeque::new(),
+            next_cut: Instant::now(),
+            hold: None,
+            resync: None,
+            no_resync: false,
+            sent_xml: String::new(),
+            sent_layout: None,
+            xml_changed: true,
+            xml_looked: Instant::now(),
+            mirrors_bad: None,
+        }
+    }
+
+    pub(super) fn run(&mut self) -> Result<Never, Stop> {
+        if self.worker.protection.fenced {
+            self.attached.shim.fence()?;
+            return Err(Stop::Fenced("another site owns this guest".to_owned()));
+        }
+        self.worker.shared.status().monitor = self.attached.monitor.kind();
+        let held = self.attached.state.held;
+        self.worker.set_phase(if held { Phase::Held } else { Phase::Disconnected });
+        loop {
+            let wait = self.next_cut.saturating_duration_since(Instant::now()).min(LOOK);
+            match self.worker.received.recv_timeout(wait) {
+                Ok(input) => self.hear(input)?,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(Stop::Shutdown),
+            }
+            self.worker.shared.status().figures.observe_rpo();
+            if Instant::now() >= self.next_cut {
+                self.act()?;
+            }
+        }
+    }
+
+    pub(super) fn finish(&mut self, stop: &Stop, first: bool) {
+        let ends = match stop {
+            Stop::Unprotect => true,
+            Stop::Again(_) => first,
+            Stop::Shutdown | Stop::Fenced(_) => false,
+        };
+        if !ends {
+            return;
+        }
+        if let Err(error) = attach::detach(&self.attached.domain, &self.attached.disks, &mut self.attached.shim) {
+            tracing::warn!(domain = self.worker.protection.name, "end the protection: {error:#}");
+            self.worker.remove();
+        }
+    }
+
+    fn hear(&mut self, input: Input) -> Result<(), Stop> {
+        match input {
+            Input::Hold(answer) => {
+                let phase = self.worker.shared.status().phase;
+                if phase == Phase::Protected && self.hold.is_none() {
+                    self.hold = Some(Hold { answer, epoch: None });
+                    self.next_cut = Instant::now();
+                } else {
+                    let _ = answer.send(Err(format!("the domain is {}, not protected", phase.name())));
+                }
+                Ok(())
+            }
+            Input::Release(answer) => {
+                if !self.attached.shim.state()?.held {
+                    let _ = answer.send(Err("the domain is not held".to_owned()));
+                    return Ok(());
+                }
+                self.attached.shim.resume()?;
+                self.hold_ended();
+                let _ = answer.send(Ok(()));
+                Ok(())
+            }
+            Input::Unprotect => Err(Stop::Unprotect),
+            Input::Shutdown => Err(Stop::Shutdown),
+            Input::DevicesChanged => {
+                self.xml_changed = true;
+                Ok(())
+            }
+            Input::Link(LinkEvent::Up { position, sender }) => {
+                if self.worker.protection.generation == 0 {
+                    self.worker.protection.generation = position.generation.max(1);
+                    self.worker.registry.save(&self.worker.protection)?;
+                }
+                let position = Position { generation: self.worker.protection.generation, ..position };
+                self.sender = Some(sender);
+                self.start_from(&position)
+            }
+            Input::Link(LinkEvent::Durable(durable)) => self.durable(durable.epoch, durable.part),
+            Input::Link(LinkEvent::Refused(refused)) => {
+                self.sender = None;
+                let message = format!("the receiver refused: {}", refused.message);
+                if refused.code() == RefusedCode::Fenced {
+                    self.attached.shim.fence()?;
+                    return Err(Stop::Fenced(message));
+                }
+                if matches!(refused.code(), RefusedCode::Version | RefusedCode::Domain) {
+                    return Err(Stop::Again(anyhow!(message)));
+                }
+                if matches!(refused.code(), RefusedCode::Sequence | RefusedCode::Corrupt)
+                    && self.resync.take().is_some()
+                {
+                    self.no_resync = true;
+                }
+                tracing::warn!(domain = self.worker.protection.name, code = ?refused.code(), "{message}");
+                self.worker.set_error(message);
+                Ok(())
+            }
+            Input::Link(LinkEvent::Down(reason)) => {
+                self.sender = None;
+                self.worker.set_error(reason);
+                if self.worker.shared.status().phase != Phase::Held {
+                    self.worker.set_phase(Phase::Disconnected);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Joins what the shim holds to what the receiver has.
+    fn start_from(&mut self, position: &Position) -> Result<(), Stop> {
+        let state = self.attached.shim.state()?;
+        {
+            let mut status = self.worker.shared.status();
+            status.generation = self.worker.protection.generation;
+            status.durable_epoch = position.epoch;
+        }
+        self.xml_changed = true;
+        self.sent_xml.clear();
+        self.sent_layout = None;
+        match resume(position, &state) {
+            Resume::From { durable, again } => {
+                if let Some((epoch, part)) = durable {
+                    self.durable(epoch, part)?;
+                }
+                tracing::info!(
+                    domain = self.worker.protection.name,
+                    again = again.len(),
+                    "going on, nothing is copied again"
+                );
+                self.in_flight.clear();
+                for (epoch, part) in again {
+                    match self.attached.shim.resend(epoch, part)? {
+                        Ok(part) => {
+                            self.ship(part)?;
+                        }
+                        Err(no) => return Err(anyhow!("a held part is gone: {}", no.message).into()),
+                    }
+                }
+                let copying = state.next_part > 0 || state.seed;
+                self.set_mode(if copying { Mode::Copy { round: 0, need_pass: false } } else { Mode::Cuts }, state.seed);
+            }
+            Resume::Seed { epoch } => {
+                self.in_flight.clear();
+                self.resync = self.compare_with(position);
+                let whole = if self.resync.is_some() { Whole::Resync } else { Whole::Seed };
+                self.attached.shim.arm(self.worker.protection.generation, epoch, whole)?;
+                if !self.attached.adopted || !state.armed {
+                    self.start_mirrors()?;
+                    self.attached.adopted = true;
+                }
+                tracing::info!(domain = self.worker.protection.name, epoch, ?whole, "copying the whole guest");
+                self.set_mode(Mode::Copy { round: 0, need_pass: true }, true);
+            }
+        }
+        if state.held {
+            self.worker.set_phase(Phase::Held);
+        }
+        self.next_cut = Instant::now();
+        Ok(())
+    }
+
+    /// What the receiver has, if the guest can be compared with it.
+    fn compare_with(&self, position: &Position) -> Option<Resync> {
+        if position.epoch == 0 || self.no_resync {
+            return None;
+        }
+        let protection = &self.worker.protection;
+        match Resync::begin(&self.worker.runtime, &protection.receiver, &protection.uuid, position) {
+            Ok(resync) => resync,
+            Err(error) => {
+                tracing::warn!(
+                    domain = protection.name,
+                    "everything is sent again, the receiver's copy cannot be compared: {error:#}"
+                );
+                None
+            }
+        }
+    }
+
+    fn set_mode(&mut self, mode: Mode, seed: bool) {
+        self.mode = mode;
+        self.worker.set_phase(match mode {
+            Mode::Cuts => Phase::Protected,
+            Mode::Copy { .. } if self.resync.is_some() => Phase::Resync,
+            Mode::Copy { .. } if seed => Phase::Seeding,
+            Mode::Copy { .. } => Phase::Behind,
+        });
+    }
+
+    fn start_mirrors(&mut self) -> anyhow::Result<()> {
+        for disk in &self.attached.disks {
+            attach::mirror(&self.worker.config, &self.attached.domain, &self.worker.uuid, &disk.target)?;
+        }
+        Ok(())
+    }
+
+    fn durable(&mut self, epoch: u64, part: u32) -> Result<(), Stop> {
+        self.attached.shim.release(epoch, part)?;
+        let mut status = self.worker.shared.status();
+        while let Some(sent) = self.in_flight.front() {
+            if (sent.epoch, sent.part) > (epoch, part) {
+                break;
+            }
+            if sent.last {
+                status.durable_epoch = sent.epoch;
+                status.figures.durable(sent.cut_unix_ns);
+                status.last_error.clear();
+            }
+            self.in_flight.pop_front();
+        }
+        drop(status);
+        if self.hold.as_ref().is_some_and(|hold| hold.epoch.is_some_and(|held| held <= epoch))
+            && let Some(hold) = self.hold.take()
+        {
+            let _ = hold.answer.send(Ok(epoch));
+        }
+        Ok(())
+    }
+
+    /// One step: a cut, or a piece of a copy.
+    fn act(&mut self) -> Result<(), Stop> {
+        if self.worker.shared.status().phase == Phase::Held {
+            // Perhaps somebody else has resumed the guest.
+            if self.attached.shim.state()?.held {
+                self.next_cut = Instant::now() + LOOK;
+            } else {
+                self.hold_ended();
+            }
+            return Ok(());
+        }
+        if self.sender.is_none() {
+            self.next_cut = Instant::now() + LOOK;
+            return Ok(());
+        }
+        // Nobody waits for it any more.
+        if self.hold.as_ref().is_some_and(|hold| hold.answer.is_closed()) {
+            self.hold = None;
+        }
+        if self.in_flight.len() >= IN_FLIGHT_MAX {
+            // Acknowledgements wake the thread; this is only in case none comes.
+            self.next_cut = Instant::now() + Duration::from_millis(5);
+            return Ok(());
+        }
+        match self.mode {
+            Mode::Cuts => self.cut(0),
+            Mode::Copy { round, need_pass: true } => match self.attached.shim.pass()? {
+                Ok(passed) => {
+                    self.worker.shared.status().figures.pause(&passed.timing.unwrap_or_default());
+                    if passed.pending_pages <= REST_PAGES || round >= ROUNDS_MAX {
+                        // The longest pause is twice as long with each round beyond the limit.
+                        let pages = self.worker.config.cut_pages_max << round.saturating_sub(ROUNDS_MAX).min(16);
+                        self.cut(pages)
+                    } else {
+                        self.mode = Mode::Copy { round: round + 1, need_pass: false };
+                        Ok(())
+                    }
+                }
+                Err(no) => self.no_part(&no),
+            },
+            Mode::Copy { round, need_pass: false } => match self.attached.shim.fill(FILL_BYTES)? {
+                Ok(part) => {
+                    self.ship(part)?;
+                    self.look_at_pending()
+                }
+                Err(no) if no.reason() == NoPartReason::Nothing => {
+                    self.mode = Mode::Copy { round, need_pass: true };
+                    Ok(())
+                }
+                Err(no) => self.no_part(&no),
+            },
+        }
+    }
+
+    /// The guest runs again after a hold.
+    fn hold_ended(&mut self) {
+        self.next_cut = Instant::now();
+        self.worker.set_phase(if self.sender.is_some() { Phase::Protected } else { Phase::Disconnected });
+    }
+
+    fn look_at_pending(&mut self) -> Result<(), Stop> {
+        let state = self.attached.shim.state()?;
+        let pages = state.pending_pages * vmdr_proto::PAGE_BYTES as u64;
+        self.worker.shared.status().pending_bytes = pages + state.remembered_bytes + state.log_bytes;
+        Ok(())
+    }
+
+    fn cut(&mut self, pages_max: u64) -> Result<(), Stop> {
+        let interval = Duration::from_millis(u64::from(self.worker.protection.interval_ms));
+        let started = Instant::now();
+        let hold = self.hold.is_some() && self.mode == Mode::Cuts;
+        match self.attached.shim.cut(pages_max, hold)? {
+            Ok(part) => {
+                self.next_cut = (self.next_cut + interval).max(started);
+                self.mirrors_bad = None;
+                let (epoch, timing, pages) = (part.epoch, part.timing.unwrap_or_default(), part.dirty_pages);
+                let bytes = self.ship(part)?;
+                let mut status = self.worker.shared.status();
+                status.epoch = epoch;
+                status.pending_bytes = 0;
+                status.figures.cut(&timing, pages, bytes);
+                drop(status);
+                if let Some(hold) = self.hold.as_mut().filter(|_| hold) {
+                    hold.epoch = Some(epoch);
+                    self.worker.set_phase(Phase::Held);
+                } else if self.sender.is_some() {
+                    self.set_mode(Mode::Cuts, false);
+                }
+                Ok(())
+            }
+            Err(no) => self.no_part(&no),
+        }
+    }
+
+    /// There was no recovery point (or nothing to copy): what next?
+    fn no_part(&mut self, no: &NoPart) -> Result<(), Stop> {
+        if let Some(timing) = &no.timing {
+            self.worker.shared.status().figures.pause(timing);
+        }
+        let mut again = LOOK;
+        match no.reason() {
+            NoPartReason::Pending => {
+                let round = if let Mode::Copy { round, .. } = self.mode { round } else { 0 };
+                let seed = matches!(self.worker.shared.status().phase, Phase::Seeding | Phase::Resync);
+                self.set_mode(Mode::Copy { round: round + 1, need_pass: false }, seed);
+                again = Duration::ZERO;
+            }
+            NoPartReason::NotRunning => {
+                self.worker.set_error(no.message.clone());
+                self.worker.set_phase(Phase::Paused);
+            }
+            NoPartReason::Mirror => self.mend_mirrors(&no.message)?,
+            NoPartReason::NoSpace => again = Duration::from_millis(20),
+            NoPartReason::TimeLimit => {
+                self.worker.set_error(no.message.clone());
+                again = RETRY;
+            }
+            NoPartReason::Nothing | NoPartReason::Unspecified => {}
+        }
+        self.next_cut = Instant::now() + again;
+        Ok(())
+    }
+
+    /// Mirrors that are not ready: what they bring is copied meanwhile. One that is gone is begun anew.
+    fn mend_mirrors(&mut self, message: &str) -> Result<(), Stop> {
+        let since = *self.mirrors_bad.get_or_insert_with(Instant::now);
+        let round = if let Mode::Copy { round, .. } = self.mode { round } else { 0 };
+        let seed = matches!(self.worker.shared.status().phase, Phase::Seeding | Phase::Resync);
+        self.set_mode(Mode::Copy { round: round.min(1), need_pass: false }, seed);
+        if since.elapsed() < MIRROR_PATIENCE {
+            return Ok(());
+        }
+        self.mirrors_bad = None;
+        for disk in &self.attached.disks {
+            if self.attached.domain.block_job(&disk.target).map_err(anyhow::Error::from)?.is_none() {
+                tracing::warn!(
+                    domain = self.worker.protection.name,
+                    disk = disk.target,
+                    "the mirror is gone, a new one begins: {message}"
+                );
+                self.worker.set_error(format!("disk {}: the mirror had to be begun anew", disk.target));
+                attach::mirror(&self.worker.config, &self.attached.domain, &self.worker.uuid, &disk.target)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Encodes a part and queues it. A link that went down meanwhile is no error: the part is sent again later.
+    fn ship(&mut self, mut part: Part) -> Result<u64, Stop> {
+        let Some(sender) = self.sender.clone() else { return Ok(0) };
+        let layout = self.layout(&part);
+        self.resync.take_if(|resync| resync.open_epoch() != part.epoch);
+        if let Some(resync) = &mut self.resync {
+            if !resync.fits(&layout) {
+                // Numbers of blocks or disks mean something else there: begin anew, with everything.
+                tracing::info!(domain = self.worker.protection.name, "the guest is not made of what the receiver has");
+                self.resync = None;
+                self.attached.shim.arm(part.generation, part.epoch, Whole::Seed)?;
+                self.in_flight.clear();
+                self.set_mode(Mode::Copy { round: 0, need_pass: true }, true);
+                return Ok(0);
+            }
+            if let Err(error) = resync.reduce(&mut part, &self.attached.arena) {
+                // The link is in trouble, or the receiver's standby has moved on: whatever it is, the next connection
+                // decides anew.
+                self.worker.set_error(format!("compare with the receiver: {error:#}"));
+                self.sender = None;
+                return Ok(0);
+            }
+        }
+        let layout = (self.sent_layout.as_ref() != Some(&layout)).then_some(layout);
+        let xml = if part.last { self.new_xml()? } else { None };
+        let extras = Extras { domain_xml: xml.as_deref(), layout: layout.as_ref() };
+        let encoded = self.encoder.encode(&part, &self.attached.arena, &extras, |message| {
+            sender.blocking_send(message).map_err(|_| Unsent::LinkDown)
+        });
+        let bytes = match encoded {
+            Ok(bytes) => bytes,
+            Err(Unsent::LinkDown) => {
+                self.sender = None;
+                return Ok(0);
+            }
+            Err(Unsent::Encoding(error)) => return Err(error.into()),
+        };
+        if let Some(xml) = xml {
+            self.sent_xml = xml;
+        }
+        if layout.is_some() {
+            self.sent_layout = layout;
+        }
+        self.worker.shared.status().figures.sent(bytes);
+        self.in_flight.push_back(InFlight {
+            epoch: part.epoch,
+            part: part.part,
+            last: part.last,
+            cut_unix_ns: part.cut_unix_ns,
+        });
+        Ok(bytes)
+    }
+
+    fn layout(&self, part: &Part) -> Layout {
+        let ram = part.blocks.iter().map(|block| RamBlock {
+            name: block.name.clone(),
+            used_bytes: block.used_bytes,
+            page_bytes: block.page_bytes,
+        });
+        Layout { machine: self.attached.machine.clone(), ram: ram.collect(), disks: self.attached.disks.clone() }
+    }
+
+    /// The domain's XML, if it is not what the receiver has.
+    fn new_xml(&mut self) -> anyhow::Result<Option<String>> {
+        if !self.xml_changed && self.xml_looked.elapsed() < XML_LOOK {
+            return Ok(None);
+        }
+        self.xml_changed = false;
+        self.xml_looked = Instant::now();
+        let xml = self.attached.domain.migratable_xml()?.to_string();
+        Ok((xml != self.sent_xml).then_some(xml))
+    }
+}
+
+/// Why a part was not queued.
+enum Unsent {
+    LinkDown,
+    Encoding(anyhow::Error),
+}
+
+impl From<anyhow::Error> for Unsent {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Encoding(error)
+    }
+}
