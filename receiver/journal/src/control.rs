@@ -48,6 +48,8 @@ pub struct Standby {
     pub layout_epoch: u64,
     /// The E of `domain-E.xml` that holds in this epoch.
     pub xml_epoch: u64,
+    /// The epoch up to which applying has begun: the files may have anything up to it. At least `epoch`.
+    pub applying: u64,
 }
 
 /// A seed that is not whole.
@@ -147,7 +149,8 @@ impl Control {
         field(&mut to, TAG_NAME, self.name.as_bytes());
         field(&mut to, TAG_GENERATION, &self.generation.to_le_bytes());
         if let Some(s) = &self.standby {
-            let numbers = [s.dir, s.generation, s.epoch, s.cut_unix_ns, s.device_epoch, s.layout_epoch, s.xml_epoch];
+            let numbers =
+                [s.dir, s.generation, s.epoch, s.cut_unix_ns, s.device_epoch, s.layout_epoch, s.xml_epoch, s.applying];
             field(&mut to, TAG_STANDBY, &numbers.map(u64::to_le_bytes).concat());
         }
         if let Some(s) = &self.seed {
@@ -215,7 +218,7 @@ impl Control {
                     control.generation = number(0);
                 }
                 TAG_STANDBY => {
-                    long(56)?;
+                    long(64)?;
                     control.standby = Some(Standby {
                         dir: number(0),
                         generation: number(1),
@@ -224,6 +227,7 @@ impl Control {
                         device_epoch: number(4),
                         layout_epoch: number(5),
                         xml_epoch: number(6),
+                        applying: number(7),
                     });
                 }
                 TAG_SEED => {
@@ -279,6 +283,7 @@ mod tests {
                 device_epoch: 7,
                 layout_epoch: 8,
                 xml_epoch: 9,
+                applying: 18,
             }),
             seed: Some(Seed { dir: 10, generation: 11, epoch: 12, parts: 13 }),
             next_dir: 14,

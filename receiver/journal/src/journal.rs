@@ -102,8 +102,11 @@ impl Journal {
         visit: &mut dyn FnMut(&Part, &[Bytes]),
     ) -> Result<(Self, Recovered), JournalError> {
         disk.create_dir_all(dir).map_err(JournalError::io("create", dir))?;
+        if let Some(parent) = dir.parent() {
+            disk.sync_dir(parent).map_err(JournalError::io("sync", parent))?;
+        }
         remove_segments_before(&*disk, dir, first)?;
-        let recovered = scan::scan(&*disk, dir, &domain, visit)?;
+        let mut recovered = scan::scan(&*disk, dir, &domain, visit)?;
         if let Some(torn) = &recovered.torn {
             tracing::warn!(
                 segment = torn.segment,
@@ -114,7 +117,11 @@ impl Journal {
                 ended = torn.ended,
                 "cutting off the end of the journal, which is not a whole part"
             );
-            scan::cut(&*disk, dir, torn)?;
+            let removed = scan::cut(&*disk, dir, torn)?;
+            if removed && recovered.newest == torn.segment {
+                // Its number is used again: numbers without a gap are how a missing segment is noticed.
+                recovered.newest -= 1;
+            }
         }
         let mut journal = Self {
             disk,

@@ -71,16 +71,18 @@ pub struct Torn {
     pub ended: bool,
 }
 
-/// Cuts a torn end off.
-pub(crate) fn cut(disk: &dyn Disk, dir: &Path, torn: &Torn) -> Result<(), JournalError> {
+/// Cuts a torn end off; of a segment of which nothing is left the file too, and then says so.
+pub(crate) fn cut(disk: &dyn Disk, dir: &Path, torn: &Torn) -> Result<bool, JournalError> {
     let path = segment_path(dir, torn.segment);
     if torn.offset <= SEGMENT_HEAD_BYTES as u64 {
         disk.remove_file(&path).map_err(JournalError::io("remove", &path))?;
-        return disk.sync_dir(dir).map_err(JournalError::io("sync", dir));
+        disk.sync_dir(dir).map_err(JournalError::io("sync", dir))?;
+        return Ok(true);
     }
     let file = disk.open(&path, Mode::Write).map_err(JournalError::io("open", &path))?;
     file.set_length(torn.offset).map_err(JournalError::io("cut", &path))?;
-    file.sync().map_err(JournalError::io("sync", &path))
+    file.sync().map_err(JournalError::io("sync", &path))?;
+    Ok(false)
 }
 
 /// Reads all segments in `dir`.
