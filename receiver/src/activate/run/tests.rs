@@ -79,6 +79,7 @@ fn fixture() -> Fixture {
         domain_xml: include_str!("../testdata/q35.xml").to_owned(),
         machine: "pc-q35-10.0".to_owned(),
         dir: domain.clone(),
+        layout: vmdr_codec::Layout::default(),
     };
     let files = [
         "/usr/bin/qemu-system-x86_64",
