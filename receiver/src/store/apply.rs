@@ -1,18 +1,19 @@
-//! Durable epochs become the standby's content: by a thread of each domain, behind the acknowledgements.
+//! Durable epochs become the standby's content: by a thread of each domain, behind the acknowledgements, in batches.
+//!
+//! A batch is: say in the control record up to which epoch; apply; sync; say in the control record that it is done. Between
+//! batches the standby is exactly one epoch, so that even a journal that cannot be read any more leaves a recovery point.
+//! Within one, the journal can replay all of the batch, because nothing in it is removed before.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::PoisonError;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use vmdr_journal::{JournalError, Standby, read_chunk, remove_segments_before};
 
 use super::StoreError;
 use super::domain::{Domain, Epoch};
 use super::standby::{self, Brought, StandbyFiles, write_aside};
-
-/// Between tries to apply when there is no space.
-const RETRY: Duration = Duration::from_secs(1);
 
 /// The current standby while it is written.
 #[derive(Debug)]
@@ -24,21 +25,13 @@ pub(super) struct Applier {
     pub epoch: u64,
     cut_unix_ns: u64,
     brought: Brought,
-    bytes: u64,
-    since: Instant,
-}
-
-enum Job {
-    Apply(Arc<Epoch>),
-    Checkpoint,
-    Stop,
 }
 
 impl Applier {
     /// For files that are as `durable` says.
     pub fn new(files: StandbyFiles, durable: Standby) -> Self {
         let (epoch, cut_unix_ns) = (durable.epoch, durable.cut_unix_ns);
-        Self { files, durable, epoch, cut_unix_ns, brought: Brought::default(), bytes: 0, since: Instant::now() }
+        Self { files, durable, epoch, cut_unix_ns, brought: Brought::default() }
     }
 
     fn apply(&mut self, domain: &Domain, epoch: &Epoch) -> Result<(), JournalError> {
@@ -55,7 +48,6 @@ impl Applier {
         self.brought.xml = brought.xml.or(self.brought.xml.take());
         self.epoch = epoch.epoch;
         self.cut_unix_ns = epoch.cut_unix_ns;
-        self.bytes += epoch.bytes;
         Ok(())
     }
 
@@ -73,13 +65,9 @@ impl Applier {
     }
 
     /// Makes what was applied durable and says so in the control record; the journal up to there is then not needed.
-    pub fn checkpoint(&mut self, domain: &Domain) -> Result<(), StoreError> {
-        self.since = Instant::now();
-        self.bytes = 0;
-        if self.epoch == self.durable.epoch {
-            return Ok(());
-        }
-        let mut durable = Standby { epoch: self.epoch, cut_unix_ns: self.cut_unix_ns, ..self.durable };
+    fn checkpoint(&mut self, domain: &Domain) -> Result<(), StoreError> {
+        let (epoch, cut_unix_ns) = (self.epoch, self.cut_unix_ns);
+        let mut durable = Standby { epoch, cut_unix_ns, applying: epoch, ..self.durable };
         self.write(domain, &mut durable).map_err(|error| domain.failure(error))?;
         let first = {
             let shared = domain.shared();
@@ -156,77 +144,56 @@ impl Domain {
     }
 
     fn run(&self) {
-        loop {
-            match self.next_job() {
-                Job::Stop => return,
-                Job::Checkpoint => self.checkpoint_now(),
-                Job::Apply(epoch) => self.apply_now(&epoch),
-            }
+        while self.wait_for_batch() {
+            let result = self.batch();
+            self.settle(result);
         }
     }
 
-    fn next_job(&self) -> Job {
-        let interval = self.options.checkpoint_interval;
+    /// Waits until there is enough to apply, or it has waited long enough, or somebody wants it; false: stop.
+    fn wait_for_batch(&self) -> bool {
         let mut since = Instant::now();
         let mut shared = self.shared();
         loop {
             if shared.closing || shared.failed.is_some() {
-                return Job::Stop;
+                return false;
             }
-            if let Some(epoch) = shared.backlog.front() {
-                return Job::Apply(epoch.clone());
-            }
-            if shared.synced == shared.applied {
+            if shared.backlog.is_empty() {
                 shared.sync_wanted = false;
                 since = Instant::now();
-            } else if shared.sync_wanted || since.elapsed() >= interval {
-                return Job::Checkpoint;
             }
-            shared = self.wait(shared);
+            let due = shared.sync_wanted
+                || shared.backlog_bytes >= self.options.apply_bytes
+                || since.elapsed() >= self.options.apply_interval;
+            if due && !shared.backlog.is_empty() {
+                return true;
+            }
+            let left = self.options.apply_interval.saturating_sub(since.elapsed());
+            shared = if shared.backlog.is_empty() { self.wait(shared) } else { self.wait_at_most(shared, left) };
         }
     }
 
-    fn checkpoint_now(&self) {
-        let result = match &mut *self.standby() {
-            Some(applier) => applier.checkpoint(self),
-            None => Ok(()),
-        };
-        self.settle(result);
-    }
-
-    /// Applies everything that is durable, then makes that durable; for use before the thread is started.
-    pub fn apply_all(&self) -> Result<(), StoreError> {
-        loop {
-            let Some(epoch) = self.shared().backlog.front().cloned() else { break };
-            self.apply_one(&epoch)?;
-        }
-        match &mut *self.standby() {
-            Some(applier) => applier.checkpoint(self),
-            None => Ok(()),
-        }
-    }
-
-    fn apply_now(&self, epoch: &Arc<Epoch>) {
-        let result = self.apply_one(epoch);
-        self.settle(result);
-    }
-
-    fn apply_one(&self, epoch: &Arc<Epoch>) -> Result<(), StoreError> {
+    /// Applies all that is durable now, and makes that durable.
+    pub fn batch(&self) -> Result<(), StoreError> {
         let mut standby = self.standby();
-        // A seed may have replaced standby and backlog while this waited.
-        let current = self.shared().backlog.front().is_some_and(|front| Arc::ptr_eq(front, epoch));
-        let Some(applier) = standby.as_mut().filter(|_| current) else { return Ok(()) };
-        applier.apply(self, epoch).map_err(|error| self.failure(error))?;
-        {
+        let Some(applier) = &mut *standby else { return Ok(()) };
+        // A seed replaces the backlog together with the standby, and has to wait for this lock.
+        let batch: Vec<Arc<Epoch>> = self.shared().backlog.iter().cloned().collect();
+        let Some(newest) = batch.last() else { return Ok(()) };
+        if applier.durable.applying < newest.epoch {
+            let durable = Standby { applying: newest.epoch, ..applier.durable };
+            self.change_control(|control| control.standby = Some(durable))?;
+            applier.durable = durable;
+        }
+        for epoch in &batch {
+            applier.apply(self, epoch).map_err(|error| self.failure(error))?;
             let mut shared = self.shared();
             shared.backlog.pop_front();
             shared.backlog_bytes = shared.backlog_bytes.saturating_sub(epoch.bytes);
             shared.applied = epoch.epoch;
             self.changed.notify_all();
         }
-        let due = applier.bytes >= self.options.checkpoint_bytes
-            || applier.since.elapsed() >= self.options.checkpoint_interval;
-        if due { applier.checkpoint(self) } else { Ok(()) }
+        applier.checkpoint(self)
     }
 
     /// After work of the thread: lack of space is waited out, anything else has made the domain fail.
@@ -239,10 +206,12 @@ impl Domain {
                     tracing::error!(domain = %self.id, %error, "durable epochs cannot be applied, trying again");
                 }
                 shared.stalled = Some(error.to_string());
+                shared.stalls += 1;
+                shared.retry_wanted = false;
                 self.changed.notify_all();
-                let until = Instant::now() + RETRY;
-                while !shared.closing && Instant::now() < until {
-                    shared = self.wait(shared);
+                let until = Instant::now() + self.options.retry_interval;
+                while !shared.closing && !shared.retry_wanted && Instant::now() < until {
+                    shared = self.wait_at_most(shared, until.saturating_duration_since(Instant::now()));
                 }
             }
             Err(_) => {}

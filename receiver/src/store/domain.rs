@@ -107,8 +107,10 @@ pub(super) struct Shared {
     pub open_segment: u64,
     /// The state directory failed: the domain must be opened anew.
     pub failed: Option<String>,
-    /// Applying waits for space.
+    /// Applying waits for space, how often it has begun to, and whether somebody wants it to try again at once.
     pub stalled: Option<String>,
+    pub stalls: u64,
+    pub retry_wanted: bool,
     pub damage: Option<String>,
     pub frozen: bool,
     /// The stream that may write; older ones may not.
@@ -136,7 +138,12 @@ impl Domain {
 
     /// Waits for a change, for a bounded time.
     pub fn wait<'a>(&self, shared: MutexGuard<'a, Shared>) -> MutexGuard<'a, Shared> {
-        self.changed.wait_timeout(shared, WAIT).unwrap_or_else(PoisonError::into_inner).0
+        self.wait_at_most(shared, WAIT)
+    }
+
+    /// Waits for a change, no longer than `most`.
+    pub fn wait_at_most<'a>(&self, shared: MutexGuard<'a, Shared>, most: Duration) -> MutexGuard<'a, Shared> {
+        self.changed.wait_timeout(shared, most.min(WAIT)).unwrap_or_else(PoisonError::into_inner).0
     }
 
     /// The directory of `standby.N`.
@@ -201,6 +208,7 @@ impl Domain {
     /// Waits until the newest durable epoch is applied and synced.
     pub fn wait_synced(&self) -> Result<(), StoreError> {
         let mut shared = self.shared();
+        let stalls = shared.stalls;
         loop {
             self.alive(&shared)?;
             if shared.position.epoch == 0 {
@@ -209,12 +217,13 @@ impl Domain {
             if shared.synced == shared.position.epoch && shared.backlog.is_empty() {
                 return Ok(());
             }
-            if let Some(why) = &shared.stalled {
+            if let Some(why) = shared.stalled.as_ref().filter(|_| shared.stalls > stalls) {
                 let (applied, durable) = (shared.applied, shared.position.epoch);
                 let what = format!("epoch {applied} is applied, {durable} is durable, between them: {why}");
                 return Err(StoreError::Full { domain: self.id.clone(), what });
             }
             shared.sync_wanted = true;
+            shared.retry_wanted = true;
             self.changed.notify_all();
             shared = self.wait(shared);
         }

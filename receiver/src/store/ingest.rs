@@ -422,6 +422,7 @@ impl Domain {
             device_epoch: epoch,
             layout_epoch: epoch,
             xml_epoch: epoch,
+            applying: epoch,
         };
         self.change_control(|control| {
             control.standby = Some(durable);

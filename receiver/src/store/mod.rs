@@ -6,7 +6,9 @@
 //! - [`Store::recovery_point`] is always a whole durable epoch, the newest one, never a mixture; a seed under way leaves
 //!   the one before it untouched until the seed is whole.
 //! - `cut >= sent >= durable >= applied >= synced`: what is acknowledged is durable in the journal, the standby may be
-//!   behind it, and the journal is kept up to what is synced into the standby.
+//!   behind it, and the journal is kept from what is synced into the standby on.
+//! - Damage to the journal never makes a mixture of the standby: durable epochs are applied in batches, and how far a batch
+//!   goes is persisted before it begins. If later the journal does not reach that far, the standby is not offered.
 //! - A generation is persisted before it is in force; an older one is refused from then on.
 //! - Bytes from a peer or from the disk never panic here; damage concerns its domain only and is reported.
 //!
@@ -58,10 +60,12 @@ pub struct StoreOptions {
     pub space_reserve_bytes: u64,
     /// Payload bytes durable but not applied, per domain, from which on the next part waits.
     pub backlog_bytes_max: u64,
-    /// Payload bytes applied after which the standby is synced and the journal shortened.
-    pub checkpoint_bytes: u64,
-    /// The longest that applied epochs go without that.
-    pub checkpoint_interval: Duration,
+    /// Payload bytes durable but not applied from which on they are applied. Less than `backlog_bytes_max`.
+    pub apply_bytes: u64,
+    /// The longest that durable epochs wait to be applied.
+    pub apply_interval: Duration,
+    /// Between tries to apply when there is no space.
+    pub retry_interval: Duration,
     /// Length of a journal segment from which on no further part goes into it.
     pub segment_bytes: u64,
 }
@@ -71,8 +75,9 @@ impl Default for StoreOptions {
         Self {
             space_reserve_bytes: 256 << 20,
             backlog_bytes_max: 128 << 20,
-            checkpoint_bytes: 256 << 20,
-            checkpoint_interval: Duration::from_secs(5),
+            apply_bytes: 32 << 20,
+            apply_interval: Duration::from_secs(1),
+            retry_interval: Duration::from_secs(1),
             segment_bytes: vmdr_journal::SEGMENT_BYTES,
         }
     }
@@ -168,7 +173,14 @@ impl Store {
     /// [`Store::open`] on another disk than the file system.
     pub fn open_on(disk: Arc<dyn Disk>, dir: &Path, options: StoreOptions) -> Result<Self, StoreError> {
         let of = |error| StoreError::of("all", error);
-        disk.create_dir_all(dir).map_err(JournalError::io("create", dir)).map_err(of)?;
+        if let Err(error) = disk.list(dir)
+            && error.kind() == std::io::ErrorKind::NotFound
+        {
+            disk.create_dir_all(dir).map_err(JournalError::io("create", dir)).map_err(of)?;
+            if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+                disk.sync_dir(parent).map_err(JournalError::io("sync", parent)).map_err(of)?;
+            }
+        }
         let lock = match disk.lock(&dir.join("lock")) {
             Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
                 return Err(StoreError::Locked(dir.display().to_string()));

@@ -3,7 +3,8 @@
 //! The control record says what is certain: the standby up to its epoch, and a seed up to its parts. Whole epochs in the
 //! journal beyond that are durable and are applied again; parts of the epoch after them are kept if they follow without a
 //! gap. Where the journal is damaged, the epochs before that are the recovery point, the rest of it is moved aside, and
-//! the damage is noted in the control record until a new seed is whole.
+//! the damage is noted in the control record until a new seed is whole. If the standby was being brought to an epoch that
+//! the journal does not reach any more, it may be a mixture: it is moved aside too, and there is no recovery point.
 
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
@@ -11,13 +12,16 @@ use std::sync::{Arc, Condvar, Mutex};
 use bytes::Bytes;
 use uuid::Uuid;
 use vmdr_codec::Layout;
-use vmdr_journal::{Control, Disk, Journal, JournalError, Part, Standby};
+use vmdr_journal::{Control, Disk, Journal, JournalError, Part, Standby, Torn};
 
 use super::apply::Applier;
 use super::check::PartCheck;
 use super::domain::{Content, Domain, Epoch, IngestState, OpenEpoch, Shared, standby_dir};
 use super::standby::{self, StandbyFiles, read_layout};
 use super::{Position, StoreError, StoreOptions};
+
+/// Prefix of a standby that may be a mixture, kept for a desperate operator until a new seed is whole.
+const DAMAGED: &str = "damaged-standby.";
 
 /// Follows the journal from the control record's epoch on.
 struct Replay {
@@ -61,6 +65,12 @@ impl Domain {
         let durable = replay.durable();
         let harmful = recovered.damage.iter().find(|damage| damage.epoch == 0 || damage.epoch > durable);
         let broken = replay.broken.take().or(harmful.map(ToString::to_string));
+        let mixed = control.standby.filter(|standby| standby.applying > durable);
+        let broken = broken.or(mixed.and(recovered.torn.as_ref()).map(|torn| {
+            let Torn { segment, offset, .. } = torn;
+            format!("journal segment {segment} ends at offset {offset}, in what was durable before")
+        }));
+        let broken = broken.or(mixed.map(|_| "the end of the journal is missing".to_owned()));
         for damage in &recovered.damage {
             tracing::error!(domain = %id, %damage, recovery_point = durable, "the journal is damaged");
         }
@@ -85,8 +95,10 @@ impl Domain {
             changed: Condvar::new(),
             thread: Mutex::new(None),
         });
-        if let Some(what) = broken {
-            domain.quarantine(&what, durable)?;
+        match (broken, mixed) {
+            (Some(what), None) => domain.quarantine(&what, durable)?,
+            (Some(what), Some(standby)) => domain.give_up(&what, standby)?,
+            (None, _) => {}
         }
         domain.start()?;
         Ok(domain)
@@ -94,13 +106,56 @@ impl Domain {
 
     /// Applies what is good, moves the journal aside and notes why.
     fn quarantine(&self, what: &str, durable: u64) -> Result<(), StoreError> {
-        self.apply_all()?;
+        self.batch()?;
         let note = format!("{what}; the recovery point is epoch {durable}, later ones were lost, a new seed is needed");
         self.change_control(|control| control.damage = Some(note.clone()))?;
         let mut ingest = self.ingest();
         let first = ingest.journal.quarantine().map_err(|error| self.failure(error))?;
         self.change_control(|control| control.journal_first = first)?;
         let mut shared = self.shared();
+        shared.open_segment = first;
+        shared.damage = Some(note);
+        Ok(())
+    }
+}
+
+impl Domain {
+    /// Moves journal and standby aside and notes why: there is no recovery point.
+    fn give_up(&self, what: &str, standby: Standby) -> Result<(), StoreError> {
+        let Standby { dir, epoch, applying, .. } = standby;
+        let aside = self.dir.join(format!("{DAMAGED}{dir}"));
+        let note = format!(
+            "{what}; the standby may be a mixture of epochs {epoch} to {applying} and was moved to {}: there is no \
+             recovery point, a new seed is needed",
+            aside.display()
+        );
+        tracing::error!(domain = %self.id, "{note}");
+        let mut ingest = self.ingest();
+        let mut files = self.standby();
+        *files = None;
+        let first = ingest.journal.quarantine().map_err(|error| self.failure(error))?;
+        self.change_control(|control| {
+            control.damage = Some(note.clone());
+            control.standby = None;
+            control.journal_first = first;
+        })?;
+        let from = self.standby_dir(dir);
+        self.disk.rename(&from, &aside).map_err(|e| self.failure(JournalError::io("move aside", &from)(e)))?;
+        if matches!(ingest.open, Some(OpenEpoch { content: Content::Delta { .. }, .. })) {
+            ingest.open = None;
+        }
+        ingest.layout = None;
+        let mut shared = self.shared();
+        let Position { generation, open_epoch, open_parts, .. } = shared.position;
+        shared.position = Position { generation, epoch: 0, open_epoch, open_parts };
+        if ingest.open.is_none() {
+            (shared.position.open_epoch, shared.position.open_parts) = (0, 0);
+        }
+        shared.point_generation = 0;
+        shared.cut_unix_ns = 0;
+        shared.backlog.clear();
+        shared.backlog_bytes = 0;
+        (shared.applied, shared.synced) = (0, 0);
         shared.open_segment = first;
         shared.damage = Some(note);
         Ok(())
@@ -143,7 +198,8 @@ fn sweep(disk: &dyn Disk, dir: &Path, control: &Control) -> Result<(), JournalEr
     let keep = [control.standby.map(|s| s.dir), control.seed.filter(|s| s.parts > 0).map(|s| s.dir)];
     let keep: Vec<String> = keep.into_iter().flatten().map(|number| format!("standby.{number}")).collect();
     for name in disk.list(dir).map_err(JournalError::io("list", dir))? {
-        if name.starts_with("standby.") && !keep.contains(&name) {
+        let useless = name.starts_with("standby.") && !keep.contains(&name);
+        if useless || (name.starts_with(DAMAGED) && control.damage.is_none()) {
             let path = dir.join(&name);
             tracing::info!(path = %path.display(), "removing a standby that is not in use");
             disk.remove_dir_all(&path).map_err(JournalError::io("remove", &path))?;
@@ -211,7 +267,12 @@ fn shared(control: &Control, replay: Replay, open: Option<&OpenEpoch>, journal: 
             open_parts: open.map_or(0, |open| open.parts),
         },
         point_generation: standby.map_or(0, |standby| standby.generation),
-        cut_unix_ns: replay.epochs.last().map(|epoch| epoch.cut_unix_ns).or(standby.map(|s| s.cut_unix_ns)).unwrap_or(0),
+        cut_unix_ns: replay
+            .epochs
+            .last()
+            .map(|epoch| epoch.cut_unix_ns)
+            .or(standby.map(|s| s.cut_unix_ns))
+            .unwrap_or(0),
         backlog_bytes: replay.epochs.iter().map(|epoch| epoch.bytes).sum(),
         applied: standby.map_or(0, |standby| standby.epoch),
         synced: standby.map_or(0, |standby| standby.epoch),

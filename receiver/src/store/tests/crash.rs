@@ -54,7 +54,7 @@ fn nothing_acknowledged_is_lost_in_a_crash() {
 }
 
 #[test]
-fn any_copy_of_the_directory_is_a_recovery_point() {
+fn a_copy_of_the_directory_between_batches_is_the_recovery_point() {
     let dir = tempfile::tempdir().unwrap();
     let mut host = Host::new(7);
     let store = store_in(&dir);
@@ -65,135 +65,162 @@ fn any_copy_of_the_directory_is_a_recovery_point() {
         if step % 4 != 0 {
             continue;
         }
-        // As after SIGKILL: what was written is there, whoever was in the middle of what. The applying thread runs.
         let copy = tempfile::tempdir().unwrap();
-        copy_dir(dir.path(), copy.path());
+        {
+            // A copy is not atomic as a crash is: nothing may be applied during it.
+            let domain = store.domain(UUID).unwrap();
+            let _no_batch = domain.standby();
+            copy_dir(dir.path(), copy.path());
+        }
         let copied = store_in(&copy);
         assert_eq!(copied.position(UUID).unwrap().epoch, host.acknowledged);
         host.guest.assert_stored(&copied, host.acknowledged, &format!("step {step}"));
     }
 }
 
-#[test]
-fn a_part_cut_off_anywhere_is_not_there_and_the_ones_before_are() {
+/// A delta of one part on top of `epoch - 1`.
+fn delta(host: &mut Host, epoch: u64) -> Sent {
+    let mut encoder = Encoder::new();
+    host.guest.run(&mut host.random, &mut encoder);
+    host.guest.device = vec![epoch as u8; 30_000];
+    host.guest.cut = epoch;
+    encoder.device_state(&host.guest.device).unwrap();
+    host.past.insert(epoch, host.guest.clone());
+    seal(encoder, PartHead { generation: 1, epoch, part: 0, kind: Kind::Delta }, true, epoch)
+}
+
+/// A directory with a seed, and deltas up to `newest` that are all in the journal only.
+fn unapplied(host: &mut Host, newest: u64) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    let mut host = Host::new(21);
-    // Nothing is applied for good, so that all epochs stay in the journal.
-    let options = StoreOptions { checkpoint_bytes: 1 << 40, checkpoint_interval: Duration::from_secs(3600), ..eager() };
-    let options = StoreOptions { segment_bytes: 1 << 30, ..options };
-    let store = Store::open(dir.path(), options.clone()).unwrap();
+    let store = Store::open(dir.path(), lazy()).unwrap();
     let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
     host.cut();
     host.send(&mut ingest, 0).unwrap();
-    let journal = dir.path().join(UUID).join("journal");
-    let mut lengths = Vec::new();
-    for epoch in 2..=4 {
-        let mut encoder = Encoder::new();
-        host.guest.run(&mut host.random, &mut encoder);
-        host.guest.device = vec![epoch as u8; 3000];
-        host.guest.cut = epoch;
-        encoder.device_state(&host.guest.device).unwrap();
-        let head = PartHead { generation: 1, epoch, part: 0, kind: Kind::Delta };
-        seal(encoder, head, true, epoch).send(&mut ingest).unwrap();
-        host.past.insert(epoch, host.guest.clone());
-        let segment = std::fs::read_dir(&journal).unwrap().next().unwrap().unwrap();
-        lengths.push((segment.path(), segment.metadata().unwrap().len()));
+    for epoch in 2..=newest {
+        delta(host, epoch).send(&mut ingest).unwrap();
     }
-    drop(ingest);
-    drop(store);
-    let (segment, (before, whole)) = (&lengths[2].0, (lengths[1].1, lengths[2].1));
+    dir
+}
+
+fn segments(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir.join(UUID).join("journal")).unwrap();
+    let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    paths
+}
+
+#[test]
+fn a_part_cut_off_anywhere_is_not_there_and_the_ones_before_are() {
+    let mut host = Host::new(21);
+    let dir = unapplied(&mut host, 3);
+    let before = std::fs::metadata(segments(dir.path()).last().unwrap()).unwrap().len();
+    {
+        let store = Store::open(dir.path(), lazy()).unwrap();
+        delta(&mut host, 4).send(&mut store.open_stream(UUID, "gast", 0).unwrap()).unwrap();
+    }
+    let segment = segments(dir.path()).pop().unwrap();
+    let whole = std::fs::metadata(&segment).unwrap().len();
     let name = segment.strip_prefix(dir.path()).unwrap();
-    let step = ((whole - before) / 150).max(1) as usize;
+    let step = ((whole - before) / 100).max(1) as usize;
     let near = (before..before + 130).chain(whole - 140..whole);
     for cut in near.chain((before..whole).step_by(step)) {
         let copy = tempfile::tempdir().unwrap();
         copy_dir(dir.path(), copy.path());
         std::fs::OpenOptions::new().write(true).open(copy.path().join(name)).unwrap().set_len(cut).unwrap();
-        let store = Store::open(copy.path(), options.clone()).unwrap();
+        let store = store_in(&copy);
         host.past[&3].assert_stored(&store, 3, &format!("cut at {cut} of {before}..{whole}"));
         assert_eq!(store.domains()[0].trouble, None);
     }
-    let store = Store::open(dir.path(), options).unwrap();
-    host.past[&4].assert_stored(&store, 4, "whole");
+    host.past[&4].assert_stored(&store_in(&dir), 4, "whole");
 }
 
 #[test]
 fn flipped_bits_in_the_journal_are_never_applied() {
-    let dir = tempfile::tempdir().unwrap();
     let mut host = Host::new(5);
-    let options = StoreOptions { checkpoint_bytes: 1 << 40, checkpoint_interval: Duration::from_secs(3600), ..eager() };
-    let store = Store::open(dir.path(), options.clone()).unwrap();
-    let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
-    while host.acknowledged < 12 {
-        host.cut();
-        let (epoch, parts) = host.sending.take().unwrap();
-        if epoch > 1 && parts[0].head.kind == Kind::Seed {
-            panic!("choose a seed without a second seed epoch");
-        }
-        host.sending = Some((epoch, parts));
-        let past = std::mem::take(&mut host.past);
-        host.past = past.clone();
-        host.send(&mut ingest, 0).unwrap();
-        host.past = past;
-    }
-    drop(ingest);
-    drop(store);
-    let journal = Path::new(UUID).join("journal");
-    let mut segments: Vec<_> = std::fs::read_dir(dir.path().join(&journal)).unwrap().map(|e| e.unwrap()).collect();
-    segments.sort_by_key(|entry| entry.file_name());
-    assert!(segments.len() > 3, "{}", segments.len());
+    let dir = unapplied(&mut host, 12);
+    let all = segments(dir.path());
+    assert!(all.len() > 3, "{}", all.len());
     let mut lost = 0;
-    for (i, entry) in segments.iter().enumerate() {
-        let length = entry.metadata().unwrap().len();
-        for n in 0..14 {
-            // The header of the segment, the first records, and places all over.
-            let at = if n < 4 { 10 + n * 40 } else { host.random.below(length) };
+    for (i, segment) in all.iter().enumerate() {
+        let whole = std::fs::read(segment).unwrap();
+        let name = segment.strip_prefix(dir.path()).unwrap();
+        for n in 0..40 {
+            // The header of the segment, those of the first records, and places all over.
+            let at = if n < 20 { n * 13 } else { host.random.below(whole.len() as u64) as usize };
             let copy = tempfile::tempdir().unwrap();
             copy_dir(dir.path(), copy.path());
-            let path = copy.path().join(&journal).join(entry.file_name());
-            let mut bytes = std::fs::read(&path).unwrap();
-            bytes[at as usize] ^= 1 << host.random.below(8);
-            std::fs::write(&path, bytes).unwrap();
-            let context = format!("segment {i} of {}, bit at {at} of {length}", segments.len());
-            let store = Store::open(copy.path(), options.clone()).unwrap();
+            let mut bytes = whole.clone();
+            bytes[at] ^= 1 << host.random.below(8);
+            std::fs::write(copy.path().join(name), bytes).unwrap();
+            let context = format!("segment {i} of {}, byte {at} of {}", all.len(), whole.len());
+            let store = store_in(&copy);
             let summary = store.domains().pop().unwrap();
             let epoch = summary.position.epoch;
-            if epoch == 0 {
-                // The header's version or domain is hit and its checksum fits by itself: impossible with one bit.
-                panic!("{context}: {summary:?}");
-            }
-            lost += u64::from(epoch < 12);
-            let torn_tail = epoch >= 11 && i + 1 == segments.len();
-            assert!(summary.trouble.is_some() || epoch == 12 || torn_tail, "{context}: epoch {epoch}");
+            let torn_tail = epoch == 11 && i + 1 == all.len();
+            assert!(summary.trouble.is_some() || torn_tail, "{context}: epoch {epoch}");
             host.past[&epoch].assert_stored(&store, epoch, &context);
-            if epoch < 12 && summary.trouble.is_some() {
-                // It goes on with a new seed, after which the trouble is over.
+            lost += u64::from(epoch < 12);
+            if n % 10 == 0 {
+                // It goes on with a new seed, after which the trouble is over; also after a restart.
                 let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
                 let mut guest = host.past[&12].clone();
                 for part in guest.epoch(&mut host.random, 1, 13, Kind::Seed) {
                     part.send(&mut ingest).unwrap();
                 }
+                drop((ingest, store));
+                let store = store_in(&copy);
                 guest.assert_stored(&store, 13, &context);
                 assert_eq!(store.domains()[0].trouble, None, "{context}");
             }
         }
     }
-    assert!(lost > 20, "{lost}");
+    assert!(lost > 60, "{lost}");
+}
+
+#[test]
+fn a_standby_that_may_be_a_mixture_is_not_offered() {
+    let mut host = Host::new(8);
+    let dir = unapplied(&mut host, 6);
+    // As if the batch up to 6 had begun, and then the machine had died and the journal lost its last epoch.
+    let domain = dir.path().join(UUID);
+    let uuid = parse(UUID).unwrap();
+    let mut control = vmdr_journal::Control::load(&FsDisk, &domain, uuid.as_bytes()).unwrap();
+    control.standby.as_mut().unwrap().applying = 6;
+    control.store(&FsDisk, &domain).unwrap();
+    let whole = tempfile::tempdir().unwrap();
+    copy_dir(dir.path(), whole.path());
+    let segment = segments(dir.path()).pop().unwrap();
+    let length = std::fs::metadata(&segment).unwrap().len();
+    std::fs::OpenOptions::new().write(true).open(&segment).unwrap().set_len(length - 1).unwrap();
+    for restart in 0..2 {
+        let store = store_in(&dir);
+        let summary = store.domains().pop().unwrap();
+        assert_eq!(summary.position, Position { generation: 1, ..Position::default() }, "restart {restart}");
+        assert!(summary.trouble.unwrap().contains("mixture of epochs 1 to 6"), "restart {restart}");
+        assert!(matches!(store.recovery_point(UUID), Err(StoreError::NoPoint(_))));
+    }
+    let store = store_in(&dir);
+    let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
+    let mut guest = host.guest.clone();
+    for part in guest.epoch(&mut host.random, 1, 7, Kind::Seed) {
+        part.send(&mut ingest).unwrap();
+    }
+    drop((ingest, store));
+    let store = store_in(&dir);
+    guest.assert_stored(&store, 7, "seeded anew");
+    assert!(!domain.join("damaged-standby.1").exists());
+    // With the journal whole, the same control record is in order.
+    host.past[&6].assert_stored(&store_in(&whole), 6, "the journal is whole");
 }
 
 pub fn copy_dir(from: &Path, to: &Path) {
-    // Like a snapshot, and unlike cp, in the order in which a crash could have left things: the journal before the
-    // control record would be a control record ahead of its files. A copy is not atomic, so control goes first.
-    let mut entries: Vec<_> = std::fs::read_dir(from).unwrap().map(|entry| entry.unwrap()).collect();
-    entries.sort_by_key(|entry| entry.file_name());
-    for entry in entries {
+    for entry in std::fs::read_dir(from).unwrap().map(|entry| entry.unwrap()) {
         let target = to.join(entry.file_name());
         if entry.file_type().unwrap().is_dir() {
             std::fs::create_dir(&target).unwrap();
             copy_dir(&entry.path(), &target);
-        } else if let Err(e) = std::fs::copy(entry.path(), &target) {
-            // The applying thread may just have removed it.
-            assert_eq!(e.kind(), std::io::ErrorKind::NotFound);
+        } else {
+            std::fs::copy(entry.path(), &target).unwrap();
         }
     }
 }

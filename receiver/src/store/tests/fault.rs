@@ -13,6 +13,9 @@ fn work(store: &Store, host: &mut Host, context: &str) -> u32 {
             Some(connected) => Ok(connected),
             None => store.open_stream(UUID, "gast", 0),
         };
+        if errors > 0 {
+            std::thread::sleep(Duration::from_millis(5)); // What stalls for lack of space is tried again meanwhile.
+        }
         let Ok(mut connected) = connected else {
             errors += 1;
             continue;

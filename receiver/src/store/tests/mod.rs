@@ -52,8 +52,9 @@ pub fn eager() -> StoreOptions {
     StoreOptions {
         space_reserve_bytes: 0,
         backlog_bytes_max: 1 << 20,
-        checkpoint_bytes: 200_000,
-        checkpoint_interval: Duration::from_millis(50),
+        apply_bytes: 200_000,
+        apply_interval: Duration::from_millis(30),
+        retry_interval: Duration::from_millis(10),
         segment_bytes: 150_000,
     }
 }
@@ -167,15 +168,13 @@ impl Guest {
                 if last && random.below(3) == 0 {
                     self.hotplug(random);
                 }
-                if last && (kind == Kind::Seed || random.below(2) == 0) {
-                    encoder.layout(&self.layout).unwrap();
-                } else if last {
-                    // The layout must be known where it changed.
+                if last {
                     encoder.layout(&self.layout).unwrap();
                 }
                 self.run(random, &mut encoder);
                 if last {
-                    self.device = vec![0; 1 + random.below(400_000) as usize];
+                    let most = if random.below(20) == 0 { 600_000 } else { 20_000 };
+                    self.device = vec![0; 1 + random.below(most) as usize];
                     random.fill(&mut self.device);
                     self.cut = random.next();
                     encoder.device_state(&self.device).unwrap();
@@ -355,6 +354,16 @@ impl Host {
 
 pub fn store_in(dir: &tempfile::TempDir) -> Store {
     Store::open(dir.path(), eager()).unwrap()
+}
+
+/// Options under which nothing is applied unless it must be.
+pub fn lazy() -> StoreOptions {
+    StoreOptions {
+        apply_bytes: 1 << 40,
+        apply_interval: Duration::from_secs(3600),
+        backlog_bytes_max: 1 << 40,
+        ..eager()
+    }
 }
 
 /// A store in memory.
