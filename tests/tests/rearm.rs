@@ -40,11 +40,11 @@ const READ_DIRECTLY: [&[u8]; 2] = [b"vmdrRDR1", b"vmdrREC1"];
 /// How a page begins that the guest's processor wrote in its ticks.
 const WRITTEN: &[u8] = b"vmdrRAM1";
 /// How often the copy is compared with the guest, in each way.
-const COMPARISONS: usize = 8;
+const COMPARISONS: usize = 5;
 /// How often, live, until a page is stale: a slow host reads less in a round.
-const COMPARISONS_MAX: usize = 5 * COMPARISONS;
+const COMPARISONS_MAX: usize = 8 * COMPARISONS;
 /// How often protection is renewed before each comparison.
-const ROUNDS: usize = 60;
+const ROUNDS: usize = 40;
 /// Between two rounds: time for the guest to read, the same in both ways.
 const BETWEEN: Duration = Duration::from_millis(5);
 
