@@ -148,7 +148,11 @@ impl Disk for FsDisk {
         };
         let mut bytes = meta.blocks() * BLOCK_BYTES;
         if meta.is_dir() {
-            for name in self.list(path)? {
+            let names = match self.list(path) {
+                Err(e) if e.kind() == ErrorKind::NotFound => return Ok(0),
+                other => other?,
+            };
+            for name in names {
                 bytes += self.used_bytes(&path.join(name))?;
             }
         }

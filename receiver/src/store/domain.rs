@@ -193,7 +193,8 @@ impl Domain {
         Ok(())
     }
 
-    /// Stops the thread that applies and refuses everything from now on.
+    /// Stops the thread that applies and refuses everything from now on. When this returns nothing of this domain touches
+    /// its files any more, also not a stream that is still held somewhere: they may be opened a second time.
     pub fn close(&self) {
         self.shared().closing = true;
         self.changed.notify_all();
@@ -203,6 +204,9 @@ impl Domain {
         {
             tracing::error!(domain = %self.id, "the thread that applies epochs panicked");
         }
+        // Calls that had begun before it was closed.
+        drop(self.ingest());
+        drop(self.standby());
     }
 
     /// Waits until the newest durable epoch is applied and synced.

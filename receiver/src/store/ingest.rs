@@ -184,8 +184,12 @@ impl Ingest {
 impl Drop for Ingest {
     fn drop(&mut self) {
         let mut ingest = self.domain.ingest();
-        if self.domain.shared().stream != self.stream {
-            return;
+        {
+            let shared = self.domain.shared();
+            // Closed or failed, its journal may be open a second time by now: cutting it would cut what is new.
+            if shared.stream != self.stream || shared.closing || shared.failed.is_some() {
+                return;
+            }
         }
         if let Err(error) = ingest.give_up_part(&self.domain) {
             tracing::warn!(domain = %self.domain.id, %error, "cannot cut off the part that was not ended");
@@ -391,6 +395,8 @@ impl Domain {
         layout: &Layout,
         checked: &Checked,
     ) -> Result<(), JournalError> {
+        // Before the layout, which must never tell of images that a crash can take away.
+        files.sync()?;
         let (disk, dir) = (&*self.disk, files.dir().to_owned());
         if checked.layout_changed {
             let path = standby::layout_path(&dir, epoch);
@@ -402,7 +408,6 @@ impl Domain {
         if let Some(state) = &checked.device_state {
             write_aside(disk, &standby::device_path(&dir, epoch), state)?;
         }
-        files.sync()?;
         disk.sync_dir(&dir).map_err(JournalError::io("sync", &dir))
     }
 

@@ -356,8 +356,6 @@ impl Store {
     fn open_slot(&self, uuid: Uuid, state: &mut SlotState, new: Option<(&str, u64)>) -> Result<(), StoreError> {
         if let SlotState::Open(domain) = state {
             domain.close();
-            // The stream's and the applier's last calls end before their files are opened a second time.
-            drop((domain.ingest(), domain.standby()));
         }
         let Inner { disk, options, .. } = &*self.inner;
         match Domain::open(disk.clone(), &self.domain_dir(uuid), uuid, options.clone(), new) {

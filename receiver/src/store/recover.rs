@@ -208,15 +208,14 @@ fn sweep(disk: &dyn Disk, dir: &Path, control: &Control) -> Result<(), JournalEr
     let Some(durable) = control.standby else { return Ok(()) };
     let dir = standby_dir(dir, durable.dir);
     let keep = [
-        dir.join("ram"),
-        dir.join("disk"),
         standby::device_path(&dir, durable.device_epoch),
         standby::layout_path(&dir, durable.layout_epoch),
         standby::xml_path(&dir, durable.xml_epoch),
     ];
     for name in disk.list(&dir).map_err(JournalError::io("list", &dir))? {
         let path = dir.join(&name);
-        if !keep.contains(&path) {
+        let ours = ["device-", "layout-", "domain-"].iter().any(|prefix| name.starts_with(prefix));
+        if ours && !keep.contains(&path) {
             disk.remove_file(&path).map_err(JournalError::io("remove", &path))?;
         }
     }

@@ -92,3 +92,45 @@ fn the_reserve_is_left_alone() {
     host.send(&mut ingest, 0).unwrap();
     host.guest.assert_stored(&store, 1, "reserve");
 }
+
+#[test]
+fn a_stream_left_over_from_before_a_failure_cuts_nothing_off() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store_in(&dir);
+    let mut host = Host::new(3);
+    host.guest.add_block("big", 1024);
+    (0..3).for_each(|i| host.guest.add_block(&format!("more{i}"), 2)); // Hotplug is at the end of the list.
+    let mut old = store.open_stream(UUID, "gast", 0).unwrap();
+    host.cut();
+    host.send(&mut old, 0).unwrap();
+    for part in host.guest.epoch(&mut host.random, 1, 2, Kind::Delta) {
+        part.send(&mut old).unwrap();
+    }
+    // Enough of a part that some of it is in the file.
+    let mut encoder = Encoder::new();
+    let mut page = [0; PAGE_BYTES];
+    for number in 0..1024 {
+        page.chunks_mut(8).for_each(|chunk| chunk.copy_from_slice(&host.random.next().to_le_bytes()));
+        for _ in 0..2 {
+            encoder.ram_page(3, number as u64, &page);
+        }
+    }
+    let sent = seal(encoder, PartHead { generation: 1, epoch: 3, part: 0, kind: Kind::Delta }, false, 0);
+    assert!(sent.tail.payload_bytes > 8 << 20);
+    old.begin(sent.head).unwrap();
+    for (i, (payload, xxh3)) in sent.chunks.iter().enumerate() {
+        old.chunk(i as u32, payload.clone(), *xxh3).unwrap();
+    }
+    let failure = StoreError::Io { domain: UUID.to_owned(), what: "a test".to_owned() };
+    store.domain(UUID).unwrap().fail(&failure);
+    assert!(matches!(old.end(sent.tail), Err(StoreError::Io { .. })));
+    let mut new = store.open_stream(UUID, "gast", 0).unwrap();
+    for epoch in 3..6 {
+        for part in host.guest.epoch(&mut host.random, 1, epoch, Kind::Delta) {
+            part.send(&mut new).unwrap();
+        }
+    }
+    drop(old);
+    drop((new, store));
+    host.guest.assert_stored(&store_in(&dir), 5, "after the old stream's end");
+}

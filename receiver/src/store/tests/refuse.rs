@@ -120,7 +120,8 @@ fn content_that_the_guest_does_not_have() {
     other_disks.disks[0].target = "vdz".to_owned();
     let mut fewer_disks = host.guest.layout.clone();
     fewer_disks.disks.pop();
-    let wrong: Vec<Box<dyn Fn(&mut Encoder)>> = vec![
+    type Write = Box<dyn Fn(&mut Encoder)>;
+    let wrong: Vec<Write> = vec![
         Box::new(|e| e.ram_page(200, 0, &[1; PAGE_BYTES])),
         Box::new(move |e| e.ram_page(0, pages, &[1; PAGE_BYTES])),
         Box::new(move |e| e.ram_zero(0, pages - 1, 2)),
