@@ -152,7 +152,7 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
         epoch: domain.position.epoch,
         durable_epoch: domain.position.epoch,
         rpo_seconds: age.unwrap_or(0.0),
-        rpo_worst_hour_seconds: figures.rpo_worst_hour_seconds,
+        rpo_worst_hour_seconds: figures.rpo_worst_hour_seconds.max(age.unwrap_or(0.0)),
         dirty_pages_per_epoch: figures.dirty_pages_per_epoch,
         bytes_per_epoch: figures.bytes_per_epoch,
         link_bytes_per_second: figures.link_bytes_per_second,

@@ -15,19 +15,16 @@ use vmdr_proto::control::Finding;
 use vmdr_proto::replication::{ProbeReply, ProbeRequest, Refusal};
 
 use crate::activate::findings::{refusals, refused};
-use crate::activate::host::{Host, LocalHost};
+use crate::activate::host::{CpuFit, Host, LocalHost};
 use crate::activate::record::Step;
 use crate::activate::xml::{PlacedDisk, Placement, transform};
 use crate::activate::{checks, files, record::RecordError};
 use crate::daemon::Receiver;
 use crate::store::Position;
 
-/// Answers a probe. Blocks while libvirt and the disk answer.
+/// Answers a probe. Blocks while libvirt and the disk answer. One without a domain asks for versions only.
 pub fn probe(receiver: &Receiver, request: &ProbeRequest) -> Result<ProbeReply, Status> {
-    let uuid = Uuid::parse_str(&request.domain_uuid)
-        .map_err(|_| Status::invalid_argument(format!("{:?} is not the UUID of a domain", request.domain_uuid)))?;
     let host = LocalHost::connect(&receiver.config.libvirt_uri).map_err(|e| Status::unavailable(e.to_string()))?;
-    let unavailable = |e: vmdr_hypervisor::Error| Status::unavailable(format!("the receiver's libvirt: {e}"));
     let mut found = Vec::new();
     if request.protocol_version != REPLICATION_VERSION {
         found.push(refused(
@@ -36,28 +33,11 @@ pub fn probe(receiver: &Receiver, request: &ProbeRequest) -> Result<ProbeReply, 
             "upgrade the older side",
         ));
     }
-    let position = match receiver.store.position(&uuid.to_string()) {
-        Ok(position) => position,
-        Err(error) => {
-            let remedy = "repair it, or remove it with `vmdr forget` at the backup site";
-            found.push(refused("stored state", &error.to_string(), remedy));
-            Position::default()
-        }
+    let position = if request.domain_uuid.is_empty() && request.domain_xml.is_empty() {
+        Position::default()
+    } else {
+        check_domain(receiver, request, &host, &mut found)?
     };
-    check_space(receiver, request, uuid, position, &mut found)?;
-    match files::closed_above(&receiver.config.state_dir) {
-        Ok(None) => {}
-        Ok(Some(closed)) => {
-            let closed = closed.display();
-            let fact = format!("QEMU's user cannot enter {closed} at the backup site, which the state directory is in");
-            found.push(refused("state directory", &fact, &format!("`chmod o+x {closed}`, or move state_dir")));
-        }
-        Err(error) => return Err(Status::internal(error.to_string())),
-    }
-    let step = receiver.active_directory(uuid).read(uuid).map(|r| r.map(|r| r.step));
-    check_activation(step, &mut found);
-    check_guest(request, uuid, &receiver.config.bridges, &host, &mut found).map_err(unavailable)?;
-
     let connection = host.connection();
     let reply = ProbeReply {
         protocol_version: REPLICATION_VERSION,
@@ -69,8 +49,45 @@ pub fn probe(receiver: &Receiver, request: &ProbeRequest) -> Result<ProbeReply, 
             .collect(),
         position: Some(position.into()),
     };
-    tracing::info!(domain = %request.domain_name, %uuid, refusals = reply.refusals.len(), "probed");
+    let (domain, uuid) = (&request.domain_name, &request.domain_uuid);
+    tracing::info!(%domain, %uuid, refusals = reply.refusals.len(), "probed");
     Ok(reply)
+}
+
+fn unavailable(error: vmdr_hypervisor::Error) -> Status {
+    Status::unavailable(format!("the receiver's libvirt: {error}"))
+}
+
+fn check_domain(
+    receiver: &Receiver,
+    request: &ProbeRequest,
+    host: &dyn Host,
+    found: &mut Vec<Finding>,
+) -> Result<Position, Status> {
+    let uuid = Uuid::parse_str(&request.domain_uuid)
+        .map_err(|_| Status::invalid_argument(format!("{:?} is not the UUID of a domain", request.domain_uuid)))?;
+    let position = match receiver.store.position(&uuid.to_string()) {
+        Ok(position) => position,
+        Err(error) => {
+            let remedy = "repair it, or remove it with `vmdr forget` at the backup site";
+            found.push(refused("stored state", &error.to_string(), remedy));
+            Position::default()
+        }
+    };
+    check_space(receiver, request, uuid, position, found)?;
+    match files::closed_above(&receiver.config.state_dir) {
+        Ok(None) => {}
+        Ok(Some(closed)) => {
+            let closed = closed.display();
+            let fact = format!("QEMU's user cannot enter {closed} at the backup site, which the state directory is in");
+            found.push(refused("state directory", &fact, &format!("`chmod o+x {closed}`, or move state_dir")));
+        }
+        Err(error) => return Err(Status::internal(error.to_string())),
+    }
+    let step = receiver.active_directory(uuid).read(uuid).map(|r| r.map(|r| r.step));
+    check_activation(step, found);
+    check_guest(request, uuid, &receiver.config.bridges, host, found).map_err(unavailable)?;
+    Ok(position)
 }
 
 /// A new seed grows beside the standby that there is: both must fit.
@@ -98,6 +115,25 @@ fn check_space(
             room >> 20
         );
         found.push(refused("space", &fact, "free space there, or move state_dir to a larger file system"));
+    }
+    Ok(())
+}
+
+/// What a guest with its host's own CPU uses is not in its definition; what its host has is the most that it can be.
+fn check_host_cpu(
+    request: &ProbeRequest,
+    domain: &DomainXml,
+    host: &dyn Host,
+    found: &mut Vec<Finding>,
+) -> Result<(), vmdr_hypervisor::Error> {
+    let mode = domain.cpu.as_ref().and_then(|cpu| cpu.attribute("mode")).unwrap_or_default();
+    if domain.virt_type != "kvm" || !matches!(mode, "host-passthrough" | "maximum") || request.host_cpu_xml.is_empty() {
+        return Ok(());
+    }
+    let Ok(cpu) = Element::parse(&request.host_cpu_xml) else { return Ok(()) };
+    if let CpuFit::Lacks(what) = host.host_cpu_fits(&cpu)? {
+        let remedy = "give the guest a CPU model that both hosts have (`virsh cpu-baseline`), and restart it";
+        found.push(refused("CPU", &format!("the guest has mode='{mode}', and {what}"), remedy));
     }
     Ok(())
 }
@@ -146,6 +182,7 @@ fn check_guest(
         ));
     }
     found.extend(checks::check(&element, &domain, bridges, host)?);
+    check_host_cpu(request, &domain, host, found)?;
     // Every disk that can be written will be in the standby; where exactly does not matter for the question.
     let disks: Vec<PlacedDisk> = domain
         .disks
@@ -214,6 +251,20 @@ mod tests {
         let guest = Guest { state: DomainState::Running, persistent: true, disk_files: Vec::new() };
         running.libvirt.lock().unwrap().guest = Some(guest);
         assert!(ask(Q35, &running)[0].contains("runs at the backup site"));
+    }
+
+    #[test]
+    fn a_guest_with_its_hosts_own_cpu_needs_all_of_it() {
+        let rich = include_str!("activate/testdata/rich.xml");
+        let domain = DomainXml::parse(rich).unwrap();
+        let asked = |host: &FakeHost, xml: &str| {
+            let request = ProbeRequest { host_cpu_xml: xml.to_owned(), ..ProbeRequest::default() };
+            let mut found = Vec::new();
+            check_host_cpu(&request, &domain, host, &mut found).unwrap();
+            found.len()
+        };
+        let poor = FakeHost { host_cpu: CpuFit::Lacks("avx512f".to_owned()), ..host() };
+        assert_eq!((asked(&poor, "<cpu/>"), asked(&host(), "<cpu/>"), asked(&poor, "")), (1, 0, 0));
     }
 
     #[test]

@@ -120,6 +120,7 @@ pub fn probe_request(domain: &Domain) -> Result<replication::ProbeRequest, Error
         domain_xml: migratable.to_string(),
         memory_bytes: definition.memory_bytes,
         disk_bytes,
+        host_cpu_xml: domain.connection().capabilities()?.find("host/cpu").map(ToString::to_string).unwrap_or_default(),
     })
 }
 

@@ -1,14 +1,21 @@
 //! What is asked of the host on which a guest would be activated. Preflight, the plan and the activation ask the same
 //! questions, so that what is refused at `protect` is what would fail on the day of the disaster.
 
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
 use std::net::{IpAddr, TcpListener};
 use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 use vmdr_hypervisor::Error;
 use vmdr_hypervisor::host::NetworkState;
-use vmdr_hypervisor::libvirt::{Connection, DomainState, RestoreState};
+use vmdr_hypervisor::libvirt::{Connection, CpuComparison, DomainState, RestoreState};
 use vmdr_hypervisor::xml::Element;
+
+/// Where libvirt keeps what its QEMUs say.
+const QEMU_LOGS: &str = "/var/log/libvirt/qemu";
+/// As much of a log as is looked at: a command line and some complaints.
+const LOG_BYTES_MAX: u64 = 64 << 10;
 
 /// A guest as libvirt knows it here.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,6 +68,10 @@ pub trait Host: Send + Sync {
         virt_type: &str,
         cpu: &Element,
     ) -> Result<CpuFit, Error>;
+    /// Compares `<cpu>` of another host with this host's.
+    fn host_cpu_fits(&self, cpu: &Element) -> Result<CpuFit, Error>;
+    /// What the newest QEMU of a guest of this name has complained of, from libvirt's log of it.
+    fn qemu_complaints(&self, name: &str) -> Option<String>;
     /// The guest of this UUID, if libvirt knows one.
     fn guest(&self, uuid: Uuid) -> Result<Option<Guest>, Error>;
     /// The UUID of the guest of this name, if libvirt knows one.
@@ -148,6 +159,25 @@ impl Host for LocalHost {
         })
     }
 
+    fn host_cpu_fits(&self, cpu: &Element) -> Result<CpuFit, Error> {
+        Ok(match self.connection.compare_cpu(cpu)? {
+            CpuComparison::Identical | CpuComparison::Superset => CpuFit::Fits,
+            CpuComparison::Incompatible => {
+                CpuFit::Lacks("this host's CPU lacks features of the other host's".to_owned())
+            }
+        })
+    }
+
+    fn qemu_complaints(&self, name: &str) -> Option<String> {
+        // A domain's name may hold anything but a slash.
+        let mut file = File::open(Path::new(QEMU_LOGS).join(format!("{name}.log"))).ok()?;
+        let length = file.metadata().ok()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(LOG_BYTES_MAX))).ok()?;
+        let mut tail = Vec::new();
+        file.take(LOG_BYTES_MAX).read_to_end(&mut tail).ok()?;
+        complaints(&String::from_utf8_lossy(&tail))
+    }
+
     fn guest(&self, uuid: Uuid) -> Result<Option<Guest>, Error> {
         let Some(domain) = none_if_unknown(self.connection.domain_by_uuid(&uuid))? else { return Ok(None) };
         let read = || {
@@ -182,6 +212,17 @@ impl Host for LocalHost {
     }
 }
 
+/// The last complaints of the last QEMU in a log, in one line.
+fn complaints(log: &str) -> Option<String> {
+    const LINES_MAX: usize = 3;
+    // libvirt writes this, and then the command line, before each start.
+    let run = log.rfind(": starting up libvirt version").map_or(log, |at| &log[at..]);
+    let said: Vec<&str> = run.lines().filter_map(|l| l.split_once(" qemu-system-").map(|(_, rest)| rest)).collect();
+    let said: Vec<&str> = said.iter().filter_map(|l| l.split_once(": ").map(|(_, what)| what.trim())).collect();
+    let last = &said[said.len().saturating_sub(LINES_MAX)..];
+    (!last.is_empty()).then(|| last.join("; "))
+}
+
 /// Asked of the kernel and not of /sys, which may be that of another network namespace.
 fn interface_index(name: &str) -> bool {
     use rustix::net::{AddressFamily, SocketType, netdevice, socket};
@@ -202,6 +243,22 @@ pub mod fake;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn complaints_are_those_of_the_last_run() {
+        let log = "2026-01-01 00:00:00.0+0000: starting up libvirt version: 11.3.0, qemu version: 10.0.2\n\
+            /usr/bin/qemu-system-x86_64 \\\n-name guest=a\n\
+            2026-01-01T00:00:01.000000Z qemu-system-x86_64: an old one\n\
+            2026-01-01 00:00:02.0+0000: starting up libvirt version: 11.3.0, qemu version: 10.0.2\n\
+            LC_ALL=C \\\n/usr/bin/qemu-system-x86_64 \\\n-name guest=a\n";
+        assert_eq!(complaints(log), None);
+        let said = "2026-01-01T00:00:03.000000Z qemu-system-x86_64: error while loading state for device 'x'\n\
+            2026-01-01T00:00:03.000001Z qemu-system-x86_64: load of migration failed: Invalid argument\n\
+            2026-01-01 00:00:03.5+0000: shutting down, reason=failed\n";
+        let both = "error while loading state for device 'x'; load of migration failed: Invalid argument";
+        assert_eq!(complaints(&format!("{log}{said}")).as_deref(), Some(both));
+        assert_eq!(complaints(""), None);
+    }
 
     #[test]
     fn this_host_has_a_loopback_and_memory() {

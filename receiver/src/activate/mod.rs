@@ -81,14 +81,14 @@ pub enum ActivateError {
     },
     /// libvirt refused the restore; everything made for it is removed.
     #[error(
-        "{name} was not restored: {source}. The recovery point is untouched, the old host is fenced: put right what libvirt \
+        "{name} was not restored: {said}. The recovery point is untouched, the old host is fenced: put right what libvirt \
          names and run activate again (its QEMU's log: /var/log/libvirt/qemu/{name}.log)"
     )]
     Restore {
         /// The guest.
         name: String,
-        /// libvirt's words.
-        source: vmdr_hypervisor::Error,
+        /// libvirt's words, and QEMU's if there are any.
+        said: String,
     },
     /// Another step of libvirt's failed.
     #[error(transparent)]

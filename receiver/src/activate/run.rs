@@ -290,7 +290,8 @@ impl Activation<'_> {
             active.write(self.uuid, self.name, &Step::Fenced { generation, point, attempt })?;
             files::remove_directory(&active.attempt(attempt))?;
         }
-        Err(ActivateError::Restore { name: self.name.to_owned(), source })
+        let qemu = self.host.qemu_complaints(self.name).map(|said| format!("; QEMU says: {said}")).unwrap_or_default();
+        Err(ActivateError::Restore { name: self.name.to_owned(), said: format!("{source}{qemu}") })
     }
 
     /// The guest is up on the overlays of `attempt`: sees it running, makes it survive its own shutdown, and tidies up.

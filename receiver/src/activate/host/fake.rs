@@ -48,6 +48,7 @@ pub struct FakeHost {
     pub memory_available_bytes: Option<u64>,
     pub machines: BTreeSet<String>,
     pub cpu: CpuFit,
+    pub host_cpu: CpuFit,
     pub names: BTreeMap<String, Uuid>,
     pub capabilities: String,
     pub on_restore: Mutex<OnRestore>,
@@ -67,6 +68,7 @@ impl Default for FakeHost {
             memory_available_bytes: Some(64 << 30),
             machines: ["pc-q35-10.0", "pc-i440fx-8.2"].map(str::to_owned).into(),
             cpu: CpuFit::Fits,
+            host_cpu: CpuFit::Fits,
             names: BTreeMap::new(),
             capabilities: CAPABILITIES.to_owned(),
             on_restore: Mutex::new(OnRestore::Run),
@@ -113,6 +115,12 @@ impl Host for FakeHost {
     }
     fn cpu_fits(&self, _: Option<&str>, _: &str, _: &str, _: &str, _: &Element) -> Result<CpuFit, Error> {
         Ok(self.cpu.clone())
+    }
+    fn host_cpu_fits(&self, _: &Element) -> Result<CpuFit, Error> {
+        Ok(self.host_cpu.clone())
+    }
+    fn qemu_complaints(&self, _: &str) -> Option<String> {
+        Some("error while loading state".to_owned())
     }
     fn guest(&self, _: Uuid) -> Result<Option<Guest>, Error> {
         Ok(self.libvirt.lock().unwrap().guest.clone())

@@ -266,6 +266,7 @@ fn a_restore_that_fails_leaves_nothing_and_can_be_repeated() {
     for attempt in 1..=2 {
         let error = f.run().unwrap_err().to_string();
         assert!(error.contains("unable to execute QEMU command") && error.contains("untouched"), "{error}");
+        assert!(error.contains("QEMU says: error while loading state"), "{error}");
         assert!(f.attempts().is_empty(), "{:?}", f.attempts());
         let Some(Step::Fenced { generation: 2, attempt: last, .. }) = f.step() else { panic!("{:?}", f.step()) };
         assert_eq!(last, attempt);
