@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 use std::fs;
 use std::path::PathBuf;
-use std::process::{Child, Output, Stdio};
+use std::process::Output;
 use std::time::Duration;
 
 /// How long a daemon may take until its control socket is there.
@@ -60,10 +60,13 @@ pub fn binary(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// Starts "$@" apart from this shell and prints its process id. What it was started from is the site's pid 1 then, which
+/// also learns of its end: nothing outside has to, and a site can be killed whole.
+const DETACH: &str = r#"setsid "$@" </dev/null >>"$LOG" 2>&1 & echo $!"#;
+
 /// A daemon that runs in a site. Dropping it kills it.
 pub struct Daemon {
     program: Program,
-    nsenter: Child,
     pid: u32,
 }
 
@@ -77,27 +80,20 @@ impl Daemon {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error).context("remove a socket"),
             _ => {}
         }
-        let log_path = log_path(site, program);
-        let log = fs::File::options().create(true).append(true).open(&log_path).context("open a daemon's log")?;
         let binary = binary(program.name())?;
-        let mut command = site.enter();
-        command
-            .arg(&binary)
-            .args(["--config", program.config()])
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().context("share a daemon's log")?)
-            .stderr(log);
-        let nsenter = command.spawn().with_context(|| format!("start {}", program.name()))?;
-        let mut daemon = Self { program, nsenter, pid: 0 };
+        let mut command = site.command("bash");
+        command.env("LOG", log_path(site, program)).args(["-c", DETACH, "vmdr-rig-detach"]).arg(&binary);
+        let printed = exec::run(command.args(["--config", program.config()]))?;
+        let inside = printed.trim().parse().with_context(|| format!("read a process id from {printed:?}"))?;
+        // One that ended at once is found below by what it logged.
+        let daemon = Self { program, pid: site.outside_pid(inside).unwrap_or(0) };
         wait_for(&format!("{} in {}", program.name(), site.name()), Duration::from_secs(START_SECONDS_MAX), || {
-            if let Some(status) = daemon.nsenter.try_wait().context("look at a daemon")? {
-                let log = fs::read_to_string(&log_path).unwrap_or_default();
+            if !daemon.is_running() {
+                let log = log(site, program);
                 let tail: Vec<&str> = log.lines().rev().take(5).collect();
-                bail!("{} ended with {status}; its log ends with {tail:?} (newest first)", program.name());
+                bail!("{} ended at once; its log ends with {tail:?} (newest first)", program.name());
             }
-            // nsenter forks: the daemon is its child.
-            daemon.pid = exec::children(daemon.nsenter.id()).first().copied().unwrap_or(0);
-            Ok((daemon.pid != 0 && socket.exists()).then_some(()))
+            Ok(socket.exists().then_some(()))
         })?;
         Ok(daemon)
     }
@@ -118,17 +114,17 @@ impl Daemon {
     }
 
     fn end(&mut self, how: Signal) -> Result<()> {
-        if self.nsenter.try_wait().context("look at a daemon")?.is_some() {
+        if !self.is_running() {
             return Ok(());
         }
-        if exec::alive(self.pid) {
-            exec::signal(self.pid, how)?;
+        let sent = exec::signal(self.pid, how);
+        if self.is_running() {
+            // Otherwise it was just ending by itself.
+            sent?;
         }
         let name = self.program.name();
         wait_for(&format!("the end of {name}"), Duration::from_secs(START_SECONDS_MAX), || {
-            // nsenter stops with a child that is stopped, and must then be woken to see its end.
-            let _ = exec::signal(self.nsenter.id(), Signal::CONT);
-            Ok(self.nsenter.try_wait().context("look at a daemon")?.map(|_| ()))
+            Ok((!self.is_running()).then_some(()))
         })
     }
 
@@ -139,13 +135,12 @@ impl Daemon {
 
     /// SIGCONT.
     pub fn thaw(&self) -> Result<()> {
-        exec::signal(self.pid, Signal::CONT)?;
-        exec::signal(self.nsenter.id(), Signal::CONT)
+        exec::signal(self.pid, Signal::CONT)
     }
 
     /// Whether it still runs.
-    pub fn is_running(&mut self) -> bool {
-        matches!(self.nsenter.try_wait(), Ok(None)) && exec::alive(self.pid)
+    pub fn is_running(&self) -> bool {
+        self.pid != 0 && exec::alive(self.pid)
     }
 }
 

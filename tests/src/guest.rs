@@ -22,7 +22,7 @@ pub enum Kind {
         /// Options of the workload; empty: its defaults.
         workload: String,
     },
-    /// The guest without an operating system, under KVM. It has no disk and no network.
+    /// The guest without an operating system, under KVM. It has no network, and does not touch its disk.
     BareMetal {
         /// How many PAUSE instructions it spins after every page.
         spins: u32,
@@ -78,7 +78,7 @@ impl GuestSpec {
     /// A guest without an operating system, under KVM where `kvm` is set.
     pub fn bare_metal(name: &str, kvm: bool) -> Self {
         let kind = Kind::BareMetal { spins: 0, kvm };
-        Self { kind, mem_mib: 64, machine: "pc", disks_mib: Vec::new(), ..Self::linux(name) }
+        Self { kind, mem_mib: 64, machine: "pc", disks_mib: vec![1], ..Self::linux(name) }
     }
 
     /// The same with these options of the workload.
@@ -191,7 +191,9 @@ impl GuestSpec {
             let path = site.path(self.disk_path(number));
             let file = fs::File::create(&path).with_context(|| format!("create {}", path.display()))?;
             file.set_len(mib << 20).with_context(|| format!("size {}", path.display()))?;
-            exec::run(exec::limited(60, "mkfs.ext4").args(["-q", "-F"]).arg(&path))?;
+            if matches!(self.kind, Kind::Linux { .. }) {
+                exec::run(exec::limited(60, "mkfs.ext4").args(["-q", "-F"]).arg(&path))?;
+            }
         }
         let xml = site.directory().join(format!("{}.xml", self.name));
         fs::write(&xml, self.xml(&images)).with_context(|| format!("write {}", xml.display()))?;

@@ -266,6 +266,16 @@ impl Site {
             .collect()
     }
 
+    /// The id outside of the process that has this id in the site.
+    pub fn outside_pid(&self, inside: u32) -> Option<u32> {
+        let ends_with = |pid: &u32| {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            let ids = status.lines().find(|line| line.starts_with("NSpid:"));
+            ids.and_then(|ids| ids.split_whitespace().last()?.parse().ok()) == Some(inside)
+        };
+        self.processes().into_iter().find(ends_with)
+    }
+
     /// Processes of the site whose program has this file name.
     pub fn processes_named(&self, program: &str) -> Vec<u32> {
         let is = |pid: &u32| {

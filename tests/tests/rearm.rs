@@ -284,7 +284,8 @@ fn live(guest: &mut Guest) -> Result<Stale> {
 
 fn report(way: &str, rounds: usize, reads: u64, pages: u64, stale: &Stale) -> Result<()> {
     println!("{way}: {rounds} rounds, {reads} reads, {pages} pages copied, {stale:?}");
-    ensure!(reads > rounds as u64, "{way}: the guest ended {reads} reads in {rounds} rounds: no load");
+    // A starved guest reads less, and yet there has to be something to miss.
+    ensure!(reads > rounds as u64 / 4, "{way}: the guest ended {reads} reads in {rounds} rounds: no load");
     Ok(())
 }
 
