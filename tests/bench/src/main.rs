@@ -1,2 +1,60 @@
-//! Skeleton.
-fn main() {}
+//! `vmdr-bench`: what vmdr costs, as ratios.
+//!
+//! Every figure stands beside a floor that was measured in the same run, in turn with it: a busy or slow machine moves both. A
+//! benchmark prints a table, or JSON with a version field; only with `--check` a missed bar is a failure.
+
+mod figures;
+mod machine;
+mod pause;
+mod report;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+use report::{Format, Report};
+
+/// Measures vmdr against the least that is possible, in turn, in one run. Needs root.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    benchmark: Benchmark,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Args)]
+struct Common {
+    /// How to print the results.
+    #[arg(short, long, value_enum, default_value_t = Format::Table, global = true)]
+    output: Format,
+    /// Exit with 1 when a bar is missed.
+    #[arg(long, global = true)]
+    check: bool,
+}
+
+#[derive(Subcommand)]
+enum Benchmark {
+    /// How long a cut stops the guest, against stop, device save and cont alone.
+    Pause(pause::Options),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let measured = match &arguments.benchmark {
+        Benchmark::Pause(options) => pause::run(options),
+    };
+    match measured.and_then(|report| print(&report, &arguments.common)) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("vmdr-bench: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn print(report: &Report, common: &Common) -> Result<ExitCode> {
+    print!("{}", report.print(common.output)?);
+    Ok(if common.check && report.missed() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
