@@ -93,6 +93,7 @@ impl AgentService for Control {
                 "no receiver is configured: set `receiver = \"HOST:PORT\"` in agent.toml or give --receiver",
             ));
         };
+        let _one_at_a_time = self.agent.administration.lock().await;
         let examined = self.examine(&request.domain, Some(&receiver)).await?;
         if self.agent.sessions().contains_key(&examined.uuid) {
             return Err(Status::already_exists(format!("domain {} is already protected", examined.name)));
@@ -123,6 +124,7 @@ impl AgentService for Control {
 
     async fn unprotect(&self, request: Request<DomainRequest>) -> Result<Response<UnprotectReply>, Status> {
         let name = request.into_inner().domain;
+        let _one_at_a_time = self.agent.administration.lock().await;
         let session = {
             let uuid = self.agent.find(&name);
             uuid.and_then(|uuid| self.agent.sessions().remove(&uuid))
@@ -132,8 +134,8 @@ impl AgentService for Control {
         };
         let agent = self.agent.clone();
         let domain = blocking(move || {
-            agent.registry.remove(&session.protection.uuid)?;
             session.end(Input::Unprotect);
+            agent.registry.remove(&session.protection.uuid)?;
             Ok(session.protection.name.clone())
         })
         .await?;

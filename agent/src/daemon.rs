@@ -26,6 +26,8 @@ pub struct Agent {
     pub config: Arc<Config>,
     /// What is protected, on disk.
     pub registry: Registry,
+    /// Held while something is being protected or unprotected.
+    pub administration: Arc<tokio::sync::Mutex<()>>,
     sessions: Arc<Mutex<BTreeMap<String, Session>>>,
 }
 
@@ -33,7 +35,7 @@ impl Agent {
     /// An agent without sessions.
     pub fn new(config: Config) -> anyhow::Result<Self> {
         let registry = Registry::open(&config.state_dir)?;
-        Ok(Self { config: Arc::new(config), registry, sessions: Arc::default() })
+        Ok(Self { config: Arc::new(config), registry, administration: Arc::default(), sessions: Arc::default() })
     }
 
     /// Sessions by domain UUID.

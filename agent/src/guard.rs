@@ -10,16 +10,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use vmdr_shim::monitor::{Address, Monitor};
+use vmdr_shim::monitor::Address;
+use vmdr_shim::rescue;
 use vmdr_shim::state_page::StatePage;
 
 /// How often the heartbeat is looked at.
 const LOOK: Duration = Duration::from_millis(100);
-/// A stopped shim (SIGSTOP, a debugger) is killed when its heart has not beaten for this long.
-const STOPPED_LIMIT: Duration = Duration::from_millis(300);
+/// A stopped shim (SIGSTOP, a debugger) is killed when its heart has not beaten for this many looks.
+const STOPPED_LOOKS: u32 = 3;
 /// A shim that is not stopped, but does not beat: the machine may just be overloaded.
-const SILENT_LIMIT: Duration = Duration::from_secs(3);
-const MONITOR_LIMIT: Duration = Duration::from_secs(5);
+const SILENT_LOOKS: u32 = 30;
+/// How long resuming a guest is tried.
+const RESUME_LIMIT: Duration = Duration::from_secs(30);
+const RESUME_RETRY: Duration = Duration::from_millis(100);
 
 /// A running watch; dropping it ends it.
 #[derive(Debug)]
@@ -34,23 +37,25 @@ impl Guard {
         let stopped = stop.clone();
         let state = StatePage::open(&page)?;
         std::thread::Builder::new().name(format!("guard {domain}")).spawn(move || {
-            let mut last = (state.heartbeat(), Instant::now());
+            let mut beat = state.heartbeat();
+            // Looks without a beat, not time: a host that stood still as a whole is no shim that hangs.
+            let mut silent = 0;
             while !stopped.load(Ordering::Relaxed) {
                 std::thread::sleep(LOOK);
-                let beat = state.heartbeat();
-                if beat != last.0 {
-                    last = (beat, Instant::now());
+                let now = state.heartbeat();
+                if now != beat {
+                    (beat, silent) = (now, 0);
                     continue;
                 }
-                let silent = last.1.elapsed();
+                silent += 1;
                 let Some(process) = process_state(state.pid()) else {
                     tracing::error!(domain, pid = state.pid(), "the shim died");
                     resume_if_left_paused(&domain, &page, &monitor);
                     return;
                 };
-                let limit = if process == 'T' || process == 't' { STOPPED_LIMIT } else { SILENT_LIMIT };
+                let limit = if process == 'T' || process == 't' { STOPPED_LOOKS } else { SILENT_LOOKS };
                 if silent > limit {
-                    tracing::error!(domain, pid = state.pid(), ?silent, %process, "the shim hangs: killing it");
+                    tracing::error!(domain, pid = state.pid(), silent, %process, "the shim hangs: killing it");
                     kill(state.pid());
                     resume_if_left_paused(&domain, &page, &monitor);
                     return;
@@ -67,29 +72,31 @@ impl Drop for Guard {
     }
 }
 
-/// Resumes the guest if the state page says that a shim that is gone has paused it.
-pub fn resume_if_left_paused(domain: &str, page: &Path, monitor: &Address) {
-    let Ok(state) = StatePage::open(page) else { return };
-    if !state.paused() {
-        return;
-    }
-    match resume(monitor) {
-        Ok(()) => {
-            state.set_paused(false);
-            tracing::warn!(domain, "the guest had been left paused and runs again");
+/// Resumes the guest if the state page says that a shim that is gone has paused it; tried for [`RESUME_LIMIT`].
+/// Whether it is known not to be left paused.
+pub fn resume_if_left_paused(domain: &str, page: &Path, monitor: &Address) -> bool {
+    // Without a page there was no shim, or it ended as it should.
+    let Ok(state) = StatePage::open(page) else { return true };
+    let until = Instant::now() + RESUME_LIMIT;
+    loop {
+        match rescue::resume_if_left_paused(&state, monitor) {
+            Ok(false) => return true,
+            Ok(true) => {
+                tracing::warn!(domain, "the guest had been left paused and runs again");
+                return true;
+            }
+            Err(error) if Instant::now() >= until => {
+                tracing::error!(domain, "the guest was left paused and could not be resumed: {error}");
+                return false;
+            }
+            Err(_) => std::thread::sleep(RESUME_RETRY),
         }
-        Err(error) => tracing::error!(domain, "the guest was left paused and could not be resumed: {error:#}"),
     }
 }
 
-fn resume(monitor: &Address) -> anyhow::Result<()> {
-    let mut monitor = Monitor::connect(monitor, MONITOR_LIMIT)?;
-    let status = monitor.execute("query-status", None)?;
-    // Any other state than "paused" has another cause than our `stop`.
-    if status["status"] == "paused" {
-        monitor.execute("cont", None)?;
-    }
-    Ok(())
+/// Whether the process of a state page lives.
+pub fn alive(page: &Path) -> bool {
+    StatePage::open(page).is_ok_and(|state| process_state(state.pid()).is_some())
 }
 
 /// The letter of `/proc/PID/stat`; nothing: the process is gone (or a zombie).

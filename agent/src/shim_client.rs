@@ -15,6 +15,8 @@ use vmdr_shim::capture::Whole;
 
 /// How long a shim may take for any answer. A cut ends itself well before; reading a disk that hangs, too.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+/// How long it may take to greet.
+const GREETING_LIMIT: Duration = Duration::from_secs(2);
 
 /// Why a request brought no answer of the expected kind.
 #[derive(Debug, thiserror::Error)]
@@ -46,13 +48,15 @@ impl ShimClient {
                 Err(_) => std::thread::sleep(Duration::from_millis(20)),
             }
         };
-        stream.set_read_timeout(Some(ANSWER_LIMIT))?;
+        // One that does not even greet may hang with the guest paused: not to be waited for.
+        stream.set_read_timeout(Some(GREETING_LIMIT))?;
         stream.set_write_timeout(Some(ANSWER_LIMIT))?;
         let mut client = Self { stream };
         let state = client.state_after(to_shim::Request::Hello(Hello { protocol_version: SHIM_VERSION }))?;
         if state.protocol_version != SHIM_VERSION {
             bail!("the shim speaks protocol {}, this agent {SHIM_VERSION}", state.protocol_version);
         }
+        client.stream.set_read_timeout(Some(ANSWER_LIMIT))?;
         Ok((client, state))
     }
 

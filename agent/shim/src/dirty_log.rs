@@ -79,38 +79,46 @@ impl DirtyLog {
         &self.blocks
     }
 
-    /// Brings the watch in line with the blocks QEMU has now. A block that is new, has moved or has grown is
-    /// protected as a whole, and returned: all that is in it has to be copied. Guest stopped, but for the very
-    /// first time (then a drained pause has to come before the first copy).
-    pub fn follow(&mut self, now: &[RamBlock]) -> anyhow::Result<Vec<Run>> {
+    /// Brings the watch in line with the blocks QEMU has now. A block that is new, has moved, has grown or was re-made
+    /// is protected as a whole; all that is in it has to be copied, and is added to `fresh`, also when another block
+    /// fails afterwards. Guest stopped, but for the very first time (then a drained pause has to come before the first
+    /// copy).
+    pub fn follow(&mut self, now: &[RamBlock], fresh: &mut Vec<Run>) -> anyhow::Result<()> {
         let unchanged = now.len() == self.blocks.iter().filter(|watched| watched.present).count()
             && now.iter().all(|block| self.blocks.iter().any(|old| old.present && old.block == *block));
         if unchanged {
-            return Ok(Vec::new());
+            return Ok(());
         }
         let maps = fs::read_to_string(format!("/proc/{}/maps", self.pid)).context("read QEMU's memory map")?;
         for watched in &mut self.blocks {
-            watched.present = now.iter().any(|block| block.name == watched.block.name);
+            watched.present &= now.iter().any(|block| block.name == watched.block.name);
         }
-        let mut fresh = Vec::new();
         for block in now {
             let anonymous = is_anonymous(&maps, block.host_address);
-            let watched = Watched { block: block.clone(), present: true, anonymous };
             let known = self.blocks.iter().position(|old| old.block.name == block.name);
             let index = match known {
-                Some(index) if self.blocks[index].block == *block => continue,
-                Some(index) => {
-                    self.blocks[index] = watched;
-                    index
-                }
+                Some(index) if self.blocks[index].present && self.blocks[index].block == *block => continue,
+                Some(index) => index,
                 None => {
-                    self.blocks.push(watched);
+                    self.blocks.push(Watched { block: block.clone(), present: false, anonymous });
                     self.blocks.len() - 1
                 }
             };
-            self.watch(index, &mut fresh).with_context(|| format!("watch RAM block {}", block.name))?;
+            self.blocks[index] = Watched { block: block.clone(), present: false, anonymous };
+            self.watch(index, fresh).with_context(|| format!("watch RAM block {}", block.name))?;
+            if known.is_some() {
+                // The receiver has an image of it, with the old content where the new one was never touched.
+                fresh.push(Run { block: index, first: 0, pages: self.blocks[index].pages() });
+            }
+            self.blocks[index].present = true;
         }
-        Ok(fresh)
+        Ok(())
+    }
+
+    /// Every page of every block.
+    pub fn whole_blocks(&self) -> Vec<Run> {
+        let present = self.blocks.iter().enumerate().filter(|(_, watched)| watched.present);
+        present.map(|(block, watched)| Run { block, first: 0, pages: watched.pages() }).collect()
     }
 
     /// Everything that may differ from zero, as if all had been written.
@@ -118,6 +126,8 @@ impl DirtyLog {
         let mut runs = Vec::new();
         for index in 0..self.blocks.len() {
             if self.blocks[index].present {
+                // Twice: a page that the kernel is just moving is not there for a moment.
+                self.populated(index, &mut runs)?;
                 self.populated(index, &mut runs)?;
             }
         }
@@ -127,18 +137,26 @@ impl DirtyLog {
     /// The runs written since they were protected, in ascending order within a block. Consumes nothing.
     pub fn scan(&mut self, runs: &mut Vec<Run>) -> anyhow::Result<()> {
         runs.clear();
+        let mut remade = None;
         for (index, watched) in self.blocks.iter().enumerate().filter(|(_, watched)| watched.present) {
             let start = watched.block.host_address;
             let pages = watched.pages();
-            self.pagemap
-                .scan(start, watched.watched_bytes(), Pages::Written, |at, length| {
-                    let first = (at - start) / PAGE_BYTES as u64;
-                    let count = (length / PAGE_BYTES as u64).min(pages.saturating_sub(first));
-                    if count > 0 {
-                        runs.push(Run { block: index, first, pages: count });
-                    }
-                })
-                .with_context(|| format!("scan RAM block {} (was it re-made?)", watched.block.name))?;
+            let scanned = self.pagemap.scan(start, watched.watched_bytes(), Pages::Written, |at, length| {
+                let first = (at - start) / PAGE_BYTES as u64;
+                let count = (length / PAGE_BYTES as u64).min(pages.saturating_sub(first));
+                if count > 0 {
+                    runs.push(Run { block: index, first, pages: count });
+                }
+            });
+            if let Err(error) = scanned {
+                remade = Some((index, error));
+                break;
+            }
+        }
+        if let Some((index, error)) = remade {
+            // Its memory was re-made under the same name: the next look at the blocks watches it anew, as a whole.
+            self.blocks[index].present = false;
+            return Err(error).with_context(|| format!("scan RAM block {}", self.blocks[index].block.name));
         }
         Ok(())
     }
@@ -197,7 +215,11 @@ impl DirtyLog {
             if count > 0 {
                 runs.push(Run { block: index, first, pages: count });
             }
-        })
+        })?;
+        if swapped_bytes(self.pid)? > 0 {
+            runs.push(Run { block: index, first: 0, pages });
+        }
+        Ok(())
     }
 }
 

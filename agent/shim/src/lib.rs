@@ -22,6 +22,7 @@ pub mod nbd;
 pub mod procmem;
 pub mod qmp;
 pub mod ramblock;
+pub mod rescue;
 pub mod server;
 pub mod state_page;
 pub mod uffd;

@@ -128,6 +128,8 @@ pub struct Passthrough {
     uuid: Uuid,
     domain: Domain,
     next_id: u64,
+    /// As `query-status` said last: `stop` stops only a guest that runs.
+    running: bool,
     answers: Vec<(u64, Result<Value, QmpError>)>,
     events: VecDeque<Event>,
 }
@@ -135,7 +137,15 @@ pub struct Passthrough {
 impl Passthrough {
     fn connect(uri: &str, uuid: Uuid, limit: Duration) -> Result<Self, QmpError> {
         let domain = find(uri, &uuid, limit)?;
-        Ok(Self { uri: uri.to_owned(), uuid, domain, next_id: 1, answers: Vec::new(), events: VecDeque::new() })
+        Ok(Self {
+            uri: uri.to_owned(),
+            uuid,
+            domain,
+            next_id: 1,
+            running: false,
+            answers: Vec::new(),
+            events: VecDeque::new(),
+        })
     }
 
     fn send<const N: usize>(&mut self, commands: [Command<'_>; N]) -> Result<[Sent; N], QmpError> {
@@ -146,7 +156,8 @@ impl Passthrough {
             let before = now_us();
             let answer = self.run(command, arguments.unwrap_or(&Value::Null), &[]);
             match (&answer, command) {
-                (Ok(_), "stop") => self.event("STOP", before),
+                (Ok(status), "query-status") => self.running = status["status"] == "running",
+                (Ok(_), "stop") if self.running => self.event("STOP", before),
                 (Ok(_), "cont") => self.event("RESUME", now_us()),
                 (Err(error), _) if error.is_fatal() => fatal = Some(error.to_string()),
                 _ => {}

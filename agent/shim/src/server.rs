@@ -70,8 +70,12 @@ pub fn run(config: Config) -> anyhow::Result<End> {
     let listener = listen(&config.control_socket())?;
     let mut capture = Capture::new(config, page, arena, disks)?;
     let end = serve(&listener, &mut capture)?;
-    capture.detach();
+    let runs = capture.detach();
     nbd.stop();
+    if !runs {
+        // The state page stays: it tells the agent that the guest's pause is ours.
+        return Ok(end);
+    }
     std::fs::remove_dir_all(&directory).with_context(|| format!("remove {}", directory.display()))?;
     Ok(end)
 }

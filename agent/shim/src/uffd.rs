@@ -117,6 +117,12 @@ impl Uffd {
         Ok(Self { fd })
     }
 
+    /// Whether a descriptor with these features reports writes and never stops a thread.
+    pub fn suffices(features: u64) -> bool {
+        let needed = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED;
+        features & needed == needed
+    }
+
     /// Takes a descriptor on which the handshake was done before: the dirty log that it holds is still valid.
     pub fn adopt(fd: OwnedFd) -> Self {
         Self { fd }

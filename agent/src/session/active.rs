@@ -16,6 +16,9 @@ use super::{Answer, Input, Phase, RETRY, Stop, Worker};
 use crate::encode::{Extras, PartEncoder};
 use crate::link::LinkEvent;
 use crate::resync::Resync;
+use std::path::PathBuf;
+use vmdr_hypervisor::domain_xml::DomainXml;
+use vmdr_shim::monitor::Address;
 
 /// Parts that may be on their way before the next cut waits.
 const IN_FLIGHT_MAX: usize = 4;
@@ -166,7 +169,7 @@ impl<'a> Active<'a> {
             Input::Shutdown => Err(Stop::Shutdown),
             Input::DevicesChanged => {
                 self.xml_changed = true;
-                Ok(())
+                self.look_at_devices()
             }
             Input::Link(LinkEvent::Up { position, sender }) => {
                 if self.worker.protection.generation == 0 {
@@ -208,6 +211,31 @@ impl<'a> Active<'a> {
         }
     }
 
+    /// What is needed to resume the guest should the shim be lost.
+    pub(super) fn rescue(&self) -> (PathBuf, Address) {
+        let directory = attach::directory(&self.worker.config, &self.worker.uuid);
+        (vmdr_shim::config::state_page(&directory), self.attached.monitor.clone())
+    }
+
+    /// Devices came or went: a disk that is not mirrored, or one that cannot be protected, ends this round.
+    fn look_at_devices(&self) -> Result<(), Stop> {
+        let domain = &self.attached.domain;
+        let live = match domain.live_xml() {
+            Ok(live) => live,
+            Err(error) => {
+                // Said again when libvirt's events are.
+                tracing::warn!(domain = domain.name(), "{error}");
+                return Ok(());
+            }
+        };
+        attach::still_protectable(&self.worker.config, domain, &live)?;
+        let xml = DomainXml::from_element(&live).map_err(anyhow::Error::from)?;
+        if attach::mirrored_disks(domain, &xml)? != self.attached.disks {
+            return Err(anyhow!("the disks of domain {} have changed", domain.name()).into());
+        }
+        Ok(())
+    }
+
     /// Joins what the shim holds to what the receiver has.
     fn start_from(&mut self, position: &Position) -> Result<(), Stop> {
         let state = self.attached.shim.state()?;
@@ -239,7 +267,7 @@ impl<'a> Active<'a> {
                     }
                 }
                 let copying = state.next_part > 0 || state.seed;
-                self.set_mode(if copying { Mode::Copy { round: 0, need_pass: false } } else { Mode::Cuts }, state.seed);
+                self.set_mode(if copying { Mode::Copy { round: 0, need_pass: true } } else { Mode::Cuts }, state.seed);
             }
             Resume::Seed { epoch } => {
                 self.in_flight.clear();
@@ -490,7 +518,7 @@ impl<'a> Active<'a> {
             }
         }
         let layout = (self.sent_layout.as_ref() != Some(&layout)).then_some(layout);
-        let xml = if part.last { self.new_xml()? } else { None };
+        let xml = if part.last { self.new_xml(part.seed)? } else { None };
         let extras = Extras { domain_xml: xml.as_deref(), layout: layout.as_ref() };
         let encoded = self.encoder.encode(&part, &self.attached.arena, &extras, |message| {
             sender.blocking_send(message).map_err(|_| Unsent::LinkDown)
@@ -529,13 +557,21 @@ impl<'a> Active<'a> {
     }
 
     /// The domain's XML, if it is not what the receiver has.
-    fn new_xml(&mut self) -> anyhow::Result<Option<String>> {
+    fn new_xml(&mut self, needed: bool) -> anyhow::Result<Option<String>> {
         if !self.xml_changed && self.xml_looked.elapsed() < XML_LOOK {
             return Ok(None);
         }
-        self.xml_changed = false;
         self.xml_looked = Instant::now();
-        let xml = self.attached.domain.migratable_xml()?.to_string();
+        let xml = match self.attached.domain.migratable_xml() {
+            Ok(xml) => xml.to_string(),
+            Err(error) if needed && self.sent_xml.is_empty() => return Err(error.into()),
+            Err(error) => {
+                // libvirtd being away is no reason to be without epochs: the receiver has an XML.
+                tracing::warn!(domain = self.worker.protection.name, "{error}");
+                return Ok(None);
+            }
+        };
+        self.xml_changed = false;
         Ok((xml != self.sent_xml).then_some(xml))
     }
 }

@@ -20,8 +20,11 @@ use vmdr_shim::monitor::Address;
 use crate::arena_map::ArenaMap;
 use crate::config::Config;
 use crate::guard::{self, Guard};
+use crate::preflight::{self, DomainOptions, HostFacts};
 use crate::shim_client::ShimClient;
 
+/// A shim's configuration, in its directory.
+const CONFIG: &str = "config.json";
 const START_LIMIT: Duration = Duration::from_secs(10);
 const ADOPT_LIMIT: Duration = Duration::from_millis(500);
 
@@ -62,17 +65,18 @@ pub fn attach(config: &Config, connection: &Connection, uuid: &Uuid) -> anyhow::
     let live = domain.live_xml()?;
     let monitor = monitor_of(config, &domain, &live);
     let xml = DomainXml::from_element(&live)?;
+    still_protectable(config, &domain, &live)?;
     let machine = xml.machine.clone();
     let disks = mirrored_disks(&domain, &xml)?;
     let directory = directory(config, uuid);
     let page = shim_config::state_page(&directory);
-    if let Some((shim, state)) = adopt(&directory, &disks) {
+    if let Some((shim, state)) = adopt(&directory, &disks, domain.qemu_pid()?) {
         let arena = ArenaMap::open(state.pid, state.arena_fd, state.arena_bytes)?;
         let guard = Guard::watch(domain.name().to_owned(), page, monitor.clone()).context("watch the shim")?;
         tracing::info!(domain = domain.name(), pid = state.pid, "going on with the shim that runs");
         return Ok(Attached { domain, machine, monitor, disks, shim, state, arena, guard, adopted: true });
     }
-    clear(&domain, &directory, &monitor, &disks);
+    clear(&domain, &directory, &monitor, &disks)?;
     if state != DomainState::Running {
         bail!("domain {} is {state:?}: it has to be running to be protected", domain.name());
     }
@@ -101,6 +105,17 @@ pub fn attach(config: &Config, connection: &Connection, uuid: &Uuid) -> anyhow::
     Ok(Attached { domain, machine, monitor, disks, shim, state, arena, guard, adopted: false })
 }
 
+/// Devices may have come since `protect`.
+pub fn still_protectable(config: &Config, domain: &Domain, live: &Element) -> anyhow::Result<()> {
+    let options = DomainOptions { arena_bytes: config.arena_bytes, protected: true };
+    let findings = preflight::domain::definition(live, &HostFacts::gather(), &options);
+    let refused: Vec<String> = preflight::refusals(&findings).map(ToString::to_string).collect();
+    if !refused.is_empty() {
+        bail!("domain {} cannot be protected as it is now: {}", domain.name(), refused.join("; "));
+    }
+    Ok(())
+}
+
 /// Begins mirroring a disk into the shim.
 pub fn mirror(config: &Config, domain: &Domain, uuid: &Uuid, target: &str) -> anyhow::Result<()> {
     let socket = shim_config::nbd_socket(&directory(config, uuid));
@@ -126,8 +141,7 @@ pub fn remove(config: &Config, connection: &Connection, uuid: &Uuid) -> anyhow::
     let live = domain.live_xml()?;
     let disks = mirrored_disks(&domain, &DomainXml::from_element(&live)?)?;
     let monitor = monitor_of(config, &domain, &live);
-    clear(&domain, &directory(config, uuid), &monitor, &disks);
-    Ok(())
+    clear(&domain, &directory(config, uuid), &monitor, &disks)
 }
 
 /// A running domain's own QMP socket; libvirt where it has none.
@@ -139,7 +153,7 @@ pub fn monitor_of(config: &Config, domain: &Domain, live: &Element) -> Address {
 }
 
 /// The writable disks of a running domain, in the order of its XML.
-fn mirrored_disks(domain: &Domain, xml: &DomainXml) -> anyhow::Result<Vec<Disk>> {
+pub fn mirrored_disks(domain: &Domain, xml: &DomainXml) -> anyhow::Result<Vec<Disk>> {
     xml.disks
         .iter()
         .filter(|disk| disk.is_writable())
@@ -151,9 +165,15 @@ fn mirrored_disks(domain: &Domain, xml: &DomainXml) -> anyhow::Result<Vec<Disk>>
 }
 
 /// The shim that runs for this domain, if it still fits: same disks.
-fn adopt(directory: &Path, disks: &[Disk]) -> Option<(ShimClient, State)> {
+fn adopt(directory: &Path, disks: &[Disk], qemu_pid: u32) -> Option<(ShimClient, State)> {
     let socket = shim_config::control_socket(directory);
     if !socket.exists() {
+        return None;
+    }
+    // A domain that was started anew since is another process, with other memory.
+    let config = ShimConfig::read(&directory.join(CONFIG)).ok()?;
+    if config.qemu_pid != qemu_pid as i32 {
+        tracing::info!(domain = config.domain_name, "the shim that runs belongs to a QEMU that is gone");
         return None;
     }
     let (shim, state) = match ShimClient::connect(&socket, ADOPT_LIMIT) {
@@ -173,7 +193,7 @@ fn adopt(directory: &Path, disks: &[Disk]) -> Option<(ShimClient, State)> {
 }
 
 /// Removes what a shim that is dead or unusable left behind.
-fn clear(domain: &Domain, directory: &Path, monitor: &Address, disks: &[Disk]) {
+fn clear(domain: &Domain, directory: &Path, monitor: &Address, disks: &[Disk]) -> anyhow::Result<()> {
     let page = shim_config::state_page(directory);
     if let Ok(state) = vmdr_shim::state_page::StatePage::open(&page) {
         // Its pid may have been given to another process since: only one that has this directory's name is it.
@@ -181,7 +201,9 @@ fn clear(domain: &Domain, directory: &Path, monitor: &Address, disks: &[Disk]) {
         if String::from_utf8_lossy(&name).contains(&*directory.to_string_lossy()) {
             guard::kill(state.pid());
         }
-        guard::resume_if_left_paused(domain.name(), &page, monitor);
+        if !guard::resume_if_left_paused(domain.name(), &page, monitor) {
+            bail!("domain {} was left paused by a shim and cannot be resumed yet", domain.name());
+        }
     }
     for disk in disks {
         if let Err(error) = domain.block_job_abort(&disk.target, true) {
@@ -189,11 +211,12 @@ fn clear(domain: &Domain, directory: &Path, monitor: &Address, disks: &[Disk]) {
         }
     }
     let _ = std::fs::remove_dir_all(directory);
+    Ok(())
 }
 
 fn spawn(config: &Config, shim: &ShimConfig) -> anyhow::Result<()> {
     std::fs::create_dir_all(&shim.directory).with_context(|| format!("make {}", shim.directory.display()))?;
-    let file = shim.directory.join("config.json");
+    let file = shim.directory.join(CONFIG);
     std::fs::write(&file, serde_json::to_vec_pretty(shim)?).with_context(|| format!("write {}", file.display()))?;
     std::fs::create_dir_all(&config.log_dir).with_context(|| format!("make {}", config.log_dir.display()))?;
     let log = log_file(config, &shim.domain_uuid);

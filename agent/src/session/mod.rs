@@ -29,6 +29,7 @@ use self::active::Active;
 use self::attach::Attached;
 use self::figures::Figures;
 use crate::config::Config;
+use crate::guard;
 use crate::link::{self, LinkEvent, Target};
 use crate::registry::{Protection, Registry};
 use crate::shim_client::ShimError;
@@ -254,6 +255,11 @@ impl Worker {
                     let reached = active.worker.shared.status().durable_epoch > 0;
                     first &= !reached;
                     active.finish(&stop, first);
+                    let (page, monitor) = active.rescue();
+                    drop(active);
+                    if matches!(stop, Stop::Again(_)) && !guard::alive(&page) {
+                        guard::resume_if_left_paused(&self.protection.name, &page, &monitor);
+                    }
                     stop
                 }
                 Err(error) => Stop::Again(error),

@@ -72,22 +72,22 @@ impl Capture {
 
     /// Ends QEMU's exports, if there are any.
     pub(super) fn close_exports(&mut self) {
-        let mut any = false;
+        if !std::mem::take(&mut self.nbd_server) {
+            return;
+        }
         for (disk, catch_up) in self.disks.iter().zip(&mut self.catch_up) {
-            if catch_up.export.take().is_some() {
-                any = true;
-                let id = export_id(disk.target());
-                let _ = self.qmp.execute("block-export-del", Some(&json!({ "id": id, "mode": "hard" })));
-            }
+            catch_up.export = None;
+            // Not every disk had one.
+            let id = export_id(disk.target());
+            let _ = self.qmp.execute("block-export-del", Some(&json!({ "id": id, "mode": "hard" })));
         }
-        if any {
-            let _ = self.qmp.execute("nbd-server-stop", None);
-        }
+        let _ = self.qmp.execute("nbd-server-stop", None);
     }
 
     fn mirror_is_ready(&mut self, target: &str) -> anyhow::Result<bool> {
         let jobs = self.qmp.execute("query-block-jobs", None)?;
-        Ok(mirror_of(&jobs, target)?["ready"] == true)
+        // One that is gone is missed by the next cut, and begun anew by the agent.
+        Ok(mirror_of(&jobs, target).is_ok_and(|job| job["ready"] == true))
     }
 
     fn read_disk(&mut self, index: usize, bytes_max: u64, copied: &mut Copied) -> anyhow::Result<u64> {
@@ -139,14 +139,22 @@ impl Capture {
         let id = export_id(target);
         // Both may be there from an attempt that failed half-way; the connection below tells whether they serve.
         let address = json!({ "addr": { "type": "unix", "data": { "path": path } } });
-        let server = self.qmp.execute("nbd-server-start", Some(&address));
-        let export = json!({ "type": "nbd", "id": id, "node-name": node, "name": target, "writable": false });
-        let export = self.qmp.execute("block-export-add", Some(&export));
-        Client::connect(&path, target, READ_LIMIT).map_err(|error| {
-            let told: Vec<String> =
-                [server.err(), export.err()].into_iter().flatten().map(|error| error.to_string()).collect();
-            anyhow!("connect to QEMU's export of disk {target}: {error} ({})", told.join("; "))
-        })
+        let mut told = Vec::new();
+        match self.qmp.execute("nbd-server-start", Some(&address)) {
+            Ok(_) => self.nbd_server = true,
+            Err(error) => told.push(error.to_string()),
+        }
+        // A server that runs already may be ours, for another disk or from a predecessor; into anybody else's nothing
+        // is added.
+        if self.nbd_server || std::os::unix::net::UnixStream::connect(&path).is_ok() {
+            self.nbd_server = true;
+            let export = json!({ "type": "nbd", "id": id, "node-name": node, "name": target, "writable": false });
+            if let Err(error) = self.qmp.execute("block-export-add", Some(&export)) {
+                told.push(error.to_string());
+            }
+        }
+        Client::connect(&path, target, READ_LIMIT)
+            .map_err(|error| anyhow!("connect to QEMU's export of disk {target}: {error} ({})", told.join("; ")))
     }
 
     fn export_socket(&self) -> anyhow::Result<PathBuf> {

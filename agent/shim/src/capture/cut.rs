@@ -75,7 +75,7 @@ impl Capture {
             false,
             [("human-monitor-command", Some(&ramblock_arguments()))],
             |this, [blocks], timing| {
-                let blocks = this.qmp.wait(blocks, this.cut_limit())?;
+                let blocks = this.qmp.wait(blocks, this.cut_left())?;
                 this.follow(&blocks)?;
                 let dirty_pages = this.scan_and_protect(timing)?.1;
                 Ok(InPause::Done(dirty_pages))
@@ -90,14 +90,14 @@ impl Capture {
     pub fn cut(&mut self, pages_max: u64, hold: bool) -> Result<Result<Part, NoCut>, CaptureError> {
         self.ready_to_stop()?;
         let pages_max = if pages_max == 0 { self.config.cut_pages_max } else { pages_max };
-        if let Some(no) = self.not_now(pages_max) {
-            return Ok(Err(no));
-        }
         if !self.mirrors_ready {
             let jobs = self.qmp.execute("query-block-jobs", None)?;
             if let Err(error) = self.check_mirrors(&jobs) {
                 return Ok(Err(NoCut::new(NoPartReason::Mirror, format!("{error:#}"))));
             }
+        }
+        if let Some(no) = self.not_now(pages_max) {
+            return Ok(Err(no));
         }
         seek(&self.device_writer, SeekFrom::Start(0)).context("rewind the device state")?;
         let save = json!({ "filename": format!("/dev/fdset/{DEVICE_FD_SET}"), "live": false });
@@ -111,9 +111,8 @@ impl Capture {
             ],
             |this, [jobs, blocks, save], timing| {
                 let cut_unix_ns = unix_ns();
-                let limit = this.cut_limit();
-                let jobs = this.qmp.wait(jobs, limit)?;
-                let blocks = this.qmp.wait(blocks, limit)?;
+                let jobs = this.qmp.wait(jobs, this.cut_left())?;
+                let blocks = this.qmp.wait(blocks, this.cut_left())?;
                 let mirrors = this.check_mirrors(&jobs);
                 this.mirrors_ready = mirrors.is_ok();
                 // From here QEMU is writing device state; its answer has to be taken whatever happens.
@@ -122,7 +121,7 @@ impl Capture {
                     Err(error) => Ok(InPause::Not(NoCut::new(NoPartReason::Mirror, format!("{error:#}")))),
                 };
                 let started = Instant::now();
-                let saved = this.qmp.wait(save, limit);
+                let saved = this.qmp.wait(save, this.cut_left());
                 timing.device_ns = nanos(started);
                 let mut copied = match copied? {
                     InPause::Done(copied) => copied,
@@ -149,7 +148,13 @@ impl Capture {
         let part = self.hold(copied, finished.is_ok());
         match finished {
             Ok(()) => Ok(Ok(part)),
-            Err(error) => Err(error.into()),
+            Err(error) => {
+                // Held, but not at a recovery point: that is not what was asked for.
+                if self.held {
+                    self.end_hold()?;
+                }
+                Err(error.into())
+            }
         }
     }
 
@@ -200,17 +205,25 @@ impl Capture {
     ) -> Result<Result<(T, Timing), NoCut>, CaptureError> {
         let mut timing = Timing::default();
         let limit = self.cut_limit();
+        self.end_own_pause()?;
+        if !self.was_running {
+            let state = self.run_state()?;
+            if state != "running" {
+                return Ok(Err(not_running(&state)));
+            }
+        }
         let started = Instant::now();
+        self.deadline = started + limit;
         self.page.set_paused(true);
         // All in QEMU's socket before it has worked on the first: none waits for a round trip.
         let [status, stop] = self.qmp.send([("query-status", None), ("stop", None)])?;
         let sent = self.qmp.send(commands)?;
-        let status = match self.qmp.wait(status, limit) {
+        let status = match self.qmp.wait(status, self.cut_left()) {
             Ok(status) => status,
             Err(error) => return self.give_up(stop, error),
         };
         let state = status.get("status").and_then(Value::as_str).unwrap_or("unknown").to_owned();
-        match self.qmp.wait(stop, limit) {
+        match self.qmp.wait(stop, self.cut_left()) {
             Ok(_) => {}
             Err(error @ QmpError::Timeout { .. }) => {
                 tracing::warn!(domain = self.config.domain_name, "stop: {error}");
@@ -219,17 +232,20 @@ impl Capture {
             Err(error) => return Err(error.into()),
         }
         timing.stop_ns = nanos(started);
-        if state != "running" {
-            // Not our stop: not our cont either.
+        self.was_running = state == "running";
+        if !self.was_running {
+            // A guest in S3 was stopped all the same, and goes back there; any other was not ours to stop.
+            if state == "suspended" {
+                self.resume()?;
+            }
             self.page.set_paused(false);
             for sent in sent {
-                match self.qmp.wait(sent, limit) {
+                match self.qmp.wait(sent, LATE_LIMIT) {
                     Err(error) if error.is_fatal() => return Err(error.into()),
                     _ => {}
                 }
             }
-            let message = format!("the guest is {state}, and vmdr did not stop it");
-            return Ok(Err(NoCut::new(NoPartReason::NotRunning, message)));
+            return Ok(Err(not_running(&state)));
         }
         let stopped = self.qmp.wait_event("STOP", Duration::ZERO)?;
         let done = work(self, sent, &mut timing);
@@ -299,16 +315,23 @@ impl Capture {
         Ok(Err(NoCut::new(NoPartReason::NotRunning, "the guest was not running")))
     }
 
+    fn run_state(&mut self) -> Result<String, CaptureError> {
+        let status = self.qmp.execute("query-status", None)?;
+        Ok(status.get("status").and_then(Value::as_str).unwrap_or("unknown").to_owned())
+    }
+
     /// Brings the watch in line with `info ramblock`'s answer.
     fn follow(&mut self, blocks: &Value) -> anyhow::Result<()> {
         let blocks = ramblock::parse(blocks.as_str().unwrap_or_default()).context("list RAM blocks")?;
         let log = self.log.as_mut().context("not armed")?;
-        let fresh = log.follow(&blocks)?;
+        let mut fresh = Vec::new();
+        let followed = log.follow(&blocks, &mut fresh);
         if !fresh.is_empty() {
             tracing::info!(domain = self.config.domain_name, "RAM blocks have changed");
+            // Also when following failed half-way: what was protected has lost its old reports.
             self.add_pending(&fresh);
         }
-        Ok(())
+        followed
     }
 
     /// Scans all blocks, remembers what was found as pending, and only then protects it.
@@ -378,6 +401,10 @@ impl Capture {
         copied.part.timing = Some(timing);
         Ok(())
     }
+}
+
+fn not_running(state: &str) -> NoCut {
+    NoCut::new(NoPartReason::NotRunning, format!("the guest is {state}, and vmdr did not stop it"))
 }
 
 fn ramblock_arguments() -> Value {

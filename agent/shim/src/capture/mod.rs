@@ -20,7 +20,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -37,6 +37,7 @@ use crate::inject::Origin;
 use crate::monitor::Monitor;
 use crate::qmp::{COMMAND_LIMIT, Event, QmpError};
 use crate::ramblock;
+use crate::rescue;
 use crate::state_page::StatePage;
 
 pub use self::cut::NoCut;
@@ -118,6 +119,8 @@ pub struct Capture {
     /// Per block of the dirty log: pages that were reported and protected again, and are in no part yet.
     pending: Vec<Bitmap>,
     catch_up: Vec<CatchUp>,
+    /// QEMU's NBD server runs for us.
+    nbd_server: bool,
     unreleased: VecDeque<Held>,
     generation: u64,
     epoch: u64,
@@ -127,6 +130,10 @@ pub struct Capture {
     /// A cut has left the guest paused, as it was asked to.
     held: bool,
     last_event: String,
+    /// Whether the guest ran when last looked at. If not, it is looked at before it is stopped.
+    was_running: bool,
+    /// When the cut that is under way has to be over.
+    deadline: Instant,
     /// Whether the mirrors were in order when last looked at. If not, they are looked at before the guest is stopped.
     mirrors_ready: bool,
     /// What QEMU writes device state into; the write-only descriptor shares its offset with QEMU's.
@@ -167,6 +174,7 @@ impl Capture {
             log: None,
             pending: Vec::new(),
             catch_up,
+            nbd_server: false,
             unreleased: VecDeque::new(),
             generation: 0,
             epoch: 0,
@@ -175,6 +183,8 @@ impl Capture {
             fenced: false,
             held: false,
             last_event: String::new(),
+            was_running: false,
+            deadline: Instant::now(),
             mirrors_ready: false,
             device_memory,
             device_writer,
@@ -205,7 +215,8 @@ impl Capture {
             let blocks = ramblock::parse(&self.qmp.human("info ramblock")?).context("list RAM blocks")?;
             let (mut log, origin) = DirtyLog::open(self.config.qemu_pid, &self.helper)?;
             tracing::info!(domain = self.config.domain_name, ?origin, blocks = blocks.len(), "watching guest memory");
-            let fresh = log.follow(&blocks)?;
+            let mut fresh = Vec::new();
+            log.follow(&blocks, &mut fresh)?;
             self.log = Some(log);
             self.add_pending(&fresh);
             if origin == Origin::Adopted {
@@ -215,6 +226,12 @@ impl Capture {
             let log = self.log.as_mut().context("no dirty log")?;
             let everything = log.everything().context("list populated pages")?;
             self.add_pending(&everything);
+        }
+        if whole == Whole::Resync {
+            // What was never touched is zero, and has to replace what the standby has there.
+            let log = self.log.as_ref().context("no dirty log")?;
+            let all = log.whole_blocks();
+            self.add_pending(&all);
         }
         if whole != Whole::No {
             // The first seed is brought by the mirrors themselves; afterwards, and where most is known already, the
@@ -277,8 +294,9 @@ impl Capture {
     pub fn fence(&mut self) -> Result<(), CaptureError> {
         self.fenced = true;
         self.held = false;
-        self.page.set_paused(false);
         self.qmp.execute("stop", None)?;
+        // The pause is no longer one that anybody may end.
+        self.page.set_paused(false);
         tracing::error!(
             domain = self.config.domain_name,
             "fenced: another site owns this guest; it is paused and will not be resumed from here"
@@ -286,8 +304,9 @@ impl Capture {
         Ok(())
     }
 
-    /// Ends a hold, and the watch over the guest's memory.
-    pub fn detach(&mut self) {
+    /// Ends a pause of ours, a hold, and the watch over the guest's memory. Whether the guest is known not to be left
+    /// paused by us.
+    pub fn detach(&mut self) -> bool {
         if self.held
             && let Err(error) = self.end_hold()
         {
@@ -298,6 +317,13 @@ impl Capture {
         }
         self.close_exports();
         let _ = self.qmp.execute("remove-fd", Some(&serde_json::json!({ "fdset-id": DEVICE_FD_SET })));
+        if let Err(error) = self.end_own_pause() {
+            tracing::warn!(domain = self.config.domain_name, "end the pause: {error}; trying a new connection");
+            if let Err(error) = rescue::resume_if_left_paused(&self.page, &self.config.monitor) {
+                tracing::error!(domain = self.config.domain_name, "the guest may be left paused: {error}");
+            }
+        }
+        !self.page.paused()
     }
 
     /// Where things stand, QEMU asked.
@@ -344,10 +370,21 @@ impl Capture {
         }
     }
 
-    /// Looks at QEMU's events, so that a socket that nobody reads does not fill up.
+    /// Looks at QEMU's events, so that a socket that nobody reads does not fill up, and ends a pause that could not be
+    /// ended before.
     pub fn idle(&mut self) -> Result<(), CaptureError> {
+        self.end_own_pause()?;
         let events = self.qmp.events()?;
         self.note(events);
+        Ok(())
+    }
+
+    /// A request has failed between `stop` and `cont`, and the guest may be paused since.
+    fn end_own_pause(&mut self) -> Result<(), CaptureError> {
+        if self.page.paused() {
+            tracing::warn!(domain = self.config.domain_name, "an earlier pause was not ended: ending it");
+            rescue::end_pause(&self.page, &mut self.qmp)?;
+        }
         Ok(())
     }
 
@@ -362,6 +399,11 @@ impl Capture {
 
     fn cut_limit(&self) -> Duration {
         Duration::from_millis(self.config.cut_limit_ms)
+    }
+
+    /// What is left of the time that a cut may take; a moment at least, for an answer that is there already.
+    fn cut_left(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(10))
     }
 
     fn pending_pages(&self) -> u64 {

@@ -20,6 +20,9 @@ use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open}
 
 use crate::uffd::{UFFD_LINK, USERFAULTFD_FLAGS, Uffd};
 
+const NO_WP_ASYNC: &str =
+    "userfaultfd without asynchronous write protection: Linux 6.7 or later, built with it, is needed";
+
 /// Where a userfaultfd came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
@@ -31,8 +34,17 @@ pub enum Origin {
 
 /// A userfaultfd of `pid`: the one a predecessor left there, or a new one, made by `helper inject PID`.
 pub fn userfaultfd_of(pid: i32, helper: &Path) -> anyhow::Result<(Uffd, Origin)> {
-    if let Some(fd) = find(pid)? {
-        return Ok((Uffd::adopt(duplicate(pid, fd)?), Origin::Adopted));
+    match find(pid)? {
+        Some((fd, features)) if Uffd::suffices(features) => {
+            return Ok((Uffd::adopt(duplicate(pid, fd)?), Origin::Adopted));
+        }
+        // Made, and its maker died before the handshake.
+        Some((fd, 0)) => return Ok((Uffd::handshake(duplicate(pid, fd)?).context(NO_WP_ASYNC)?, Origin::Fresh)),
+        Some((_, features)) => bail!(
+            "QEMU (pid {pid}) has a userfaultfd of its own (features {features:#x}): a background snapshot or postcopy \
+             migration is under way; wait until it is over"
+        ),
+        None => {}
     }
     let output = Command::new(helper)
         .args(["inject", &pid.to_string()])
@@ -59,15 +71,26 @@ pub fn inject(pid: i32) -> anyhow::Result<i32> {
     Ok(number as i32)
 }
 
-fn find(pid: i32) -> anyhow::Result<Option<i32>> {
+/// A userfaultfd that is open in `pid`, and its features (0: no handshake was done).
+fn find(pid: i32) -> anyhow::Result<Option<(i32, u64)>> {
     let directory = format!("/proc/{pid}/fd");
     for entry in std::fs::read_dir(&directory).with_context(|| format!("read {directory}"))? {
         let Ok(entry) = entry else { continue };
-        if std::fs::read_link(entry.path()).is_ok_and(|to| to.as_os_str() == UFFD_LINK) {
-            return Ok(entry.file_name().to_string_lossy().parse().ok());
+        if !std::fs::read_link(entry.path()).is_ok_and(|to| to.as_os_str() == UFFD_LINK) {
+            continue;
         }
+        let Ok(number) = entry.file_name().to_string_lossy().parse() else { continue };
+        let path = format!("/proc/{pid}/fdinfo/{number}");
+        let info = std::fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+        return Ok(Some((number, features(&info).with_context(|| format!("no features in {path}"))?)));
     }
     Ok(None)
+}
+
+/// From a line `API:\taa:8000:7f`: version, features in use, features there are; hexadecimal.
+fn features(info: &str) -> Option<u64> {
+    let line = info.lines().find_map(|line| line.strip_prefix("API:"))?;
+    u64::from_str_radix(line.trim().split(':').nth(1)?, 16).ok()
 }
 
 fn duplicate(pid: i32, number: i32) -> anyhow::Result<OwnedFd> {
