@@ -102,6 +102,14 @@ pub fn transform(source: &str, placement: &Placement<'_>, host: &dyn Host) -> Re
                 "shut the guest down and start it when there is time for it, if it needs that backing",
             ));
         }
+        if root.attribute_at("devices/memballoon", "freePageReporting") == Some("on") {
+            findings.push(findings::warning(
+                "memory balloon",
+                "memory that the guest reports as free stays with it until it is started anew: the RAM image must not change \
+                 (QEMU's log says \"Discarding RAM with readonly files is not supported\" each time)",
+                "",
+            ));
+        }
         // QEMU opens the image read-only, so that nothing the guest does can change it: not even a discard (a balloon, free
         // page reporting), which on a writable private mapping would punch a hole into the file itself.
         let object = format!(

@@ -125,6 +125,18 @@ fn what_is_of_the_old_host_goes_and_what_the_guest_sees_stays() {
 }
 
 #[test]
+fn free_page_reporting_is_said_to_do_nothing() {
+    let balloon = "<memballoon model='virtio'";
+    let reporting = Q35.replace(balloon, &format!("{balloon} freePageReporting='on'"));
+    let host = host(&["/usr/bin/qemu-system-x86_64"]);
+    let made = make(&reporting, &["vda"], Some(("/s/ram/0.img", 512 << 20)), &host);
+    assert_eq!(made.findings.len(), 1);
+    assert_eq!(made.findings[0].subject, "memory balloon");
+    assert_eq!(made.restore.attribute_at("devices/memballoon", "freePageReporting"), Some("on"), "the guest sees it");
+    assert_eq!(make(&reporting, &["vda"], None, &host).findings, []);
+}
+
+#[test]
 fn arguments_of_an_earlier_activation_are_replaced_and_others_kept() {
     let made = make(RICH, &["vda", "sdb"], Some(("/s/a,b.img", 2 << 30)), &host(&["/srv/iso/debian.iso"]));
     let arguments = domain_xml::qemu_arguments(&made.restore);
