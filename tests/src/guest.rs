@@ -4,12 +4,15 @@ use crate::exec;
 use crate::images::Images;
 use crate::site::Site;
 use crate::wait::wait_for;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use std::fmt::Write;
 use std::fs;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
+
+/// How long a guest that vmdr pauses at every cut is looked at until it is seen running.
+const RUNNING_LIMIT: Duration = Duration::from_secs(20);
 
 /// How long a guest may take to boot under TCG on a busy machine.
 pub const BOOT_SECONDS_MAX: u64 = 120;
@@ -243,10 +246,9 @@ impl GuestSpec {
 
     /// Fails unless libvirt has it running.
     pub fn expect_running(&self, site: &Site) -> Result<()> {
-        let state = self.state(site)?;
-        if state != "running" {
-            bail!("{} is {state} in {}", self.name, site.name());
-        }
-        Ok(())
+        // A single look may fall into the pause of a cut.
+        wait_for(&format!("{} to run in {}", self.name, site.name()), RUNNING_LIMIT, || {
+            Ok((self.state(site)? == "running").then_some(()))
+        })
     }
 }

@@ -254,7 +254,8 @@ fn live(guest: &mut Guest) -> Result<Stale> {
     let mut copy = Copy { blocks: zeroed.collect(), pages: 0 };
     // A sound beginning: watched and copied while the guest is stopped and drained.
     guest.oracle.execute("stop", None)?;
-    let fresh = log.follow(&blocks)?;
+    let mut fresh = Vec::new();
+    log.follow(&blocks, &mut fresh)?;
     copy.read(&fresh, &mut log)?;
     ensure!(guest.stale(&mut copy)?.all == 0, "the copy was wrong from the beginning");
     let (reads, seeded) = (guest.reads()?, copy.pages);
