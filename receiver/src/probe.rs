@@ -24,6 +24,13 @@ use crate::store::Position;
 
 /// Answers a probe. Blocks while libvirt and the disk answer. One without a domain asks for versions only.
 pub fn probe(receiver: &Receiver, request: &ProbeRequest) -> Result<ProbeReply, Status> {
+    let uuid = match request.domain_uuid.as_str() {
+        "" if request.domain_xml.is_empty() => None,
+        uuid => Some(
+            Uuid::parse_str(uuid)
+                .map_err(|_| Status::invalid_argument(format!("{uuid:?} is not the UUID of a domain")))?,
+        ),
+    };
     let host = LocalHost::connect(&receiver.config.libvirt_uri).map_err(|e| Status::unavailable(e.to_string()))?;
     let mut found = Vec::new();
     if request.protocol_version != REPLICATION_VERSION {
@@ -33,10 +40,9 @@ pub fn probe(receiver: &Receiver, request: &ProbeRequest) -> Result<ProbeReply, 
             "upgrade the older side",
         ));
     }
-    let position = if request.domain_uuid.is_empty() && request.domain_xml.is_empty() {
-        Position::default()
-    } else {
-        check_domain(receiver, request, &host, &mut found)?
+    let position = match uuid {
+        None => Position::default(),
+        Some(uuid) => check_domain(receiver, request, uuid, &host, &mut found)?,
     };
     let connection = host.connection();
     let reply = ProbeReply {
@@ -61,11 +67,10 @@ fn unavailable(error: vmdr_hypervisor::Error) -> Status {
 fn check_domain(
     receiver: &Receiver,
     request: &ProbeRequest,
+    uuid: Uuid,
     host: &dyn Host,
     found: &mut Vec<Finding>,
 ) -> Result<Position, Status> {
-    let uuid = Uuid::parse_str(&request.domain_uuid)
-        .map_err(|_| Status::invalid_argument(format!("{:?} is not the UUID of a domain", request.domain_uuid)))?;
     let position = match receiver.store.position(&uuid.to_string()) {
         Ok(position) => position,
         Err(error) => {
