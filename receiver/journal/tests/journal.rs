@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use proptest::collection::vec;
+use proptest::prelude::*;
 use vmdr_journal::*;
 
 const DOMAIN: [u8; 16] = [7; 16];
@@ -255,4 +257,37 @@ fn damaged_segments_can_be_moved_aside() {
     assert_eq!(recovered.parts, [part]);
     let aside = segments(dir.path()).iter().filter(|path| path.to_str().unwrap().ends_with(".damaged")).count();
     assert_eq!(aside as u64, newest);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(150))]
+
+    #[test]
+    fn whatever_a_segment_contains_does_no_harm(
+        noise in vec(any::<u8>(), 0..300),
+        places in vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), 0..400usize), 0..6),
+        keep_newest in any::<bool>(),
+    ) {
+        // Pieces of good segments copied over others, so that valid records stand where they do not belong; then noise.
+        let dir = tempfile::tempdir().unwrap();
+        let parts = filled(dir.path());
+        let paths = segments(dir.path());
+        let segment = &paths[if keep_newest { 0 } else { paths.len() - 1 }];
+        let mut bytes = fs::read(segment).unwrap();
+        for (from, to, length) in places {
+            let (from, to) = (from.index(bytes.len()), to.index(bytes.len()));
+            let length = length.min(bytes.len() - from.max(to));
+            bytes.copy_within(from..from + length, to);
+        }
+        let at = bytes.len() / 2;
+        bytes.splice(at..at, noise);
+        fs::write(segment, bytes).unwrap();
+        let (mut journal, recovered, _) = open(dir.path(), 1);
+        for part in &recovered.parts {
+            prop_assert!(parts.contains(part));
+        }
+        let more = append(&mut journal, head(99, 0), true);
+        let recovered = open(dir.path(), 1).1;
+        prop_assert_eq!(recovered.parts.last(), Some(&more));
+    }
 }

@@ -219,7 +219,12 @@ impl Guest {
 
     /// Asserts that the store's recovery point is this guest, byte for byte.
     pub fn assert_stored(&self, store: &Store, epoch: u64, context: &str) {
-        let verified = store.verify(UUID).unwrap_or_else(|e| panic!("{context}: {e}"));
+        // A fault that hits while this waits is told, and over with the next try.
+        let verified = match store.verify(UUID) {
+            Err(StoreError::Full { .. }) => store.verify(UUID),
+            other => other,
+        };
+        let verified = verified.unwrap_or_else(|e| panic!("{context}: {e}"));
         let point = store.recovery_point(UUID).unwrap_or_else(|e| panic!("{context}: {e}"));
         assert_eq!((verified.epoch, point.epoch), (epoch, epoch), "{context}");
         assert_eq!(point.cut_unix_ns, self.cut, "{context}");

@@ -39,6 +39,14 @@ struct State {
     fault: Option<(u64, Fault)>,
     dead: bool,
     space: Option<u64>,
+    lie: Option<Lie>,
+}
+
+/// Which syncs a disk only pretends to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lie {
+    Files,
+    Names,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,6 +133,10 @@ impl SimDisk {
     pub fn fail(&self, after: u64, fault: Fault) {
         let mut state = self.state();
         state.fault = Some((state.operations + after, fault));
+    }
+
+    pub fn lie(&self, lie: Lie) {
+        self.state().lie = Some(lie);
     }
 
     pub fn heal(&self) {
@@ -296,6 +308,9 @@ impl Disk for SimDisk {
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         self.plain_step()?;
         let mut state = self.state();
+        if state.lie == Some(Lie::Names) {
+            return Ok(());
+        }
         let (synced, left) = std::mem::take(&mut state.name_ops).into_iter().partition(|(dir, _)| dir == path);
         state.name_ops = left;
         for (_, op) in synced as Vec<(PathBuf, NameOp)> {
@@ -379,6 +394,9 @@ impl File for SimFile {
     fn sync(&self) -> io::Result<()> {
         let fault = self.disk.step()?;
         let mut state = self.disk.state();
+        if state.lie == Some(Lie::Files) {
+            return Ok(());
+        }
         let inode = state.files.get_mut(&self.inode).unwrap();
         let pending = std::mem::take(&mut inode.pending);
         match fault {
