@@ -21,7 +21,7 @@ pub struct RamBlockError {
     line: String,
 }
 
-/// Parses the whole table. Blocks without any used byte are left out.
+/// Parses the whole table. Blocks without any used byte, or without a name, are left out.
 ///
 /// ```text
 ///               Block Name    PSize              Offset               Used              Total                HVA  RO
@@ -50,10 +50,9 @@ pub fn parse(text: &str) -> Result<Vec<RamBlock>, RamBlockError> {
         let size: u64 = size.parse().map_err(|_| error("page size is not a number"))?;
         let used_bytes = hex(used).ok_or_else(|| error("used length is not a number"))?;
         let host_address = hex(address).ok_or_else(|| error("host address is not a number"))?;
-        if name.is_empty() {
-            return Err(error("no name"));
-        }
-        if used_bytes > 0 {
+        // A block without a name is part of no migration stream and of no address space: on an activated guest, the
+        // memory that libvirt asked for and that vmdr's image took the place of.
+        if used_bytes > 0 && !name.is_empty() {
             blocks.push(RamBlock { name: name.join(" "), page_bytes: size * unit, used_bytes, host_address });
         }
     }
@@ -69,6 +68,7 @@ mod tests {
         let text = "              Block Name    PSize              Offset               Used              Total                HVA  RO\r\n\
                                   pc.ram    4 KiB  0x0000000000000000 0x0000000020000000 0x0000000020000000 0x00007f3f3fe00000  rw\r\n\
                     0000:00:02.0/vga.vram    4 KiB  0x0000000020080000 0x0000000001000000 0x0000000001000000 0x00007f3f3ea00000  rw\r\n\
+                                            4 KiB  0x0000000031340000 0x0000000020000000 0x0000000020000000 0x00007f3f0e400000  rw\r\n\
                              /rom@etc/acpi/tables    2 MiB  0x0000000021140000 0x0000000000020000 0x0000000000200000 0x00007f3f3e400000  ro\r\n";
         let blocks = parse(text).unwrap();
         assert_eq!(blocks.len(), 3);
