@@ -98,8 +98,15 @@ impl Scene {
 
     /// Waits until a recovery point exists that was cut after this call, and gives its epoch.
     pub fn wait_durable(&self) -> Result<u64> {
+        // An agent that has just started does not know yet how far the shim has cut.
+        let limit = Duration::from_secs(PROTECT_SECONDS_MAX);
+        let cut = wait_for("the guest to be protected", limit, || {
+            let status = self.status(At::A)?;
+            let durable = status["durable_epoch"].as_u64();
+            Ok(status["epoch"].as_u64().filter(|cut| status["state"] == "protected" && Some(*cut) >= durable))
+        })
+        .with_context(|| format!("the agent's status is {:?}", self.status(At::A)))?;
         // Whatever had been cut before is of no use: the next one was cut after.
-        let cut = self.status_number(At::A, "epoch")? as u64;
         self.wait_durable_epoch(cut + 1)
     }
 
