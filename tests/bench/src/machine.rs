@@ -137,6 +137,11 @@ impl Machine {
         self.directory.path().join(name)
     }
 
+    /// QEMU's process.
+    pub fn pid(&self) -> i32 {
+        self.qemu.id() as i32
+    }
+
     /// The monitor that the capture does not use.
     pub fn monitor(&self) -> Result<Qmp> {
         Qmp::connect(&self.path("floor.qmp"), ANSWER).context("connect to the floor's monitor")
@@ -152,7 +157,7 @@ impl Machine {
         let config = Config {
             domain_name: "bench".to_owned(),
             domain_uuid: "00000000-0000-4000-8000-000000000000".to_owned(),
-            qemu_pid: i32::try_from(self.qemu.id()).context("QEMU's process id")?,
+            qemu_pid: self.pid(),
             qemu_uid: 0,
             monitor: Address::Socket(self.path("capture.qmp")),
             directory: self.path("shim"),
