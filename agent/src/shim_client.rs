@@ -15,7 +15,7 @@ use vmdr_shim::capture::Whole;
 
 /// How long a shim may take for any answer. A cut ends itself well before; reading a disk that hangs, too.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
-/// How long it may take to greet.
+/// How long one that runs already may take to greet.
 const GREETING_LIMIT: Duration = Duration::from_secs(2);
 
 /// Why a request brought no answer of the expected kind.
@@ -49,7 +49,7 @@ impl ShimClient {
             }
         };
         // One that does not even greet may hang with the guest paused: not to be waited for.
-        stream.set_read_timeout(Some(GREETING_LIMIT))?;
+        stream.set_read_timeout(Some(limit.max(GREETING_LIMIT)))?;
         stream.set_write_timeout(Some(ANSWER_LIMIT))?;
         let mut client = Self { stream };
         let state = client.state_after(to_shim::Request::Hello(Hello { protocol_version: SHIM_VERSION }))?;

@@ -96,8 +96,13 @@ pub fn attach(config: &Config, connection: &Connection, uuid: &Uuid) -> anyhow::
         cut_pages_max: config.cut_pages_max,
         cut_limit_ms: config.cut_limit_ms,
     };
-    spawn(config, &shim_settings)?;
-    let (shim, state) = ShimClient::connect(&shim_settings.control_socket(), START_LIMIT).with_context(|| {
+    let pid = spawn(config, &shim_settings)?;
+    let connected = ShimClient::connect(&shim_settings.control_socket(), START_LIMIT);
+    if connected.is_err() {
+        // It may have hung before it had a state page by which it would be found.
+        kill_shim(pid, &directory);
+    }
+    let (shim, state) = connected.with_context(|| {
         format!("start the shim (its log: {})", log_file(config, &shim_settings.domain_uuid).display())
     })?;
     let arena = ArenaMap::open(state.pid, state.arena_fd, state.arena_bytes)?;
@@ -196,11 +201,7 @@ fn adopt(directory: &Path, disks: &[Disk], qemu_pid: u32) -> Option<(ShimClient,
 fn clear(domain: &Domain, directory: &Path, monitor: &Address, disks: &[Disk]) -> anyhow::Result<()> {
     let page = shim_config::state_page(directory);
     if let Ok(state) = vmdr_shim::state_page::StatePage::open(&page) {
-        // Its pid may have been given to another process since: only one that has this directory's name is it.
-        let name = std::fs::read(format!("/proc/{}/cmdline", state.pid())).unwrap_or_default();
-        if String::from_utf8_lossy(&name).contains(&*directory.to_string_lossy()) {
-            guard::kill(state.pid());
-        }
+        kill_shim(state.pid(), directory);
         if !guard::resume_if_left_paused(domain.name(), &page, monitor) {
             bail!("domain {} was left paused by a shim and cannot be resumed yet", domain.name());
         }
@@ -214,7 +215,16 @@ fn clear(domain: &Domain, directory: &Path, monitor: &Address, disks: &[Disk]) -
     Ok(())
 }
 
-fn spawn(config: &Config, shim: &ShimConfig) -> anyhow::Result<()> {
+/// Ends a shim. Its pid may have been given to another process since: only one that has its directory's name is it.
+fn kill_shim(pid: i32, directory: &Path) {
+    let name = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    if String::from_utf8_lossy(&name).contains(&*directory.to_string_lossy()) {
+        guard::kill(pid);
+    }
+}
+
+/// Starts a shim and returns its pid.
+fn spawn(config: &Config, shim: &ShimConfig) -> anyhow::Result<i32> {
     std::fs::create_dir_all(&shim.directory).with_context(|| format!("make {}", shim.directory.display()))?;
     let file = shim.directory.join(CONFIG);
     std::fs::write(&file, serde_json::to_vec_pretty(shim)?).with_context(|| format!("write {}", file.display()))?;
@@ -237,8 +247,9 @@ fn spawn(config: &Config, shim: &ShimConfig) -> anyhow::Result<()> {
         .process_group(0)
         .spawn()
         .with_context(|| format!("start {}", program.display()))?;
+    let pid = child.id() as i32;
     std::thread::spawn(move || child.wait());
-    Ok(())
+    Ok(pid)
 }
 
 fn log_file(config: &Config, uuid: &str) -> PathBuf {
