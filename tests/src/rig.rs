@@ -152,7 +152,8 @@ impl Rig {
         Ok(())
     }
 
-    fn wan_ip(&self, words: &[&str]) -> Result<()> {
+    /// An `ip` command in the network between the sites.
+    pub fn wan_ip(&self, words: &[&str]) -> Result<()> {
         exec::run(self.wan.net_command("ip").args(words)).map(|_| ()).context("in the wan")
     }
 

@@ -7,6 +7,7 @@ mod figures;
 mod machine;
 mod pause;
 mod report;
+mod rto;
 
 use std::process::ExitCode;
 
@@ -38,12 +39,15 @@ struct Common {
 enum Benchmark {
     /// How long a cut stops the guest, against stop, device save and cont alone.
     Pause(pause::Options),
+    /// How long a lost guest is away, against a cold start.
+    Rto(rto::Options),
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let measured = match &arguments.benchmark {
         Benchmark::Pause(options) => pause::run(options),
+        Benchmark::Rto(options) => rto::run(options),
     };
     match measured.and_then(|report| print(&report, &arguments.common)) {
         Ok(code) => code,
