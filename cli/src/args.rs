@@ -25,7 +25,7 @@ At the backup site:     status, points, activate, forget.";
 const EXAMPLES: &str = "\
 Examples, in the order in which they are used:
   vmdr doctor web1                           can web1 be protected? what is in the way?
-  vmdr prepare web1                          give web1 a control socket; then shut it down and start it, once
+  vmdr prepare web1                          for intervals below 1s: a control socket, from web1's next start
   vmdr protect web1 --receiver b.example     start; ends when the first recovery point is safe at the backup site
   vmdr status                                what is protected here, and how much a failure now would lose
   vmdr points web1                           (backup site) what can be activated
@@ -97,9 +97,10 @@ pub enum Command {
     },
     /// Give a domain a control socket of its own, from its next start
     ///
-    /// Adds a second QEMU monitor socket to the persistent domain XML. `protect` refuses a guest that runs without it:
-    /// shut the guest down and start it once (a reboot inside the guest is not enough). A running guest is not
-    /// touched; run it twice and nothing changes the second time.
+    /// Adds a second QEMU monitor socket to the persistent domain XML, for intervals below 1s. A guest that runs
+    /// without it is protected through libvirt's monitor, with 1s and more. To have it, shut the guest down and start
+    /// it once (a reboot inside the guest is not enough). A running guest is not touched; run it twice and nothing
+    /// changes the second time.
     #[command(
         verbatim_doc_comment,
         after_help = "Example:\n  vmdr prepare web1\n  virsh shutdown web1       and when it is shut off\n  virsh start web1"
@@ -112,7 +113,8 @@ pub enum Command {
     ///
     /// Ends when the first recovery point is safe at the receiver: memory and disks have been copied once, which can
     /// take long. The guest runs meanwhile, with short pauses. Checks everything that `doctor` checks first, and
-    /// changes nothing when that refuses.
+    /// changes nothing when that refuses. A guest without a control socket of its own (see `prepare`) gets a checkpoint
+    /// each second at most, and a shorter interval is refused.
     #[command(
         verbatim_doc_comment,
         after_help = "Examples:\n  vmdr protect web1\n  vmdr protect web1 --interval 1s --receiver 10.0.9.2:7420\n  vmdr protect web1 --receiver '[fd00:9::2]:7420'"

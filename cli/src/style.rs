@@ -23,7 +23,7 @@ impl Tone {
     pub fn of_state(state: &str) -> Tone {
         match state {
             "protected" | "ready" | "active" => Tone::Good,
-            "starting" | "seeding" | "behind" | "held" | "paused" => Tone::Care,
+            "starting" | "seeding" | "resync" | "behind" | "held" | "paused" => Tone::Care,
             "disconnected" | "failed" | "fenced" => Tone::Bad,
             _ => Tone::Plain,
         }

@@ -62,7 +62,7 @@ pub async fn prepare(common: &Common, out: Out, domain: &Domain) -> Result<(), F
             };
             let next = if reply.restart_needed {
                 "It is there from the guest's next start: shut it down and start it (a reboot inside the guest is not enough). \
-                 Until then `vmdr protect` refuses it."
+                 Until then `vmdr protect` takes its checkpoints through libvirt's monitor, 1 s and more apart."
             } else {
                 "Nothing more is needed for `vmdr protect`."
             };
