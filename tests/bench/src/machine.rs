@@ -147,7 +147,7 @@ impl Machine {
         Qmp::connect(&self.path("floor.qmp"), ANSWER).context("connect to the floor's monitor")
     }
 
-    /// Protects it: mirror level, memory watched and copied once, a first recovery point made.
+    /// Begins to protect it: memory watched, the mirror started.
     pub fn protect(&self, monitor: &mut Qmp) -> Result<Protected> {
         let arena = Arena::new(ARENA_BYTES).context("make the arena")?;
         let mut disks = Vec::new();
@@ -177,14 +177,13 @@ impl Machine {
             false => Some(Server::start(&socket, exports, None).context("start the NBD server")?),
         };
         let page = Arc::new(StatePage::create(&config.state_page()).context("make the state page")?);
-        let capture = Capture::new(config, page, arena, disks.clone())?.with_helper(daemon::binary("vmdr-shim")?);
-        let mut protected = Protected { capture, _server: server };
-        protected.capture.arm(1, 1, Whole::Seed)?;
+        let arena_fd = arena.fd_number();
+        let mut capture = Capture::new(config, page, arena, disks.clone())?.with_helper(daemon::binary("vmdr-shim")?);
+        capture.arm(1, 1, Whole::Seed)?;
         if self.spec.devices {
             mirror(monitor, &socket)?;
         }
-        protected.seed(monitor)?;
-        Ok(protected)
+        Ok(Protected { capture, arena_fd, disks, _server: server })
     }
 }
 
@@ -192,15 +191,21 @@ impl Machine {
 pub struct Protected {
     /// The product's own.
     pub capture: Capture,
+    /// The number of the arena's descriptor in this process; it has [`ARENA_BYTES`].
+    pub arena_fd: i32,
+    /// Those of the guest.
+    pub disks: Vec<Arc<Disk>>,
     _server: Option<Server>,
 }
 
 impl Protected {
-    fn seed(&mut self, monitor: &mut Qmp) -> Result<()> {
+    /// Makes the first recovery point. Every part is given to `sink`, and given back after it.
+    pub fn seed(&mut self, monitor: &mut Qmp, sink: &mut dyn FnMut(&Part) -> Result<()>) -> Result<()> {
         let until = Instant::now() + MIRROR;
         for pass in 1.. {
             let passed = self.capture.pass()?.context("a pass over memory")?;
             while let Some(part) = self.capture.fill(FILL_BYTES)? {
+                sink(&part)?;
                 self.release(&part);
             }
             let level = mirror_is_level(monitor)?;
@@ -209,17 +214,19 @@ impl Protected {
                 break;
             }
         }
-        self.cut().map(|_| ())
-    }
-
-    /// A cut, and its part given back at once.
-    pub fn cut(&mut self) -> Result<Part> {
-        let part = self.capture.cut(u64::MAX, false)?.context("a cut")?;
+        let part = self.cut()?;
+        sink(&part)?;
         self.release(&part);
-        Ok(part)
+        Ok(())
     }
 
-    fn release(&mut self, part: &Part) {
+    /// A cut. Its part is held until it is released.
+    pub fn cut(&mut self) -> Result<Part> {
+        Ok(self.capture.cut(u64::MAX, false)?.context("a cut")?)
+    }
+
+    /// Gives a part, and all before it, back.
+    pub fn release(&mut self, part: &Part) {
         self.capture.release(part.epoch, part.part);
     }
 }

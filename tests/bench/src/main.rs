@@ -6,6 +6,7 @@
 mod figures;
 mod machine;
 mod pause;
+mod pipeline;
 mod report;
 mod rto;
 
@@ -39,6 +40,8 @@ struct Common {
 enum Benchmark {
     /// How long a cut stops the guest, against stop, device save and cont alone.
     Pause(pause::Options),
+    /// Dirty pages a second from guest memory to durable at the receiver, against memcpy and LZ4 of the same pages.
+    Pipeline(pipeline::Options),
     /// How long a lost guest is away, against a cold start.
     Rto(rto::Options),
 }
@@ -47,6 +50,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let measured = match &arguments.benchmark {
         Benchmark::Pause(options) => pause::run(options),
+        Benchmark::Pipeline(options) => pipeline::run(options),
         Benchmark::Rto(options) => rto::run(options),
     };
     match measured.and_then(|report| print(&report, &arguments.common)) {

@@ -204,6 +204,7 @@ fn start(case: &Case) -> Result<(Machine, Protected, Floor, f64)> {
         let machine = Machine::start(case.spec(pace))?;
         let mut floor = Floor::new(machine.monitor()?)?;
         let mut protected = machine.protect(&mut floor.monitor)?;
+        protected.seed(&mut floor.monitor, &mut |_| Ok(()))?;
         let (epoch_ms, found) = settle(case, &mut protected, &mut floor)?;
         let off = case.pages.map_or(1.0, |pages| found / pages as f64);
         if (1.0 / OFF_MAX..OFF_MAX).contains(&off) || attempt == ATTEMPTS_MAX {
@@ -258,6 +259,7 @@ struct Round {
 fn round(protected: &mut Protected, floor: &mut Floor, wait: Duration) -> Result<Round> {
     std::thread::sleep(wait);
     let part = protected.cut()?;
+    protected.release(&part);
     let timing = part.timing.context("a cut without its timing")?;
     ensure!(timing.pause_ns > 0, "QEMU's events of a cut's pause are missing");
     std::thread::sleep(wait);
