@@ -222,7 +222,7 @@ impl Protected {
 
     /// A cut. Its part is held until it is released.
     pub fn cut(&mut self) -> Result<Part> {
-        Ok(self.capture.cut(u64::MAX, false)?.context("a cut")?)
+        self.capture.cut(u64::MAX, false)?.context("a cut")
     }
 
     /// Gives a part, and all before it, back.

@@ -367,7 +367,9 @@ fn part(measured: &Measured, field: impl Fn(&Timing) -> u64) -> f64 {
     measured.timing.iter().map(|timing| field(timing) as f64 / 1e6).collect::<Samples>().median()
 }
 
-const PARTS: [(&str, fn(&Timing) -> u64); 7] = [
+type Field = fn(&Timing) -> u64;
+
+const PARTS: [(&str, Field); 7] = [
     ("stop_ms", |timing| timing.stop_ns),
     ("scan_ms", |timing| timing.scan_ns),
     ("protect_ms", |timing| timing.protect_ns),
