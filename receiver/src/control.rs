@@ -16,6 +16,7 @@ use vmdr_proto::control::{
 use vmdr_proto::replication::RefusedCode;
 
 use crate::activate::host::{Host, LocalHost};
+use crate::activate::record::ActiveDirectory;
 use crate::activate::record::{PointId, Step};
 use crate::activate::run::{Activated, Activation, Standby, age_seconds, unix_ns};
 use crate::activate::{ActivateError, plan};
@@ -283,7 +284,9 @@ fn forget(receiver: &Receiver, wanted: &str) -> Result<ForgetReply, Status> {
     let lock = receiver.activation_lock(uuid);
     let _one_at_a_time = lock.blocking_lock();
     let id = uuid.to_string();
-    if summary.frozen {
+    // A domain that cannot be opened may have been activated all the same.
+    let activated = ActiveDirectory::of(&receiver.store.dir().join(&id)).path().exists();
+    if summary.frozen || activated {
         // What is stored may be the disks of a guest that libvirt knows, whether it runs now or not.
         let host = connect(receiver)?;
         if host.guest(uuid).map_err(hypervisor_status)?.is_some() {
@@ -292,7 +295,9 @@ fn forget(receiver: &Receiver, wanted: &str) -> Result<ForgetReply, Status> {
                 "{name} was activated here and its disks are what would be deleted: end it and `virsh undefine {name}` first"
             )));
         }
-        receiver.store.set_frozen(&id, false).map_err(|e| store_status(&e))?;
+        if summary.frozen {
+            receiver.store.set_frozen(&id, false).map_err(|e| store_status(&e))?;
+        }
     }
     let freed_bytes = receiver.store.forget(&id).map_err(|e| store_status(&e))?;
     receiver.forget_session(uuid);

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use rustix::fs::Mode;
 use tracing_subscriber::EnvFilter;
 use vmdr_receiver::config::Config;
 
@@ -32,6 +33,8 @@ fn main() -> ExitCode {
 }
 
 fn start(arguments: &Arguments) -> anyhow::Result<()> {
+    // What is stored is guests' memory and disks.
+    rustix::process::umask(Mode::from_raw_mode(0o077));
     let config = Config::load(arguments.config.as_deref())?;
     if arguments.check {
         println!("the configuration is right");

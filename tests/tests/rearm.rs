@@ -262,7 +262,7 @@ fn live(guest: &mut Guest) -> Result<Stale> {
     let mut runs = Vec::new();
     let mut round = |copy: &mut Copy| -> Result<()> {
         log.scan(&mut runs)?;
-        log.protect(&runs)?;
+        log.protect(&mut runs)?;
         copy.read(&runs, &mut log)
     };
     let mut stale = Stale::default();

@@ -25,6 +25,7 @@ pub const USERFAULTFD_FLAGS: u64 = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64 |
 pub const PAGE_IS_WRITTEN: u64 = 1 << 1;
 /// Category: in memory.
 pub const PAGE_IS_PRESENT: u64 = 1 << 3;
+const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
 const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 
 /// Regions that one PAGEMAP_SCAN call can return; a longer answer takes more calls.
@@ -185,6 +186,8 @@ pub struct Pagemap {
 pub enum Pages {
     /// Written since they were protected. Fails with EPERM where the range is not watched (any more).
     Written,
+    /// The same, and protected again in the same step: what is reported is consumed, and nothing else is.
+    WrittenAndProtect,
     /// In memory. (What is swapped out looks like what was never touched, once it is protected.)
     Populated,
 }
@@ -196,7 +199,8 @@ impl Pagemap {
     }
 
     /// Calls `found(start, length)` for each region of matching pages in `start..start+length`, in ascending order.
-    /// Changes nothing: what is reported as written stays so until it is protected again.
+    /// But for [`Pages::WrittenAndProtect`], changes nothing: what is reported as written stays so until it is protected
+    /// again.
     pub fn scan(&mut self, start: u64, length: u64, pages: Pages, mut found: impl FnMut(u64, u64)) -> io::Result<()> {
         let end = start + length;
         let mut from = start;
@@ -210,8 +214,11 @@ impl Pagemap {
                 ..Default::default()
             };
             match pages {
-                Pages::Written => {
+                Pages::Written | Pages::WrittenAndProtect => {
                     arg.flags = PM_SCAN_CHECK_WPASYNC;
+                    if pages == Pages::WrittenAndProtect {
+                        arg.flags |= PM_SCAN_WP_MATCHING;
+                    }
                     arg.category_mask = PAGE_IS_WRITTEN;
                     arg.return_mask = PAGE_IS_WRITTEN;
                 }
@@ -233,7 +240,9 @@ impl Pagemap {
             for region in &self.regions[..n as usize] {
                 found(region.start, region.end - region.start);
             }
-            if arg.walk_end <= from {
+            // The kernel works through some hundred regions at a time and may leave `walk_end` at the end of one of those
+            // rounds: only a full vector means that there is more.
+            if (n as usize) < self.regions.len() || arg.walk_end <= from {
                 break;
             }
             from = arg.walk_end;
@@ -312,6 +321,12 @@ mod tests {
         written(&[(3, 3), (63, 1)]);
         uffd.protect(start + 3 * PAGE as u64, 3 * PAGE as u64).unwrap();
         written(&[(63, 1)]);
+        let mut consumed = Vec::new();
+        pagemap.scan(start, length, Pages::WrittenAndProtect, |s, l| consumed.push((s - start, l))).unwrap();
+        assert_eq!(consumed, [(63 * PAGE as u64, PAGE as u64)]);
+        let mut again = 0;
+        pagemap.scan(start, length, Pages::Written, |_, _| again += 1).unwrap();
+        assert_eq!(again, 0, "what was reported is protected");
         uffd.unregister(start, length).unwrap();
         let error = pagemap.scan(start, length, Pages::Written, |_, _| {}).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EPERM));

@@ -27,9 +27,16 @@ pub fn resume(receiver: &Position, shim: &State) -> Resume {
     if !shim.armed || shim.generation != receiver.generation || shim.epoch == 0 {
         return seed;
     }
-    // The part that the receiver needs next.
-    let next =
-        if receiver.open_epoch > 0 { (receiver.open_epoch, receiver.open_parts) } else { (receiver.epoch + 1, 0) };
+    // The part that the receiver needs next. While part 0 of the open epoch is not acknowledged, the parts that the
+    // receiver has of it may be another attempt's: it takes the epoch from its beginning again.
+    let mut held = shim.unreleased.iter();
+    let next = if held.any(|part| (part.epoch, part.part) == (receiver.open_epoch, 0)) {
+        (receiver.open_epoch, 0)
+    } else if receiver.open_epoch > 0 {
+        (receiver.open_epoch, receiver.open_parts)
+    } else {
+        (receiver.epoch + 1, 0)
+    };
     let id = |part: &PartId| (part.epoch, part.part);
     let again: Vec<_> = shim.unreleased.iter().map(id).filter(|part| *part >= next).collect();
     let durable = shim.unreleased.iter().map(id).filter(|part| *part < next).max();
@@ -68,6 +75,16 @@ mod tests {
         let held = state(5, 3, &[(5, 1), (5, 2)]);
         assert_eq!(resume(&position(4, 5, 2), &held), Resume::From { durable: Some((5, 1)), again: vec![(5, 2)] });
         assert_eq!(resume(&position(4, 5, 3), &held), Resume::From { durable: Some((5, 2)), again: vec![] });
+    }
+
+    #[test]
+    fn parts_of_an_earlier_attempt_are_not_taken_for_this_ones() {
+        // A new shim has begun epoch 5 anew; the receiver has two parts of the attempt before.
+        let held = state(5, 3, &[(5, 0), (5, 1), (5, 2)]);
+        assert_eq!(
+            resume(&position(4, 5, 2), &held),
+            Resume::From { durable: None, again: vec![(5, 0), (5, 1), (5, 2)] }
+        );
     }
 
     #[test]

@@ -259,6 +259,7 @@ impl Activation<'_> {
             overlays.push(files::create_overlay(&disk.overlay, &disk.base, stored.size_bytes)?);
             files::let_pass(top, &disk.overlay)?;
             files::let_pass(top, &disk.base)?;
+            files::give_to_read(&disk.base, plan.qemu_owner)?;
         }
         if let Memory::Mapped(index) = plan.memory {
             let ram = &point.ram[index].path;

@@ -158,18 +158,20 @@ impl Domain {
             if shared.closing || shared.failed.is_some() {
                 return false;
             }
-            if shared.backlog.is_empty() {
+            // Applied but not synced: the last batch ran out of space at its end.
+            let idle = shared.backlog.is_empty() && shared.applied == shared.synced;
+            if idle {
                 shared.sync_wanted = false;
                 since = Instant::now();
             }
             let due = shared.sync_wanted
                 || shared.backlog_bytes >= self.options.apply_bytes
                 || since.elapsed() >= self.options.apply_interval;
-            if due && !shared.backlog.is_empty() {
+            if due && !idle {
                 return true;
             }
             let left = self.options.apply_interval.saturating_sub(since.elapsed());
-            shared = if shared.backlog.is_empty() { self.wait(shared) } else { self.wait_at_most(shared, left) };
+            shared = if idle { self.wait(shared) } else { self.wait_at_most(shared, left) };
         }
     }
 
@@ -179,7 +181,10 @@ impl Domain {
         let Some(applier) = &mut *standby else { return Ok(()) };
         // A seed replaces the backlog together with the standby, and has to wait for this lock.
         let batch: Vec<Arc<Epoch>> = self.shared().backlog.iter().cloned().collect();
-        let Some(newest) = batch.last() else { return Ok(()) };
+        let Some(newest) = batch.last() else {
+            let unsynced = applier.epoch != applier.durable.epoch || applier.durable.applying != applier.durable.epoch;
+            return if unsynced { applier.checkpoint(self) } else { Ok(()) };
+        };
         if applier.durable.applying < newest.epoch {
             let durable = Standby { applying: newest.epoch, ..applier.durable };
             self.change_control(|control| control.standby = Some(durable))?;

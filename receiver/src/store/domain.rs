@@ -209,16 +209,19 @@ impl Domain {
         drop(self.standby());
     }
 
-    /// Waits until the newest durable epoch is applied and synced.
+    /// Waits until the epoch that is the newest durable one now is applied and synced; later ones may be, too.
     pub fn wait_synced(&self) -> Result<(), StoreError> {
         let mut shared = self.shared();
         let stalls = shared.stalls;
+        let (epoch, generation) = (shared.position.epoch, shared.point_generation);
         loop {
             self.alive(&shared)?;
             if shared.position.epoch == 0 {
                 return Err(StoreError::NoPoint(self.id.clone()));
             }
-            if shared.synced == shared.position.epoch && shared.backlog.is_empty() {
+            // A seed of another generation counts anew: then it is the whole of what is durable that has to be synced.
+            let target = if shared.point_generation == generation { epoch } else { shared.position.epoch };
+            if shared.synced >= target {
                 return Ok(());
             }
             if let Some(why) = shared.stalled.as_ref().filter(|_| shared.stalls > stalls) {

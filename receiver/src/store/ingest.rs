@@ -18,7 +18,7 @@ use super::apply::Applier;
 use super::check::{Checked, PartCheck};
 use super::domain::{Content, Domain, Epoch, IngestState, OpenEpoch, OpenPart, Shared};
 use super::standby::{self, StandbyFiles, write_aside};
-use super::{Durable, Position, StoreError};
+use super::{Durable, NUMBER_MAX, Position, StoreError};
 
 /// Payload bytes of an open epoch kept in memory for applying; of a larger one they are read from the journal again.
 const KEEP_BYTES_MAX: u64 = 64 << 20;
@@ -53,7 +53,7 @@ impl Ingest {
             let (domain, offered, stored) = (domain.id.clone(), head.generation, self.generation);
             return Err(StoreError::Fenced { domain, offered, stored });
         }
-        if head.generation > self.generation || head.epoch == 0 {
+        if head.generation > self.generation || head.epoch == 0 || head.epoch > NUMBER_MAX {
             let expected = format!("generation {} and an epoch from 1", self.generation);
             return Err(domain.sequence(&head, expected));
         }

@@ -53,6 +53,9 @@ pub use wire::{part_head, part_tail};
 /// Prefix of a domain's directory while it is being removed.
 const FORGOTTEN: &str = ".forgotten-";
 
+/// The largest generation and epoch taken from a peer: room to count on, whatever it sends.
+pub(crate) const NUMBER_MAX: u64 = u64::MAX / 2;
+
 /// How a store works. The defaults suit some ten domains.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoreOptions {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use vmdr_codec::{DOMAIN_XML_BYTES_MAX, Digest, Layout};
 use vmdr_journal::{JournalError, Mode};
 
+use super::NUMBER_MAX;
 use super::domain::Domain;
 use super::ingest::Ingest;
 use super::standby::{self, read_layout, read_small};
@@ -118,6 +119,10 @@ impl Domain {
             return Err(StoreError::Frozen(self.id.clone()));
         }
         let generation = if generation == 0 { stored } else { generation };
+        if generation > NUMBER_MAX {
+            let what = format!("generation {generation} is out of range");
+            return Err(StoreError::Corrupt { domain: self.id.clone(), epoch: 0, part: 0, what });
+        }
         if generation < stored {
             return Err(StoreError::Fenced { domain: self.id.clone(), offered: generation, stored });
         }

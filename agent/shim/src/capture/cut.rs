@@ -344,7 +344,10 @@ impl Capture {
         self.add_pending(&runs);
         let started = Instant::now();
         let log = self.log.as_mut().context("not armed")?;
-        log.protect(&runs).context("protect guest memory again")?;
+        let protected = log.protect(&mut runs);
+        // Also what was written between scan and protection, and what was protected before a failure.
+        self.add_pending(&runs);
+        protected.context("protect guest memory again")?;
         timing.protect_ns += nanos(started);
         let pages = runs.iter().map(|run| run.pages).sum();
         Ok((runs, pages))
