@@ -56,8 +56,14 @@ pub fn run(config: Config) -> anyhow::Result<End> {
         .iter()
         .map(|disk| Arc::new(Disk::new(&disk.target, disk.size_bytes, arena.clone(), arena.bytes() / 4)))
         .collect();
-    let exports = disks.iter().map(|disk| disk.clone() as Arc<dyn Export>).collect();
-    let nbd = Server::start(&config.nbd_socket(), exports, Some(config.qemu_uid)).context("start the NBD server")?;
+    let exports: Vec<_> = disks.iter().map(|disk| disk.clone() as Arc<dyn Export>).collect();
+    // A guest without a writable disk has nothing to mirror.
+    let nbd = if exports.is_empty() {
+        None
+    } else {
+        let server = Server::start(&config.nbd_socket(), exports, Some(config.qemu_uid));
+        Some(server.context("start the NBD server")?)
+    };
     let page = Arc::new(StatePage::create(&config.state_page()).context("make the state page")?);
     let heart = page.clone();
     std::thread::Builder::new().name("heartbeat".to_owned()).spawn(move || {
@@ -71,7 +77,9 @@ pub fn run(config: Config) -> anyhow::Result<End> {
     let mut capture = Capture::new(config, page, arena, disks)?;
     let end = serve(&listener, &mut capture)?;
     let runs = capture.detach();
-    nbd.stop();
+    if let Some(nbd) = nbd {
+        nbd.stop();
+    }
     if !runs {
         // The state page stays: it tells the agent that the guest's pause is ours.
         return Ok(end);
