@@ -104,6 +104,7 @@ pub struct Report {
     pub results: Vec<Value>,
     /// What should be kept.
     pub bars: Vec<Bar>,
+    /// The same for a person.
     #[serde(skip)]
     pub tables: Vec<Table>,
 }
