@@ -139,13 +139,6 @@ impl Disk {
         log.remembered.fill();
     }
 
-    /// Forgets all: a mirror job begins anew and brings everything itself.
-    pub fn forget(&self) {
-        let mut log = self.log();
-        log.taken = Taken::default();
-        log.remembered.clear();
-    }
-
     fn log(&self) -> MutexGuard<'_, Log> {
         // Every change of the log is one push or one replacement, so it is valid after a panic elsewhere.
         self.log.lock().unwrap_or_else(PoisonError::into_inner)
