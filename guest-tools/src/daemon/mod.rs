@@ -1,0 +1,173 @@
+//! What runs in a guest all the time: it keeps the clock with the host's.
+//!
+//! The guest's time stands still in every pause that protection makes, some per cent of all time: more than NTP can follow. An
+//! agent on the host tells the time over a virtio-serial port ([`vmdr_guest_channel`]); the clock is run faster by as much as
+//! it loses, and stepped forward where that is not enough ([`steer`]). When nobody tells the time any more, the clock is left
+//! to itself at its own rate.
+
+mod kernel;
+mod port;
+mod steer;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use vmdr_guest_channel::{Frame, Hello, Message, features};
+
+use self::port::Port;
+use self::steer::{Do, Steer};
+use crate::cli::Daemon;
+
+/// How often the host is asked for the time: the clock is off by up to this much of what pauses take.
+const ASK: Duration = Duration::from_millis(250);
+/// How often the host is greeted until it answers.
+const GREET: Duration = Duration::from_secs(1);
+/// After this long without an answer nobody is there.
+const SILENCE: Duration = Duration::from_secs(5);
+/// An answer that took longer than this says too little...
+const ROUND_TRIP_MAX: Duration = Duration::from_millis(20);
+/// ...unless this many in a row did.
+const SLOW_MAX: u32 = 4;
+
+/// A question on its way.
+struct Asked {
+    number: u32,
+    at: Instant,
+    guest_unix_ns: u64,
+}
+
+struct State {
+    steer: Steer,
+    greeted: bool,
+    tells_time: bool,
+    heard: Instant,
+    next: Instant,
+    number: u32,
+    asked: Option<Asked>,
+    slow: u32,
+    offset_ns: i64,
+}
+
+/// Runs until the process is ended.
+pub fn run(options: &Daemon) -> Result<()> {
+    let mut port = Port::wait(options.port.as_deref())?;
+    // A predecessor may have been killed with the clock running fast.
+    kernel::set_rate(0.0).context("set the clock's rate (root is needed)")?;
+    let now = Instant::now();
+    let mut state = State {
+        steer: Steer::default(),
+        greeted: false,
+        tells_time: false,
+        heard: now,
+        next: now,
+        number: 0,
+        asked: None,
+        slow: 0,
+        offset_ns: 0,
+    };
+    loop {
+        if Instant::now() >= state.next {
+            state.speak(&mut port)?;
+        }
+        let wait = state.next.saturating_duration_since(Instant::now());
+        for frame in port.receive(wait)? {
+            state.hear(&mut port, frame)?;
+        }
+    }
+}
+
+impl State {
+    fn speak(&mut self, port: &mut Port) -> Result<()> {
+        if self.greeted && self.heard.elapsed() > SILENCE {
+            println!("clock: the host is silent, the clock runs at its own rate");
+            self.greeted = false;
+            self.let_go()?;
+        }
+        self.number = self.number.wrapping_add(1);
+        if !self.greeted {
+            self.next = Instant::now() + GREET;
+            return port.send(&Frame { number: self.number, message: Message::Hello(own(true)) });
+        }
+        self.next = Instant::now() + ASK;
+        if !self.tells_time {
+            // Once more from the beginning, now and then: it may have changed its mind.
+            self.next = Instant::now() + GREET;
+            return port.send(&Frame { number: self.number, message: Message::Hello(own(true)) });
+        }
+        let guest_unix_ns = kernel::now_unix_ns();
+        self.asked = Some(Asked { number: self.number, at: Instant::now(), guest_unix_ns });
+        let rate_ppm = (self.steer.rate() * 1e6) as i32;
+        let message = Message::ClockAsk { guest_unix_ns, offset_ns: self.offset_ns, rate_ppm };
+        port.send(&Frame { number: self.number, message })
+    }
+
+    fn hear(&mut self, port: &mut Port, frame: Frame) -> Result<()> {
+        match frame.message {
+            Message::Hello(hello) => {
+                if hello.answer {
+                    port.send(&Frame { number: frame.number, message: Message::Hello(own(false)) })?;
+                }
+                if hello.common_version().is_none() {
+                    return Ok(());
+                }
+                self.heard = Instant::now();
+                let tells_time = hello.features & features::CLOCK != 0;
+                if !self.greeted || self.tells_time != tells_time {
+                    println!("clock: the host {} the time", if tells_time { "tells" } else { "does not tell" });
+                    self.next = Instant::now();
+                }
+                if self.tells_time && !tells_time {
+                    self.let_go()?;
+                }
+                self.greeted = true;
+                self.tells_time = tells_time;
+            }
+            Message::ClockIs { host_unix_ns } => {
+                self.heard = Instant::now();
+                if let Some(asked) = self.asked.take_if(|asked| asked.number == frame.number) {
+                    self.told(&asked, host_unix_ns)?;
+                }
+            }
+            Message::Unsupported(_) => {}
+            Message::ClockAsk { .. } | Message::Unknown(_) => {
+                let message = Message::Unsupported(frame.message.kind());
+                port.send(&Frame { number: frame.number, message })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The answer to a question: how far is the clock off, and what to do about it?
+    fn told(&mut self, asked: &Asked, host_unix_ns: u64) -> Result<()> {
+        let round_trip = asked.at.elapsed();
+        self.slow = if round_trip > ROUND_TRIP_MAX { self.slow + 1 } else { 0 };
+        if round_trip > ROUND_TRIP_MAX && self.slow < SLOW_MAX {
+            return Ok(());
+        }
+        // The host looked at its clock somewhere between question and answer: half-way, as far as anybody knows. What
+        // a pause took before it looked counts; what one takes after it is found next time.
+        let guest = i128::from(asked.guest_unix_ns) + (round_trip.as_nanos() / 2) as i128;
+        let offset = i128::from(host_unix_ns) - guest;
+        self.offset_ns = i64::try_from(offset).unwrap_or(if offset < 0 { i64::MIN } else { i64::MAX });
+        match self.steer.observe(self.offset_ns as f64 / 1e9, Instant::now()) {
+            Do::Rate => {}
+            Do::Step => {
+                if self.offset_ns.unsigned_abs() > 1_000_000_000 {
+                    println!("clock: stepped by {:.3} s", self.offset_ns as f64 / 1e9);
+                }
+                kernel::step(self.offset_ns).context("step the clock (root is needed)")?;
+            }
+        }
+        kernel::set_rate(self.steer.rate()).context("set the clock's rate (root is needed)")
+    }
+
+    fn let_go(&mut self) -> Result<()> {
+        self.steer = Steer::default();
+        self.asked = None;
+        kernel::set_rate(0.0).context("set the clock's rate (root is needed)")
+    }
+}
+
+fn own(answer: bool) -> Hello {
+    Hello::own(features::CLOCK, answer, concat!("vmdr-guest-tools ", env!("CARGO_PKG_VERSION")))
+}

@@ -1,0 +1,207 @@
+//! What the tools in a guest and the agent on its host say to each other over the virtio-serial port [`PORT`].
+//!
+//! The port is a stream of bytes that either end may join and leave at any moment: an agent is restarted, a guest goes on at
+//! another site in the middle of a message. So every frame begins with a mark and ends with a checksum, and a reader that
+//! has lost its place finds the next frame ([`Decoder`]). Neither end believes the other: a frame is at most
+//! [`FRAME_BYTES_MAX`] long, a reader keeps no more than that, and no bytes make it fail.
+//!
+//! ```text
+//! bytes  0..4   mark "vGST"
+//!        4..6   kind, u16          all numbers little-endian
+//!        6..8   n, bytes of the body, u16, at most 512
+//!        8..12  number, u32: an answer has its question's
+//!       12..12+n  body; a reader ignores what follows the fields that it knows
+//!       12+n..16+n  FNV-1a, 32 bits, of all bytes before it
+//! ```
+//!
+//! | kind | message | body |
+//! | --- | --- | --- |
+//! | 1 | hello | oldest and newest version spoken u16 each, features u32, answer wanted u8, software (UTF-8, the rest) |
+//! | 2 | unsupported | the kind that was not understood u16 |
+//! | 16 | clock ask | the guest's clock u64 (ns since 1970), offset last found i64 (ns), rate steered i32 (ppm) |
+//! | 17 | clock is | the host's clock u64 (ns since 1970) |
+//!
+//! Kinds are given out in blocks of 16, so that what belongs together stays together: 0 to 15 this protocol itself, 16 to 31
+//! the clock, 32 to 47 freeze and thaw, 48 to 63 heartbeat and readiness, 64 to 79 addresses. A kind that an end does not know
+//! is answered with *unsupported*, so that who asks never waits in vain, and is otherwise ignored.
+
+mod decode;
+
+pub use decode::Decoder;
+
+/// The port's name, as in the domain's definition and in the guest's /sys/class/virtio-ports.
+pub const PORT: &str = "org.vmdr.guest.0";
+/// The newest version of the protocol spoken here.
+pub const VERSION: u16 = 1;
+/// The oldest.
+pub const VERSION_MIN: u16 = 1;
+/// The most bytes of a body: a name and some numbers are all that travels.
+pub const BODY_BYTES_MAX: usize = 512;
+/// The most bytes of a frame.
+pub const FRAME_BYTES_MAX: usize = HEAD_BYTES + BODY_BYTES_MAX + SUM_BYTES;
+/// The most bytes of a software's name that are kept.
+pub const SOFTWARE_BYTES_MAX: usize = 64;
+
+const MARK: [u8; 4] = *b"vGST";
+const HEAD_BYTES: usize = 12;
+const SUM_BYTES: usize = 4;
+
+/// What an end can do beside greeting; the bits of [`Hello::features`].
+pub mod features {
+    /// The host tells the time; the guest steers its clock by it.
+    pub const CLOCK: u32 = 1;
+}
+
+/// How an end introduces itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// The oldest version it speaks.
+    pub oldest: u16,
+    /// The newest.
+    pub newest: u16,
+    /// See [`features`].
+    pub features: u32,
+    /// Whether the other end shall introduce itself as well.
+    pub answer: bool,
+    /// Name and version of the software, for people. Not to be believed, nor printed as it is.
+    pub software: String,
+}
+
+impl Hello {
+    /// Of this software.
+    pub fn own(features: u32, answer: bool, software: &str) -> Self {
+        Self { oldest: VERSION_MIN, newest: VERSION, features, answer, software: software.to_owned() }
+    }
+
+    /// The newest version that both speak.
+    pub fn common_version(&self) -> Option<u16> {
+        let newest = self.newest.min(VERSION);
+        (newest >= self.oldest.max(VERSION_MIN)).then_some(newest)
+    }
+}
+
+/// A message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// First in both directions.
+    Hello(Hello),
+    /// A message of this kind is not understood.
+    Unsupported(u16),
+    /// The guest asks for the time.
+    ClockAsk {
+        /// The guest's clock when it asked.
+        guest_unix_ns: u64,
+        /// How far the guest's clock was behind the host's when it last looked.
+        offset_ns: i64,
+        /// How much faster than by itself the guest has its clock run.
+        rate_ppm: i32,
+    },
+    /// The time, as of the answer.
+    ClockIs {
+        /// The host's clock.
+        host_unix_ns: u64,
+    },
+    /// Of a kind that is not known here, or with a body too short for its kind.
+    Unknown(u16),
+}
+
+impl Message {
+    /// Its number on the wire.
+    pub fn kind(&self) -> u16 {
+        match self {
+            Self::Hello(_) => 1,
+            Self::Unsupported(_) => 2,
+            Self::ClockAsk { .. } => 16,
+            Self::ClockIs { .. } => 17,
+            Self::Unknown(kind) => *kind,
+        }
+    }
+
+    fn body(&self) -> Vec<u8> {
+        let mut body = Vec::new();
+        match self {
+            Self::Hello(hello) => {
+                body.extend(hello.oldest.to_le_bytes());
+                body.extend(hello.newest.to_le_bytes());
+                body.extend(hello.features.to_le_bytes());
+                body.push(u8::from(hello.answer));
+                let end = hello.software.floor_char_boundary(SOFTWARE_BYTES_MAX);
+                body.extend(&hello.software.as_bytes()[..end]);
+            }
+            Self::Unsupported(kind) => body.extend(kind.to_le_bytes()),
+            Self::ClockAsk { guest_unix_ns, offset_ns, rate_ppm } => {
+                body.extend(guest_unix_ns.to_le_bytes());
+                body.extend(offset_ns.to_le_bytes());
+                body.extend(rate_ppm.to_le_bytes());
+            }
+            Self::ClockIs { host_unix_ns } => body.extend(host_unix_ns.to_le_bytes()),
+            Self::Unknown(_) => {}
+        }
+        body
+    }
+
+    fn parse(kind: u16, body: &[u8]) -> Self {
+        Self::known(kind, body).unwrap_or(Self::Unknown(kind))
+    }
+
+    fn known(kind: u16, body: &[u8]) -> Option<Self> {
+        let mut fields = Fields(body);
+        Some(match kind {
+            1 => Self::Hello(Hello {
+                oldest: u16::from_le_bytes(fields.take()?),
+                newest: u16::from_le_bytes(fields.take()?),
+                features: u32::from_le_bytes(fields.take()?),
+                answer: fields.take::<1>()? != [0],
+                software: String::from_utf8_lossy(&fields.0[..fields.0.len().min(SOFTWARE_BYTES_MAX)]).into_owned(),
+            }),
+            2 => Self::Unsupported(u16::from_le_bytes(fields.take()?)),
+            16 => Self::ClockAsk {
+                guest_unix_ns: u64::from_le_bytes(fields.take()?),
+                offset_ns: i64::from_le_bytes(fields.take()?),
+                rate_ppm: i32::from_le_bytes(fields.take()?),
+            },
+            17 => Self::ClockIs { host_unix_ns: u64::from_le_bytes(fields.take()?) },
+            _ => return None,
+        })
+    }
+}
+
+/// A message with its number.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Frame {
+    /// Of the question.
+    pub number: u32,
+    /// What is said.
+    pub message: Message,
+}
+
+impl Frame {
+    /// Its bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        let body = self.message.body();
+        debug_assert!(body.len() <= BODY_BYTES_MAX);
+        let mut bytes = Vec::with_capacity(HEAD_BYTES + body.len() + SUM_BYTES);
+        bytes.extend(MARK);
+        bytes.extend(self.message.kind().to_le_bytes());
+        bytes.extend((body.len() as u16).to_le_bytes());
+        bytes.extend(self.number.to_le_bytes());
+        bytes.extend(body);
+        bytes.extend(checksum(&bytes).to_le_bytes());
+        bytes
+    }
+}
+
+struct Fields<'a>(&'a [u8]);
+
+impl Fields<'_> {
+    fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (field, rest) = self.0.split_first_chunk()?;
+        self.0 = rest;
+        Some(*field)
+    }
+}
+
+/// FNV-1a: tells a frame from bytes that look like one; it is no protection against forgery.
+fn checksum(bytes: &[u8]) -> u32 {
+    bytes.iter().fold(0x811c_9dc5, |sum, byte| (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
+}
