@@ -20,6 +20,10 @@ pub enum Command {
     Workload(Workload),
     /// Send one request to a running workload and print its answer.
     Ask(Ask),
+    /// Keep the clock with the host's, over the virtio port of vmdr.
+    Daemon(Daemon),
+    /// Do the same work again and again, and say on the console when each piece of it begins and ends.
+    Job(Job),
 }
 
 /// What the workload writes, how fast, and where it answers.
@@ -61,6 +65,15 @@ pub struct Workload {
     /// Size of each reader's RAM area.
     #[arg(long, default_value_t = 4)]
     pub reader_mib: usize,
+    /// A block device without a file system that is written with O_DIRECT, trimmed and zeroed. May be given more than once.
+    #[arg(long)]
+    pub scratch: Vec<PathBuf>,
+    /// Count in a UEFI variable (efivarfs must be mounted).
+    #[arg(long)]
+    pub variable: bool,
+    /// MiB of memory to take, fill and give back again and again; can be changed while running ("set churn=N").
+    #[arg(long, default_value_t = 0)]
+    pub churn_mib: u32,
     /// Run the self-check by itself every so many ticks; 0: only on request.
     #[arg(long, default_value_t = 0)]
     pub check_every: u64,
@@ -87,4 +100,32 @@ pub struct Ask {
     /// The request: ping, check, or set KEY=VALUE...
     #[arg(default_value = "ping")]
     pub request: Vec<String>,
+}
+
+/// Where the host is.
+#[derive(Args)]
+pub struct Daemon {
+    /// The port's device; without it, the one that has vmdr's name.
+    #[arg(long)]
+    pub port: Option<PathBuf>,
+}
+
+/// How much work a piece is.
+#[derive(Args)]
+pub struct Job {
+    /// Mebibytes hashed, out of a buffer that fits a cache: work that writes no memory.
+    #[arg(long, default_value_t = 64)]
+    pub cpu_mib: u64,
+    /// Mebibytes of memory, of which every page is written...
+    #[arg(long, default_value_t = 32)]
+    pub memory_mib: usize,
+    /// ...so many times.
+    #[arg(long, default_value_t = 16)]
+    pub memory_rounds: u64,
+    /// Records of 16 KiB written to the disk, each synced.
+    #[arg(long, default_value_t = 100)]
+    pub disk_records: u64,
+    /// File that takes them; without it there is no disk work.
+    #[arg(long)]
+    pub disk: Option<PathBuf>,
 }

@@ -3,7 +3,8 @@
 //! UDP, one datagram each way, `WORD [TOKEN] ...`, the token being sent back so that late answers are told apart:
 //! - `ping TOKEN` -> `pong TOKEN tick=... acknowledged=... writes=... boot=... check=none|ok@TICK|failed@TICK [reason=...]`
 //! - `check TOKEN` -> after the check: `selfcheck TOKEN ok tick=N` or `selfcheck TOKEN FAILED tick=N REASON`
-//! - `set TOKEN pages=N interval=MS records=0|1` -> `set TOKEN ok` or `set TOKEN FAILED REASON`
+//! - `set TOKEN pages=N interval=MS records=0|1 churn=MIB` -> `set TOKEN ok` or `set TOKEN FAILED REASON`
+//! - `clock TOKEN` -> `clock TOKEN unix_ns=...`: the guest's clock, for whoever wants to compare it
 //!
 //! TCP: each line is answered by `COUNT tick=N LINE`, the count being kept per connection.
 
@@ -15,7 +16,7 @@ use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The longest request or answer (bytes).
 const DATAGRAM_BYTES_MAX: usize = 2048;
@@ -46,6 +47,10 @@ fn serve_udp(socket: &UdpSocket, state: &Arc<State>) {
         let (word, token) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
         let answer = match word {
             "ping" => format!("pong {token} {}", state.line()),
+            "clock" => {
+                let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                format!("clock {token} unix_ns={}", since.as_nanos())
+            }
             "set" => {
                 let result = words.try_for_each(|pair| {
                     let (key, value) = pair.split_once('=').ok_or_else(|| format!("{pair} is not KEY=VALUE"))?;
@@ -67,7 +72,7 @@ fn serve_udp(socket: &UdpSocket, state: &Arc<State>) {
                 }
                 continue;
             }
-            _ => format!("error {token} unknown request: ping, check, set are known"),
+            _ => format!("error {token} unknown request: ping, check, set, clock are known"),
         };
         // The asker repeats what got lost.
         let _ = socket.send_to(answer.as_bytes(), peer);

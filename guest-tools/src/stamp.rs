@@ -23,6 +23,12 @@ pub enum Area {
     Record,
     /// The blocks that the O_DIRECT readers read.
     Reader,
+    /// Regions of a scratch device.
+    Scratch,
+    /// The value of a UEFI variable.
+    Variable,
+    /// Memory that is taken and given back.
+    Churn,
 }
 
 impl Area {
@@ -31,6 +37,9 @@ impl Area {
             Area::Ram => *b"vmdrRAM1",
             Area::Record => *b"vmdrREC1",
             Area::Reader => *b"vmdrRDR1",
+            Area::Scratch => *b"vmdrSCR1",
+            Area::Variable => *b"vmdrVAR1",
+            Area::Churn => *b"vmdrCHU1",
         })
     }
 }

@@ -33,6 +33,8 @@ pub struct State {
     pub interval_ms: AtomicU32,
     /// Whether records are written.
     pub records: AtomicBool,
+    /// MiB of memory taken and given back in each round.
+    pub churn_mib: AtomicU32,
     /// Tells one boot of the guest from another.
     pub boot: String,
     started: Instant,
@@ -52,6 +54,7 @@ impl State {
             pages: AtomicU32::new(options.pages),
             interval_ms: AtomicU32::new(options.interval_ms),
             records: AtomicBool::new(options.disk.is_some()),
+            churn_mib: AtomicU32::new(options.churn_mib),
             boot: boot.chars().take(8).collect(),
             started: Instant::now(),
             check_wanted: AtomicBool::new(false),
@@ -100,7 +103,8 @@ impl State {
             "pages" => self.pages.store(value, SeqCst),
             "interval" => self.interval_ms.store(value, SeqCst),
             "records" => self.records.store(value != 0, SeqCst),
-            _ => return Err(format!("{key} cannot be set: pages, interval, records can")),
+            "churn" => self.churn_mib.store(value, SeqCst),
+            _ => return Err(format!("{key} cannot be set: pages, interval, records, churn can")),
         }
         Ok(())
     }

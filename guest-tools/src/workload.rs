@@ -1,12 +1,16 @@
 //! The tick loop: for every tick, first the RAM pages, then record N on the disk and its fsync, then RAM says "N is on the
 //! disk". Whatever instant a copy of RAM and disk is taken at, it must satisfy the self-check when it runs again.
 
+use crate::churn::Churn;
 use crate::cli::Workload;
 use crate::disk::Disk;
 use crate::ram::Ram;
-use crate::readers::Readers;
+use crate::readers;
+use crate::scratch::Scratch;
 use crate::serve;
 use crate::state::State;
+use crate::variable::Variable;
+use crate::workers::Workers;
 use anyhow::{Context, Result};
 use std::io::Write;
 use std::net::UdpSocket;
@@ -20,13 +24,21 @@ pub fn run(options: Workload) -> Result<()> {
     let state = Arc::new(State::new(&options));
     let mut ram = Ram::new(options.ram_mib << 20, options.seed, options.fill_bytes)?;
     let mut disk = None;
-    let mut readers = Readers::default();
+    let mut workers = Workers::default();
     if let Some(path) = &options.disk {
         let opened = Disk::open(path, &options)?;
         state.acknowledged.store(opened.acknowledged(), SeqCst);
         disk = Some(opened);
-        readers = Readers::start(path, &options)?;
+        readers::start(path, &options, &mut workers)?;
     }
+    for (number, path) in options.scratch.iter().enumerate() {
+        let scratch = Scratch::open(path, options.seed.wrapping_add(number as u64))?;
+        workers.start(&format!("scratch{number}"), scratch)?;
+    }
+    if options.variable {
+        workers.start("variable", Variable::open()?)?;
+    }
+    workers.start("churn", Churn::new(&state))?;
     serve::start(&options, &state)?;
     let socket = UdpSocket::bind("0.0.0.0:0").context("bind a UDP socket")?;
     say(&format!("workload ready ram_mib={} pages={}", options.ram_mib, options.pages));
@@ -55,7 +67,7 @@ pub fn run(options: Workload) -> Result<()> {
         }
         let due = options.check_every != 0 && tick % options.check_every == 0;
         if state.take_check_request() || due {
-            check(&state, &ram, &mut disk, &readers);
+            check(&state, &ram, &mut disk, &workers);
         }
         let interval = Duration::from_millis(u64::from(state.interval_ms.load(SeqCst)));
         thread::sleep(interval.saturating_sub(begun.elapsed()));
@@ -63,8 +75,8 @@ pub fn run(options: Workload) -> Result<()> {
     Ok(())
 }
 
-fn check(state: &State, ram: &Ram, disk: &mut Option<Disk>, readers: &Readers) {
-    let result = ram.check().and_then(|()| disk.as_mut().map_or(Ok(()), Disk::check)).and_then(|()| readers.check());
+fn check(state: &State, ram: &Ram, disk: &mut Option<Disk>, workers: &Workers) {
+    let result = ram.check().and_then(|()| disk.as_mut().map_or(Ok(()), Disk::check)).and_then(|()| workers.check());
     let check = state.finish_check(result);
     say(&match check.failure {
         None => format!("selfcheck ok tick={}", check.tick),

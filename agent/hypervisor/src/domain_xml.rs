@@ -129,6 +129,8 @@ pub struct Firmware {
     pub loader_writable: bool,
     /// `<nvram>`: the file with the UEFI variables.
     pub nvram: Option<String>,
+    /// The format of that file, where it is named; libvirt takes the firmware's otherwise, which is raw.
+    pub nvram_format: Option<String>,
 }
 
 /// What a disk is to the guest.
@@ -433,6 +435,7 @@ fn firmware(root: &Element) -> Firmware {
             let path = n.text();
             if path.is_empty() { n.find("source").map(location).unwrap_or_default() } else { path }
         }),
+        nvram_format: root.attribute_at("os/nvram", "format").map(str::to_owned),
     }
 }
 

@@ -100,9 +100,10 @@ fn memory_and_machine() {
     assert!(numa.memory_backing.shared && !numa.memory_backing.hugepages);
     let cells: Vec<_> = numa.numa_cells.iter().map(|c| (c.id, c.memory_bytes)).collect();
     assert_eq!(cells, [(0, 64 << 20), (1, 64 << 20)]);
-    let uefi = DomainXml::from_element(&fixture("refused-machine.inactive.xml")).unwrap();
+    let uefi = DomainXml::from_element(&fixture("uefi.inactive.xml")).unwrap();
     assert!(uefi.firmware.pflash && !uefi.firmware.loader_writable);
     assert_eq!(uefi.firmware.nvram.as_deref(), Some("/var/lib/libvirt/qemu/nvram/refused_VARS.fd"));
+    assert_eq!(uefi.firmware.nvram_format.as_deref(), Some("raw"));
     assert_eq!((uefi.id, uefi.virt_type.as_str()), (None, "kvm"));
     assert!(DomainXml::from_element(&fixture("refused-devices.inactive.xml")).unwrap().max_memory);
 }

@@ -13,7 +13,7 @@ const PC_TCG: &str = include_str!("../../hypervisor/tests/fixtures/pc-tcg.live.x
 const NUMA_MEMFD: &str = include_str!("../../hypervisor/tests/fixtures/numa-memfd.live.xml");
 const DISKS: &str = include_str!("../../hypervisor/tests/fixtures/disks.live.xml");
 const REFUSED_DEVICES: &str = include_str!("../../hypervisor/tests/fixtures/refused-devices.inactive.xml");
-const REFUSED_MACHINE: &str = include_str!("../../hypervisor/tests/fixtures/refused-machine.inactive.xml");
+const UEFI: &str = include_str!("../../hypervisor/tests/fixtures/uefi.inactive.xml");
 
 fn facts() -> HostFacts {
     HostFacts {
@@ -80,7 +80,6 @@ fn every_refused_device_is_named() {
         "interface vmxnet3",
         "filesystem",
         "shmem",
-        "memory dimm",
         "memory nvdimm",
         "vsock virtio",
         "iommu intel",
@@ -182,7 +181,12 @@ fn machines() {
         let secret = || Element::new("launchSecurity").with_attribute("type", kind);
         assert_eq!(refused_by(&|r| r.push(secret())), ["launchSecurity"]);
     }
-    assert_eq!(refused(&parse(REFUSED_MACHINE)), ["UEFI variables"]);
+    assert_eq!(refused(&parse(UEFI)), Vec::<String>::new());
+    for (path, name, value) in [("os/loader", "readonly", "no"), ("os/nvram", "format", "qcow2")] {
+        let mut root = parse(UEFI);
+        root.find_mut(path).unwrap().set_attribute(name, value);
+        assert_eq!(refused(&root), ["UEFI variables"], "{path}");
+    }
     let without_kvm = HostFacts { kvm: Err("ENOENT".into()), ..facts() };
     let findings = definition(&parse(Q35_KVM), &without_kvm, &DomainOptions::default());
     assert_eq!(refusals(&findings).map(|f| f.subject.as_str()).collect::<Vec<_>>(), ["type"]);
@@ -207,6 +211,15 @@ fn memory_and_balloon() {
     };
     assert_eq!(refused(&huge(parse(Q35_TCG))), ["memory"]);
     assert_eq!(refused(&huge(without_balloon(Q35_TCG))), Vec::<String>::new());
+    let dimm = |source: &str, access: &str| {
+        let mut root = parse(Q35_TCG);
+        let dimm = format!("<memory model='dimm' access='{access}'>{source}<target><size>65536</size></target></memory>");
+        root.find_mut("devices").unwrap().push(parse(&dimm));
+        refused(&root)
+    };
+    assert_eq!(dimm("", "private"), Vec::<String>::new());
+    assert_eq!(dimm("", "shared"), ["memory"]);
+    assert_eq!(dimm("<source><pagesize>2048</pagesize></source>", "private"), ["memory"]);
     // Reported free pages of anonymous memory are seen.
     let mut reporting = parse(Q35_TCG);
     reporting.find_mut("devices/memballoon").unwrap().set_attribute("freePageReporting", "on");

@@ -95,9 +95,11 @@ fn judge(device: &Device, host: &HostFacts) -> Verdict {
             "memory is shared with other processes, which write it past the dirty log",
             "remove the shmem device from the domain",
         ),
+        // DIMMs are RAM blocks like any other. The others change behind the dirty log's back, or are files.
+        "memory" if device.model == "dimm" => Fine,
         "memory" => refuse(
-            format!("memory devices ({}) are not carried", device.model),
-            "give the guest its memory with <memory> alone",
+            format!("memory devices of model {} are not carried", device.model),
+            "give the guest its memory with <memory>, or with devices of model dimm",
         ),
         "redirdev" | "redirfilter" => refuse(
             "a USB device of the client's is redirected: its state would not reach the backup site",

@@ -1,8 +1,11 @@
-//! How the guest's memory is made, and whether the dirty log sees everything that happens to it.
+//! How the guest's memory is made, and whether the dirty log sees everything that happens to it; what its machine is.
 //!
 //! A discard by QEMU (balloon, free page reporting) of a page of anonymous memory is reported as a write. In shared memory,
 //! huge pages and private files it is not: the page silently becomes zero, or what the file has. So a balloon and such
 //! memory together are refused.
+//!
+//! UEFI variables are carried because QEMU keeps the flash they lie in as a RAM block, whose content is that of the file byte
+//! for byte: each write of the guest's goes to both at once. The receiver writes a file from that block.
 
 use vmdr_hypervisor::domain_xml::DomainXml;
 use vmdr_hypervisor::xml::Element;
@@ -14,9 +17,12 @@ use super::{Finding, HostFacts};
 pub fn memory(domain: &DomainXml, host: &HostFacts, arena_bytes: u64) -> Vec<Finding> {
     let mut findings = Vec::new();
     let backing = &domain.memory_backing;
-    let shared = backing.shared || domain.numa_cells.iter().any(|c| c.access.as_deref() == Some("shared"));
-    let anonymous = !shared && !backing.hugepages && matches!(backing.source.as_deref(), None | Some("anonymous"));
-    let kind = match (backing.hugepages, backing.source.as_deref()) {
+    let shared = backing.shared
+        || domain.numa_cells.iter().any(|c| c.access.as_deref() == Some("shared"))
+        || domain.devices_of("memory").any(|d| d.element.attribute("access") == Some("shared"));
+    let huge = backing.hugepages || domain.devices_of("memory").any(|d| d.element.find("source/pagesize").is_some());
+    let anonymous = !shared && !huge && matches!(backing.source.as_deref(), None | Some("anonymous"));
+    let kind = match (huge, backing.source.as_deref()) {
         (true, _) => "huge pages",
         (false, Some("memfd")) => "memfd",
         (false, Some("file")) => "files",
@@ -106,14 +112,7 @@ pub fn machine(domain: &DomainXml, root: &Element, host: &HostFacts) -> Vec<Find
             "remove <launchSecurity>, or do not protect the domain",
         ));
     }
-    if domain.firmware.nvram.is_some() || domain.firmware.loader_writable {
-        let file = domain.firmware.nvram.as_deref().filter(|f| !f.is_empty()).unwrap_or("a writable firmware");
-        findings.push(Finding::refused(
-            "UEFI variables",
-            format!("{file} is a file of this host that is not carried yet"),
-            "boot the guest with BIOS, or with a stateless UEFI (<loader stateless='yes'>)",
-        ));
-    }
+    findings.extend(variables(domain));
     let texts = ["os/kernel", "os/initrd", "os/dtb", "os/shim", "os/loader", "os/acpi/table"];
     let texts = texts.into_iter().flat_map(|path| root.find_all(path)).map(Element::text);
     let entries = root.find_all("sysinfo/entry").into_iter().filter_map(|e| e.attribute("file")).map(str::to_owned);
@@ -126,6 +125,28 @@ pub fn machine(domain: &DomainXml, root: &Element, host: &HostFacts) -> Vec<Find
         ));
     }
     findings
+}
+
+/// Whether the UEFI variables, if there are any, can be carried.
+fn variables(domain: &DomainXml) -> Option<Finding> {
+    let subject = "UEFI variables";
+    let firmware = &domain.firmware;
+    if firmware.loader_writable {
+        return Some(Finding::refused(
+            subject,
+            "the firmware is writable: code and variables are in one file, which is not carried",
+            "use a firmware whose variables are in a file of their own (<os firmware='efi'>), or a stateless one",
+        ));
+    }
+    let file = firmware.nvram.as_deref()?;
+    Some(match firmware.nvram_format.as_deref() {
+        None | Some("raw") => Finding::ok(subject, format!("{file} is carried with the guest's memory")),
+        Some(format) => Finding::refused(
+            subject,
+            format!("{file} is of format {format}: only raw files of variables are carried"),
+            "convert it (qemu-img convert -O raw), name it in <nvram format='raw'>, and start the guest anew",
+        ),
+    })
 }
 
 /// Arguments for QEMU that libvirt does not understand: each may be anything.

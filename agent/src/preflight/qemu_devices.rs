@@ -47,6 +47,7 @@ const DEVICES: &[&str] = &[
     "isa-serial",
     "lsi53c895a",
     "nec-usb-xhci",
+    "pc-dimm",
     "pci-bridge",
     "pci-ohci",
     "pci-serial",

@@ -35,7 +35,9 @@ impl Port {
                 break path;
             }
             if !said {
-                println!("clock: waiting for the virtio port {PORT}: the domain's definition needs a channel of that name");
+                println!(
+                    "clock: waiting for the virtio port {PORT}: the domain's definition needs a channel of that name"
+                );
                 said = true;
             }
             std::thread::sleep(LOOK);
@@ -84,7 +86,8 @@ impl Port {
 
 fn find() -> Option<PathBuf> {
     let entries = fs::read_dir(PORTS).ok()?;
-    let named = |entry: &fs::DirEntry| fs::read_to_string(entry.path().join("name")).is_ok_and(|name| name.trim() == PORT);
+    let named =
+        |entry: &fs::DirEntry| fs::read_to_string(entry.path().join("name")).is_ok_and(|name| name.trim() == PORT);
     let entry = entries.flatten().find(named)?;
     let device = Path::new("/dev").join(entry.file_name());
     device.exists().then_some(device)

@@ -101,8 +101,7 @@ mod tests {
         let begun = Instant::now();
         let mut behind = 0.0;
         for second in 0..20 {
-            let (worst, _, now) =
-                simulate(&mut steer, begun + Duration::from_secs(second), behind, 0.004, 1.0);
+            let (worst, _, now) = simulate(&mut steer, begun + Duration::from_secs(second), behind, 0.004, 1.0);
             assert!(worst < 0.05, "{worst} s off in second {second}");
             behind = now;
         }
