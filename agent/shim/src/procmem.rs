@@ -3,8 +3,10 @@
 
 use std::io;
 
-/// Ranges that one call can take (the kernel's UIO_MAXIOV).
-const RANGES_PER_CALL: usize = 1024;
+/// Ranges read by one call; the kernel takes 1,024 (UIO_MAXIOV). A kernel that does not preempt system calls makes a
+/// thread that woke up on this CPU wait for the call's end, and in a cut that may be the vCPU thread that QEMU waits for
+/// while it saves the devices: of 1,024 pages in one go, the save became longer by the whole copy.
+const RANGES_PER_CALL: usize = 64;
 
 /// A process's memory, by its pid.
 #[derive(Debug)]
@@ -79,6 +81,7 @@ impl ProcessMemory {
             }
         }
         self.remote.clear();
+        std::thread::yield_now();
         Ok(())
     }
 }

@@ -419,6 +419,13 @@ impl<'a> Active<'a> {
         let started = Instant::now();
         let hold = self.hold.is_some() && self.mode == Mode::Cuts;
         match self.attached.shim.cut(pages_max, hold)? {
+            Ok(part) if !part.last => {
+                // Something has changed under the cut: its data is sent, and the next one ends the epoch.
+                self.worker.shared.status().figures.pause(&part.timing.unwrap_or_default());
+                self.ship(part)?;
+                self.next_cut = Instant::now() + LOOK;
+                Ok(())
+            }
             Ok(part) => {
                 self.next_cut = (self.next_cut + interval).max(started);
                 self.mirrors_bad = None;

@@ -2,16 +2,21 @@
 //!
 //! ```text
 //!   query-status, stop ........ ours only if the guest ran; drains and flushes all disks
-//!   query-block-jobs .......... every mirror ready and actively-synced, else no recovery point
-//!   info ramblock ............. the blocks as they are at this instant
 //!   xen-save-devices-state      | meanwhile: scan all, protect what was found, copy it
 //!   scan once more ............ what saving the devices wrote (little or nothing)
 //!   take the disks' logs
 //!   cont ...................... only because this cut stopped the guest
+//!   query-block-jobs .......... every mirror ready and actively-synced, else no recovery point
+//!   info ramblock ............. the blocks that were scanned, else no recovery point
 //! ```
 //!
 //! All commands before `cont` are sent at once. Whatever fails, the guest is resumed, and pages that were
 //! protected again stay pending.
+//!
+//! The last two are asked when the guest runs again and take no time from it. A cut rests on two looks, this one and that of
+//! the cut before: a mirror that was synced then and is now, over the same connection, has been so in between, because
+//! it falls behind only when its target fails a write, and then libvirt's mirrors end. RAM blocks that come or go change
+//! the list; one that went and came back under its old name is not under watch any more, which the scan tells.
 
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -24,7 +29,7 @@ use vmdr_proto::shim::{ArenaRange, NoPartReason, Part, Timing};
 
 use super::{Capture, CaptureError, Copied, DEVICE_FD_SET, PREFAULT_BYTES, mirror_of};
 use crate::dirty_log::Run;
-use crate::qmp::{Command, QmpError, Sent};
+use crate::qmp::{COMMAND_LIMIT, Command, QmpError, Sent};
 use crate::ramblock;
 
 /// How long a resumed guest's RESUME event is waited for, and a late answer to `stop`.
@@ -86,7 +91,8 @@ impl Capture {
     }
 
     /// Ends the epoch: a part with `last`, or the reason why not. `pages_max` of 0 is the configured limit.
-    /// With `hold` the guest stays paused after a recovery point was made.
+    /// With `hold` the guest stays paused after a recovery point was made. A part without `last` is what was captured
+    /// when it turned out afterwards that it is no recovery point; the epoch stays open.
     pub fn cut(&mut self, pages_max: u64, hold: bool) -> Result<Result<Part, NoCut>, CaptureError> {
         self.ready_to_stop()?;
         let pages_max = if pages_max == 0 { self.config.cut_pages_max } else { pages_max };
@@ -96,66 +102,57 @@ impl Capture {
                 return Ok(Err(NoCut::new(NoPartReason::Mirror, format!("{error:#}"))));
             }
         }
+        if self.block_list.is_empty() {
+            let message = "the guest's RAM blocks have changed: a pass has to come first".to_owned();
+            return Ok(Err(NoCut::new(NoPartReason::Pending, message)));
+        }
         if let Some(no) = self.not_now(pages_max) {
             return Ok(Err(no));
         }
         seek(&self.device_writer, SeekFrom::Start(0)).context("rewind the device state")?;
         let save = json!({ "filename": format!("/dev/fdset/{DEVICE_FD_SET}"), "live": false });
-        let ramblock = ramblock_arguments();
-        let outcome = self.while_paused(
-            hold,
-            [
-                ("query-block-jobs", None),
-                ("human-monitor-command", Some(&ramblock)),
-                ("xen-save-devices-state", Some(&save)),
-            ],
-            |this, [jobs, blocks, save], timing| {
-                let cut_unix_ns = unix_ns();
-                let jobs = this.qmp.wait(jobs, this.cut_left())?;
-                let blocks = this.qmp.wait(blocks, this.cut_left())?;
-                let mirrors = this.check_mirrors(&jobs);
-                this.mirrors_ready = mirrors.is_ok();
-                // From here QEMU is writing device state; its answer has to be taken whatever happens.
-                let copied = match mirrors {
-                    Ok(()) => this.capture_memory(&blocks, pages_max, timing),
-                    Err(error) => Ok(InPause::Not(NoCut::new(NoPartReason::Mirror, format!("{error:#}")))),
-                };
-                let started = Instant::now();
-                let saved = this.qmp.wait(save, this.cut_left());
-                timing.device_ns = nanos(started);
-                let mut copied = match copied? {
-                    InPause::Done(copied) => copied,
-                    not @ InPause::Not(_) => return Ok(not),
-                };
-                saved?;
-                // Saving may have written to guest memory: a second, small look.
-                let (runs, _) = this.scan_and_protect(timing)?;
-                this.copy(&runs, &mut copied)?;
-                for (index, disk) in this.disks.iter().enumerate() {
-                    copied.add_log(index, disk.take());
-                }
-                copied.part.cut_unix_ns = cut_unix_ns;
-                Ok(InPause::Done(copied))
-            },
-        )?;
-        let (mut copied, timing) = match outcome {
+        let outcome = self.while_paused(hold, [("xen-save-devices-state", Some(&save))], |this, [save], timing| {
+            let cut_unix_ns = unix_ns();
+            // QEMU is writing device state; its answer has to be taken whatever happens.
+            let copied = this.capture_memory(pages_max, timing);
+            let started = Instant::now();
+            let saved = this.qmp.wait(save, this.cut_left());
+            timing.device_ns = nanos(started);
+            let mut copied = match copied? {
+                InPause::Done(copied) => copied,
+                InPause::Not(no) => return Ok(InPause::Not(no)),
+            };
+            saved?;
+            // Saving may have written to guest memory: a second, small look.
+            let (runs, _) = this.scan_and_protect(timing)?;
+            this.copy(&runs, &mut copied)?;
+            for (index, disk) in this.disks.iter().enumerate() {
+                copied.add_log(index, disk.take());
+            }
+            copied.part.cut_unix_ns = cut_unix_ns;
+            // Writes of the last moment may have found the arena full.
+            let behind = this.disks.iter().any(|disk| disk.remembered_bytes() > 0);
+            Ok(InPause::Done((copied, behind)))
+        })?;
+        let ((mut copied, behind), timing) = match outcome {
             Ok(done) => done,
             Err(no) => return Ok(Err(no)),
         };
-        let finished = self.finish(&mut copied, timing);
+        let finished = self.look().and_then(|standing| {
+            if let Err(why) = &standing {
+                tracing::info!(domain = self.config.domain_name, "no recovery point: {why}");
+            }
+            self.finish(&mut copied, timing)?;
+            Ok(standing.is_ok() && !behind)
+        });
         self.arena.prefault(copied.pages as usize * PAGE_BYTES + PREFAULT_BYTES);
         // Taken disk writes are in `copied` alone: an epoch that cannot be finished is a part all the same.
-        let part = self.hold(copied, finished.is_ok());
-        match finished {
-            Ok(()) => Ok(Ok(part)),
-            Err(error) => {
-                // Held, but not at a recovery point: that is not what was asked for.
-                if self.held {
-                    self.end_hold()?;
-                }
-                Err(error.into())
-            }
+        let part = self.hold(copied, matches!(finished, Ok(true)));
+        if self.held && !part.last {
+            // Held, but not at a recovery point: that is not what was asked for.
+            self.end_hold()?;
         }
+        finished.map(|_| Ok(part))
     }
 
     /// Before the guest is stopped: what makes this cut pointless.
@@ -322,7 +319,8 @@ impl Capture {
 
     /// Brings the watch in line with `info ramblock`'s answer.
     fn follow(&mut self, blocks: &Value) -> anyhow::Result<()> {
-        let blocks = ramblock::parse(blocks.as_str().unwrap_or_default()).context("list RAM blocks")?;
+        let list = blocks.as_str().unwrap_or_default();
+        let blocks = ramblock::parse(list).context("list RAM blocks")?;
         let log = self.log.as_mut().context("not armed")?;
         let mut fresh = Vec::new();
         let followed = log.follow(&blocks, &mut fresh);
@@ -331,7 +329,31 @@ impl Capture {
             // Also when following failed half-way: what was protected has lost its old reports.
             self.add_pending(&fresh);
         }
+        if followed.is_ok() {
+            list.clone_into(&mut self.block_list);
+        }
         followed
+    }
+
+    /// Whether what the cut rested on still holds, else why not.
+    fn look(&mut self) -> Result<Result<(), String>, CaptureError> {
+        let ramblock = ramblock_arguments();
+        let [jobs, blocks] = self.qmp.send([("query-block-jobs", None), ("human-monitor-command", Some(&ramblock))])?;
+        let jobs = self.qmp.wait(jobs, COMMAND_LIMIT);
+        let blocks = self.qmp.wait(blocks, COMMAND_LIMIT);
+        // Until the contrary is shown.
+        let list = std::mem::take(&mut self.block_list);
+        self.mirrors_ready = false;
+        let before = self.mirror_sessions.clone();
+        if let Err(error) = self.check_mirrors(&jobs?) {
+            self.block_list = list;
+            return Ok(Err(format!("{error:#}")));
+        }
+        if blocks?.as_str() != Some(&list) {
+            return Ok(Err("the guest's RAM blocks have changed".to_owned()));
+        }
+        self.block_list = list;
+        Ok(if before == self.mirror_sessions { Ok(()) } else { Err("a mirror has connected anew".to_owned()) })
     }
 
     /// Scans all blocks, remembers what was found as pending, and only then protects it.
@@ -339,7 +361,11 @@ impl Capture {
         let started = Instant::now();
         let mut runs = std::mem::take(&mut self.runs);
         let log = self.log.as_mut().context("not armed")?;
-        log.scan(&mut runs)?;
+        if let Err(error) = log.scan(&mut runs) {
+            // Perhaps a block is gone or was re-made: a pass finds out.
+            self.block_list.clear();
+            return Err(error);
+        }
         timing.scan_ns += nanos(started);
         self.add_pending(&runs);
         let started = Instant::now();
@@ -353,13 +379,9 @@ impl Capture {
         Ok((runs, pages))
     }
 
-    fn capture_memory(
-        &mut self,
-        blocks: &Value,
-        pages_max: u64,
-        timing: &mut Timing,
-    ) -> Result<InPause<Copied>, CaptureError> {
-        self.follow(blocks)?;
+    fn capture_memory(&mut self, pages_max: u64, timing: &mut Timing) -> Result<InPause<Copied>, CaptureError> {
+        // The devices are being saved meanwhile.
+        let _aside = self.placement.step_aside();
         self.runs = self.scan_and_protect(timing)?.0;
         let started = Instant::now();
         let pending = self.pending_pages();
@@ -374,7 +396,10 @@ impl Capture {
         Ok(InPause::Done(copied))
     }
 
-    fn check_mirrors(&self, jobs: &Value) -> anyhow::Result<()> {
+    /// Whether all mirrors are in order.
+    fn check_mirrors(&mut self, jobs: &Value) -> anyhow::Result<()> {
+        self.mirrors_ready = false;
+        let mut all_sessions = Vec::with_capacity(self.disks.len());
         for disk in &self.disks {
             let target = disk.target();
             let job = mirror_of(jobs, target)?;
@@ -388,7 +413,10 @@ impl Capture {
             if connected != 1 {
                 return Err(anyhow!("the mirror of disk {target} has {connected} connections (of {sessions} so far)"));
             }
+            all_sessions.push(sessions);
         }
+        self.mirrors_ready = true;
+        self.mirror_sessions = all_sessions;
         Ok(())
     }
 

@@ -13,6 +13,7 @@
 
 mod catch_up;
 mod cut;
+mod placement;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -28,6 +29,7 @@ use vmdr_proto::shim::{DiskOp, DiskOpKind, DiskState, Part, PartId, RamBlock, Ra
 use vmdr_proto::{PAGE_BYTES, SHIM_VERSION};
 
 use self::catch_up::CatchUp;
+use self::placement::Placement;
 use crate::arena::{Arena, CHUNK_BYTES, Chunk};
 use crate::bitmap::Bitmap;
 use crate::config::Config;
@@ -136,10 +138,15 @@ pub struct Capture {
     deadline: Instant,
     /// Whether the mirrors were in order when last looked at. If not, they are looked at before the guest is stopped.
     mirrors_ready: bool,
+    /// The mirrors' NBD sessions then.
+    mirror_sessions: Vec<u64>,
+    /// QEMU's list of the blocks that are under watch; empty when they have to be looked at anew, in a pause.
+    block_list: String,
     /// What QEMU writes device state into; the write-only descriptor shares its offset with QEMU's.
     device_memory: File,
     device_writer: OwnedFd,
     helper: PathBuf,
+    placement: Placement,
     /// Reused between scans.
     runs: Vec<Run>,
 }
@@ -165,6 +172,7 @@ impl Capture {
         qmp.add_fd(std::os::fd::AsFd::as_fd(&device_writer), DEVICE_FD_SET).context("pass a descriptor to QEMU")?;
         let catch_up = disks.iter().map(|_| CatchUp::default()).collect();
         let helper = std::env::current_exe().context("find this program's own file")?;
+        let placement = Placement::of(config.qemu_pid).context("find QEMU's main thread")?;
         Ok(Self {
             config,
             qmp,
@@ -186,9 +194,12 @@ impl Capture {
             was_running: false,
             deadline: Instant::now(),
             mirrors_ready: false,
+            mirror_sessions: Vec::new(),
+            block_list: String::new(),
             device_memory,
             device_writer,
             helper,
+            placement,
             runs: Vec::new(),
         })
     }
@@ -212,11 +223,13 @@ impl Capture {
         }
         let first_time = self.log.is_none();
         if first_time {
-            let blocks = ramblock::parse(&self.qmp.human("info ramblock")?).context("list RAM blocks")?;
+            let list = self.qmp.human("info ramblock")?;
+            let blocks = ramblock::parse(&list).context("list RAM blocks")?;
             let (mut log, origin) = DirtyLog::open(self.config.qemu_pid, &self.helper)?;
             tracing::info!(domain = self.config.domain_name, ?origin, blocks = blocks.len(), "watching guest memory");
             let mut fresh = Vec::new();
             log.follow(&blocks, &mut fresh)?;
+            self.block_list = list;
             self.log = Some(log);
             self.add_pending(&fresh);
             if origin == Origin::Adopted {
