@@ -5,6 +5,7 @@
 //! - `check TOKEN` -> after the check: `selfcheck TOKEN ok tick=N` or `selfcheck TOKEN FAILED tick=N REASON`
 //! - `set TOKEN pages=N interval=MS records=0|1 churn=MIB` -> `set TOKEN ok` or `set TOKEN FAILED REASON`
 //! - `clock TOKEN` -> `clock TOKEN unix_ns=...`: the guest's clock, for whoever wants to compare it
+//! - `poweroff TOKEN`, `reboot TOKEN` -> `poweroff TOKEN ok`, and the guest does it
 //!
 //! TCP: each line is answered by `COUNT tick=N LINE`, the count being kept per connection.
 
@@ -13,6 +14,7 @@ use crate::state::{Check, State};
 use anyhow::{Context, Result, bail};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::thread;
@@ -72,10 +74,16 @@ fn serve_udp(socket: &UdpSocket, state: &Arc<State>) {
                 }
                 continue;
             }
-            _ => format!("error {token} unknown request: ping, check, set, clock are known"),
+            "poweroff" | "reboot" => format!("{word} {token} ok"),
+            _ => format!("error {token} unknown request: ping, check, set, clock, poweroff, reboot are known"),
         };
         // The asker repeats what got lost.
         let _ = socket.send_to(answer.as_bytes(), peer);
+        if matches!(word, "poweroff" | "reboot") {
+            // busybox's: writes out what the page cache has, and asks the kernel at once.
+            let ended = Command::new(word).arg("-f").status();
+            println!("{word}: {ended:?}");
+        }
     }
 }
 
