@@ -45,10 +45,11 @@ pub fn signal(pid: u32, signal: Signal) -> Result<()> {
     kill_process(target, signal).with_context(|| format!("send a signal to process {pid}"))
 }
 
-/// Whether a process exists and is not a zombie.
+/// Whether a process exists and is not a zombie. One of which only the first thread has ended still holds its sockets.
 pub fn alive(pid: u32) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/stat"))
-        .is_ok_and(|stat| !stat.rsplit(") ").next().unwrap_or_default().starts_with(['Z', 'X']))
+    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
+    let zombie = stat.rsplit(") ").next().unwrap_or_default().starts_with(['Z', 'X']);
+    !zombie || fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|tasks| tasks.count() > 1)
 }
 
 /// The children of a process, of all its threads.

@@ -61,6 +61,7 @@ pub struct Disk {
     sessions: AtomicU64,
     connected: AtomicU64,
     written_bytes: AtomicU64,
+    last_written: AtomicU64,
 }
 
 impl Disk {
@@ -76,6 +77,7 @@ impl Disk {
             sessions: AtomicU64::new(0),
             connected: AtomicU64::new(0),
             written_bytes: AtomicU64::new(0),
+            last_written: AtomicU64::new(0),
         }
     }
 
@@ -97,6 +99,11 @@ impl Disk {
     /// Bytes written since the shim started.
     pub fn written_bytes(&self) -> u64 {
         self.written_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Where data was written last: a place at which the guest's disk has something. 0 before that.
+    pub fn last_written(&self) -> u64 {
+        self.last_written.load(Ordering::Relaxed)
     }
 
     /// Bytes known to be dirty of which the data is not held.
@@ -216,6 +223,7 @@ impl Export for Disk {
             self.remember(&mut self.log(), at, end - at);
         }
         self.written_bytes.fetch_add(u64::from(length), Ordering::Relaxed);
+        self.last_written.store(offset, Ordering::Relaxed);
         Ok(())
     }
 

@@ -5,11 +5,12 @@
 //! use ([`ClientError::Broken`] from then on), because it is not known what it would say next. Nothing the server sends is
 //! trusted: a reply must cover exactly what was asked for, each byte once.
 
-use super::client_wire::{ErrorReply, Terms, Wire, negotiate, read_reply, status_reply};
+use super::client_wire::{ErrorReply, Terms, Wire, flush_reply, negotiate, read_reply, status_reply};
 use super::export::Extent;
 use super::message::{ProtoError, Request};
 use super::proto::{CONTEXT_ALLOCATION, ErrorCode, command};
 use super::stream::DeadlineStream;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::io::{self, Write};
@@ -81,12 +82,26 @@ pub enum ClientError {
         /// Size of the export.
         size: u64,
     },
-    /// The server did not agree to `base:allocation`; nothing was sent.
-    #[error("the NBD server does not tell where data is ({CONTEXT_ALLOCATION})")]
+    /// The server did not agree to the metadata context; nothing was sent.
+    #[error("the NBD server does not have the metadata context that was asked for ({CONTEXT_ALLOCATION} by default)")]
     NoBlockStatus,
     /// The connection failed before; connect anew.
     #[error("the NBD connection failed before")]
     Broken,
+}
+
+/// What can be asked without waiting for the answer: see [`Client::ask`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Question {
+    /// Whether these bytes can be read; what they are is not told.
+    Read {
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        length: u32,
+    },
+    /// Whether what was written is on stable storage.
+    Flush,
 }
 
 /// A connection to one export.
@@ -96,6 +111,7 @@ pub struct Client {
     terms: Terms,
     cookie: u64,
     broken: bool,
+    asked: Option<Question>,
 }
 
 impl Client {
@@ -104,9 +120,24 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub fn connect(path: &Path, export_name: &str, timeout: Duration) -> Result<Self, ClientError> {
+        Self::connect_with(path, export_name, timeout, None)
+    }
+
+    /// The same with another metadata context than `base:allocation` for [`block_status`](Client::block_status): the two
+    /// lowest bits of its flags are then what an [`Extent`] calls `hole` and `zero`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn connect_with(
+        path: &Path,
+        export_name: &str,
+        timeout: Duration,
+        context: Option<&str>,
+    ) -> Result<Self, ClientError> {
         let stream = connect(path, timeout).map_err(|source| ClientError::Connect { path: path.to_owned(), source })?;
-        let terms = negotiate(&mut DeadlineStream::new(&stream, timeout), export_name)?;
-        Ok(Self { stream, timeout, terms, cookie: 0, broken: false })
+        let context = context.unwrap_or(CONTEXT_ALLOCATION);
+        let terms = negotiate(&mut DeadlineStream::new(&stream, timeout), export_name, context)?;
+        Ok(Self { stream, timeout, terms, cookie: 0, broken: false, asked: None })
     }
 
     /// Size of the export.
@@ -183,6 +214,56 @@ impl Client {
         Ok(extents)
     }
 
+    /// Sends a question and does not wait. Until [`answered`](Client::answered) says so nothing else can be asked.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn ask(&mut self, question: Question) -> Result<(), ClientError> {
+        let (doing, command, offset, length) = match question {
+            Question::Read { offset, length } => ("read", command::READ, offset, length),
+            Question::Flush => ("flush", command::FLUSH, 0, 0),
+        };
+        self.check_range(offset, length.into())?;
+        if self.broken {
+            return Err(ClientError::Broken);
+        }
+        // Until the answer has been understood.
+        self.broken = true;
+        self.cookie += 1;
+        let request = Request { flags: 0, command, cookie: self.cookie, offset, length };
+        let sent = DeadlineStream::new(&self.stream, self.timeout).write_all(&request.encode());
+        sent.map_err(|source| ClientError::Io { doing, source })?;
+        self.asked = Some(question);
+        Ok(())
+    }
+
+    /// Waits up to `limit` for the answer to what was asked, and says whether it came. That the server could not do it is an
+    /// answer too.
+    ///
+    /// # Errors
+    /// [`ClientError`] of a connection that is of no use any more.
+    pub fn answered(&mut self, limit: Duration) -> Result<bool, ClientError> {
+        let Some(question) = self.asked else { return Ok(true) };
+        if !readable(&self.stream, limit).map_err(|source| ClientError::Io { doing: "wait", source })? {
+            return Ok(false);
+        }
+        // It has begun to arrive: the rest is on its way.
+        self.asked = None;
+        let mut stream = DeadlineStream::new(&self.stream, self.timeout);
+        match question {
+            Question::Read { offset, length } => {
+                let mut bytes = vec![0; length as usize];
+                let reply = read_reply(&mut stream, self.cookie, offset, &mut bytes, self.terms.structured);
+                reply.map_err(|wire| wire.during("read"))?.err()
+            }
+            Question::Flush => {
+                flush_reply(&mut stream, self.cookie).map_err(|wire| wire.during("flush"))?.err()
+            }
+        };
+        self.broken = false;
+        Ok(true)
+    }
+
     fn check_range(&self, offset: u64, length: u64) -> Result<(), ClientError> {
         let size = self.terms.size_bytes;
         if offset.checked_add(length).is_some_and(|end| end <= size) {
@@ -240,6 +321,15 @@ impl Drop for Client {
         if self.stream.set_nonblocking(true).is_ok() {
             let _ = self.stream.write_all(&goodbye.encode());
         }
+    }
+}
+
+fn readable(stream: &UnixStream, limit: Duration) -> io::Result<bool> {
+    let limit = Timespec::try_from(limit).map_err(io::Error::other)?;
+    match poll(&mut [PollFd::new(stream, PollFlags::IN)], Some(&limit)) {
+        Ok(ready) => Ok(ready > 0),
+        Err(rustix::io::Errno::INTR) => Ok(false),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -11,7 +11,7 @@ use super::message::{
     encode_option,
 };
 use super::proto::{
-    BLOCK_BYTES_MIN_MAX, CONTEXT_ALLOCATION, ErrorCode, NAME_BYTES_MAX, OPTION_BYTES_MAX, PAYLOAD_BYTES_MAX,
+    BLOCK_BYTES_MIN_MAX, ErrorCode, NAME_BYTES_MAX, OPTION_BYTES_MAX, PAYLOAD_BYTES_MAX,
     STATE_HOLE, STATE_ZERO, chunk, client_flag, handshake_flag, info, option, reply,
 };
 use super::stream::DeadlineStream;
@@ -69,13 +69,17 @@ pub(super) struct ErrorReply {
 pub(super) struct Terms {
     pub(super) size_bytes: u64,
     pub(super) structured: bool,
-    /// Id of `base:allocation`.
+    /// Id of the metadata context that was asked for.
     pub(super) context: Option<u32>,
     pub(super) block_bytes_min: u32,
     pub(super) payload_bytes_max: u32,
 }
 
-pub(super) fn negotiate(stream: &mut DeadlineStream<'_>, name: &str) -> Result<Terms, ClientError> {
+pub(super) fn negotiate(
+    stream: &mut DeadlineStream<'_>,
+    name: &str,
+    context_name: &str,
+) -> Result<Terms, ClientError> {
     const DOING: &str = "negotiation";
     let refused = |reply: OptionError| match reply {
         OptionError::Refused { kind, text } => ClientError::Export { name: name.to_owned(), kind, text },
@@ -92,14 +96,14 @@ pub(super) fn negotiate(stream: &mut DeadlineStream<'_>, name: &str) -> Result<T
         Err(other) => return Err(refused(other)),
     }
     if structured {
-        let query = ContextQuery { name: name.to_owned(), queries: vec![CONTEXT_ALLOCATION.to_owned()] };
+        let query = ContextQuery { name: name.to_owned(), queries: vec![context_name.to_owned()] };
         let asked = ask(stream, option::SET_META_CONTEXT, &query.encode(), |kind, data| {
             if kind != reply::META_CONTEXT {
                 return unexpected("reply to set meta context", kind);
             }
             let mut fields = Fields::new("meta context", data);
             let id = fields.u32()?;
-            if fields.rest() == CONTEXT_ALLOCATION.as_bytes() {
+            if fields.rest() == context_name.as_bytes() {
                 context = Some(id);
             }
             Ok(())
@@ -316,6 +320,24 @@ pub(super) fn read_reply(
                 None if coverage.missing == 0 => Ok(Ok(())),
                 None => unexpected("number of bytes missing in a read", coverage.missing as u64),
             };
+        }
+    }
+}
+
+pub(super) fn flush_reply(stream: &mut DeadlineStream<'_>, cookie: u64) -> Result<Result<(), ErrorReply>, Wire> {
+    match reply_head(stream, cookie)? {
+        ReplyHead::Simple(reply) if reply.error != 0 => Ok(Err(simple_error(reply.error))),
+        ReplyHead::Simple(_) => Ok(Ok(())),
+        ReplyHead::Chunk { flags, kind, .. } => {
+            let length = chunk_length(stream)?;
+            if flags & chunk::FLAG_DONE == 0 {
+                return unexpected("reply to a flush that goes on", kind);
+            }
+            match kind {
+                chunk::NONE if length == 0 => Ok(Ok(())),
+                kind if kind & chunk::ERROR_BIT != 0 => Ok(Err(error_reply(stream, length)?)),
+                other => unexpected("kind of reply chunk to a flush", other),
+            }
         }
     }
 }

@@ -31,7 +31,7 @@ pub mod server;
 pub mod session;
 mod stream;
 
-pub use client::{Client, ClientError};
+pub use client::{Client, ClientError, Question};
 pub use export::{Capabilities, Export, ExportError, Extent, WriteError};
 pub use file::FileExport;
 pub use server::{Server, ServerError};
