@@ -5,6 +5,7 @@ use std::path::Path;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::disk::{Disk, Mode, write_all};
+use crate::history::Place;
 use crate::record::{u16_at, u32_at, u64_at, uuid_text};
 use crate::{FORMAT_VERSION, JournalError};
 
@@ -30,6 +31,13 @@ const TAG_NEXT_DIR: u16 = 0x8006;
 const TAG_JOURNAL_FIRST: u16 = 0x8007;
 const TAG_DAMAGE: u16 = 0x0008;
 const TAG_FROZEN: u16 = 0x8009;
+const TAG_HISTORY: u16 = 0x800A;
+const TAG_CHAIN: u16 = 0x800B;
+const TAG_PIN: u16 = 0x800C;
+const TAG_RETENTION: u16 = 0x000D;
+
+const STANDBY_BYTES: usize = 64;
+const HISTORY_BYTES: usize = 64;
 
 /// The standby: which directory, and what it contains for certain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +58,50 @@ pub struct Standby {
     pub xml_epoch: u64,
     /// The epoch up to which applying has begun: the files may have anything up to it. At least `epoch`.
     pub applying: u64,
+}
+
+/// How far the history of a standby is valid.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct HistoryMark {
+    /// Up to here there are whole sets, down from the standby's epoch.
+    pub committed: Place,
+    /// Up to here there are before-images of whatever may have been overwritten since.
+    pub announced: Place,
+    /// The `applying` of the standby that `announced` is for. Another one there: that batch had no before-images.
+    pub announced_for: u64,
+    /// The oldest epoch that can be gone back to. Sets before it mean nothing.
+    pub floor: u64,
+    /// The standby's epoch is application-consistent.
+    pub application: bool,
+}
+
+/// A standby that a seed has replaced, kept for the points in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Chain {
+    /// The standby: exactly one epoch.
+    pub standby: Standby,
+    /// Its history.
+    pub history: HistoryMark,
+}
+
+/// A point that is kept until it is released.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pin {
+    /// The point's generation.
+    pub generation: u64,
+    /// Its epoch.
+    pub epoch: u64,
+    /// What the operator calls it.
+    pub name: String,
+}
+
+/// One of every so many nanoseconds is kept for so many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tier {
+    /// 0: every epoch.
+    pub every_ns: u64,
+    /// Age up to which.
+    pub for_ns: u64,
 }
 
 /// A seed that is not whole.
@@ -86,6 +138,14 @@ pub struct Control {
     pub damage: Option<String>,
     /// A guest runs on the standby: nothing may change it.
     pub frozen: bool,
+    /// The history of the standby.
+    pub history: HistoryMark,
+    /// Standbys before this one that are kept, oldest first.
+    pub chains: Vec<Chain>,
+    /// Points that are kept until they are released.
+    pub pins: Vec<Pin>,
+    /// What this domain's own retention policy is, if it has one: bytes of history at most, and the tiers.
+    pub retention: Option<(u64, Vec<Tier>)>,
     /// Fields of later versions that need not be understood.
     extra: Vec<(u16, Vec<u8>)>,
 }
@@ -103,6 +163,10 @@ impl Control {
             journal_first: 1,
             damage: None,
             frozen: false,
+            history: HistoryMark::default(),
+            chains: Vec::new(),
+            pins: Vec::new(),
+            retention: None,
             extra: Vec::new(),
         }
     }
@@ -149,9 +213,7 @@ impl Control {
         field(&mut to, TAG_NAME, self.name.as_bytes());
         field(&mut to, TAG_GENERATION, &self.generation.to_le_bytes());
         if let Some(s) = &self.standby {
-            let numbers =
-                [s.dir, s.generation, s.epoch, s.cut_unix_ns, s.device_epoch, s.layout_epoch, s.xml_epoch, s.applying];
-            field(&mut to, TAG_STANDBY, &numbers.map(u64::to_le_bytes).concat());
+            field(&mut to, TAG_STANDBY, &s.to_bytes());
         }
         if let Some(s) = &self.seed {
             let numbers = [s.dir, s.generation, s.epoch, u64::from(s.parts)];
@@ -164,6 +226,21 @@ impl Control {
         }
         if self.frozen {
             field(&mut to, TAG_FROZEN, &[1]);
+        }
+        if self.history != HistoryMark::default() {
+            field(&mut to, TAG_HISTORY, &self.history.to_bytes());
+        }
+        for chain in &self.chains {
+            field(&mut to, TAG_CHAIN, &[chain.standby.to_bytes(), chain.history.to_bytes()].concat());
+        }
+        for pin in &self.pins {
+            let numbers = [pin.generation, pin.epoch].map(u64::to_le_bytes).concat();
+            field(&mut to, TAG_PIN, &[&numbers, pin.name.as_bytes()].concat());
+        }
+        if let Some((budget, tiers)) = &self.retention {
+            let numbers = tiers.iter().flat_map(|tier| [tier.every_ns, tier.for_ns]);
+            let bytes: Vec<u8> = std::iter::once(*budget).chain(numbers).flat_map(u64::to_le_bytes).collect();
+            field(&mut to, TAG_RETENTION, &bytes);
         }
         for (tag, bytes) in &self.extra {
             field(&mut to, *tag, bytes);
@@ -218,17 +295,8 @@ impl Control {
                     control.generation = number(0);
                 }
                 TAG_STANDBY => {
-                    long(64)?;
-                    control.standby = Some(Standby {
-                        dir: number(0),
-                        generation: number(1),
-                        epoch: number(2),
-                        cut_unix_ns: number(3),
-                        device_epoch: number(4),
-                        layout_epoch: number(5),
-                        xml_epoch: number(6),
-                        applying: number(7),
-                    });
+                    long(STANDBY_BYTES)?;
+                    control.standby = Some(Standby::from_bytes(body));
                 }
                 TAG_SEED => {
                     long(32)?;
@@ -245,6 +313,32 @@ impl Control {
                 }
                 TAG_DAMAGE => control.damage = Some(String::from_utf8_lossy(body).into_owned()),
                 TAG_FROZEN => control.frozen = true,
+                TAG_HISTORY => {
+                    long(HISTORY_BYTES)?;
+                    control.history = HistoryMark::from_bytes(body);
+                }
+                TAG_CHAIN => {
+                    long(STANDBY_BYTES + HISTORY_BYTES)?;
+                    let (standby, history) = body.split_at(STANDBY_BYTES);
+                    let chain =
+                        Chain { standby: Standby::from_bytes(standby), history: HistoryMark::from_bytes(history) };
+                    control.chains.push(chain);
+                }
+                TAG_PIN => {
+                    let Some((numbers, name)) = body.split_at_checked(16) else {
+                        return Err(damaged("a pin is cut short"));
+                    };
+                    let name = String::from_utf8_lossy(name).into_owned();
+                    control.pins.push(Pin { generation: u64_at(numbers, 0), epoch: u64_at(numbers, 8), name });
+                }
+                TAG_RETENTION => {
+                    if length < 8 || length % 16 != 8 {
+                        return Err(damaged("the retention policy is cut short"));
+                    }
+                    let tiers =
+                        (0..length / 16).map(|i| Tier { every_ns: number(1 + i * 2), for_ns: number(2 + i * 2) });
+                    control.retention = Some((number(0), tiers.collect()));
+                }
                 _ if tag & TAG_CRITICAL != 0 => {
                     return Err(Fault::Damaged(format!("field {tag:#x} is of a later version, use that")));
                 }
@@ -253,6 +347,49 @@ impl Control {
         }
         uuid.ok_or_else(|| damaged("it names no domain"))?;
         Ok(control)
+    }
+}
+
+impl Standby {
+    fn to_bytes(self) -> Vec<u8> {
+        let s = self;
+        let numbers =
+            [s.dir, s.generation, s.epoch, s.cut_unix_ns, s.device_epoch, s.layout_epoch, s.xml_epoch, s.applying];
+        numbers.map(u64::to_le_bytes).concat()
+    }
+
+    fn from_bytes(from: &[u8]) -> Self {
+        let number = |i: usize| u64_at(from, i * 8);
+        Standby {
+            dir: number(0),
+            generation: number(1),
+            epoch: number(2),
+            cut_unix_ns: number(3),
+            device_epoch: number(4),
+            layout_epoch: number(5),
+            xml_epoch: number(6),
+            applying: number(7),
+        }
+    }
+}
+
+impl HistoryMark {
+    fn to_bytes(self) -> Vec<u8> {
+        let HistoryMark { committed: c, announced: a, .. } = self;
+        let flags = u64::from(self.application);
+        let numbers = [c.segment, c.offset, a.segment, a.offset, self.announced_for, self.floor, flags, 0];
+        numbers.map(u64::to_le_bytes).concat()
+    }
+
+    fn from_bytes(from: &[u8]) -> Self {
+        let number = |i: usize| u64_at(from, i * 8);
+        HistoryMark {
+            committed: Place { segment: number(0), offset: number(1) },
+            announced: Place { segment: number(2), offset: number(3) },
+            announced_for: number(4),
+            floor: number(5),
+            application: number(6) & 1 != 0,
+        }
     }
 }
 
@@ -273,23 +410,40 @@ mod tests {
     use crate::FsDisk;
     use proptest::prelude::*;
 
+    fn standby(dir: u64) -> Standby {
+        Standby {
+            dir,
+            generation: 4,
+            epoch: 5,
+            cut_unix_ns: 6,
+            device_epoch: 7,
+            layout_epoch: 8,
+            xml_epoch: 9,
+            applying: 18,
+        }
+    }
+
     fn full() -> Control {
         Control {
-            standby: Some(Standby {
-                dir: 3,
-                generation: 4,
-                epoch: 5,
-                cut_unix_ns: 6,
-                device_epoch: 7,
-                layout_epoch: 8,
-                xml_epoch: 9,
-                applying: 18,
-            }),
+            standby: Some(standby(3)),
             seed: Some(Seed { dir: 10, generation: 11, epoch: 12, parts: 13 }),
             next_dir: 14,
             journal_first: 15,
             damage: Some("epoch 16".to_owned()),
             frozen: true,
+            history: HistoryMark {
+                committed: Place { segment: 19, offset: 20 },
+                announced: Place { segment: 21, offset: u64::MAX },
+                announced_for: 22,
+                floor: 23,
+                application: true,
+            },
+            chains: vec![
+                Chain { standby: standby(30), history: HistoryMark { floor: 31, ..HistoryMark::default() } },
+                Chain { standby: standby(40), history: HistoryMark::default() },
+            ],
+            pins: vec![Pin { generation: 4, epoch: 5, name: "before-upgrade".to_owned() }],
+            retention: Some((50, vec![Tier { every_ns: 0, for_ns: 51 }, Tier { every_ns: 52, for_ns: 53 }])),
             extra: vec![(0x17, vec![1, 2, 3])],
             ..Control::new([0xab; 16], "gast", 2)
         }

@@ -10,7 +10,7 @@ use std::io::{self, ErrorKind, IoSlice};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-use rustix::fs::{FallocateFlags, FlockOperation};
+use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom};
 
 /// How to open a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +56,9 @@ pub trait File: Send + Sync + Debug {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
     /// Writes all the slices, one after another.
     fn write_at(&self, slices: &mut [IoSlice<'_>], offset: u64) -> io::Result<()>;
+    /// Everything from `offset` up to what this returns reads as zeroes: where data begins, or the end of the file where no
+    /// more comes. `offset` itself where there is data or nothing is known.
+    fn data_from(&self, offset: u64) -> io::Result<u64>;
     /// Makes a range within the file read as zeroes, giving back its space where possible.
     fn zero(&self, offset: u64, length: u64) -> io::Result<()>;
     /// The file's length.
@@ -195,6 +198,15 @@ impl File for FsFile {
             }
         }
         Ok(())
+    }
+
+    fn data_from(&self, offset: u64) -> io::Result<u64> {
+        match rustix::fs::seek(&self.0, SeekFrom::Data(offset)) {
+            Ok(at) => Ok(at),
+            Err(rustix::io::Errno::NXIO) => Ok(self.length()?.max(offset)),
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => Ok(offset),
+            Err(e) => Err(e.into()),
+        }
     }
 
     fn zero(&self, offset: u64, length: u64) -> io::Result<()> {

@@ -16,13 +16,18 @@
 mod control;
 mod disk;
 mod error;
+mod history;
 mod journal;
 mod record;
 mod scan;
 
-pub use control::{CONTROL_FILE, Control, Seed, Standby};
+pub use control::{CONTROL_FILE, Chain, Control, HistoryMark, Pin, Seed, Standby, Tier};
 pub use disk::{Disk, File, FsDisk, LockGuard, Mode, write_all};
 pub use error::JournalError;
+pub use history::{
+    Array, Entry, HISTORY_SEGMENT_BYTES, HistoryLog, HistoryScan, Key, Place, PointTail, Set, UNIT_BYTES, read_back,
+    read_set, read_unit, segments,
+};
 pub use journal::{Journal, read_chunk, remove_segments_before, segment_path};
 pub use record::{ChunkAt, Kind, Part, PartHead, PartTail};
 pub use scan::{Damage, Recovered, Torn};

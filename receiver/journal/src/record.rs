@@ -51,6 +51,8 @@ pub struct PartTail {
     pub last: bool,
     /// Wall clock at the cut, with the last part.
     pub cut_unix_ns: u64,
+    /// The guest's file systems were at rest at the cut (application-consistent), with the last part.
+    pub application: bool,
     /// What it contains, as the sender counted.
     pub counts: vmdr_codec::Counts,
 }
@@ -170,6 +172,7 @@ pub(crate) fn part_end(tail: &PartTail) -> [u8; PART_END_BYTES] {
     let mut to = [0; PART_END_BYTES];
     to[0..4].copy_from_slice(&tail.chunks.to_le_bytes());
     to[4] = u8::from(tail.last);
+    to[5] = u8::from(tail.application);
     let counts = &tail.counts;
     let (low, high) = tail.digest;
     let numbers = [
@@ -189,7 +192,7 @@ pub(crate) fn part_end(tail: &PartTail) -> [u8; PART_END_BYTES] {
 }
 
 pub(crate) fn tail_from(body: &[u8]) -> Option<PartTail> {
-    if body.len() != PART_END_BYTES || body[4] > 1 {
+    if body.len() != PART_END_BYTES || body[4] > 1 || body[5] > 1 {
         return None;
     }
     let number = |i: usize| u64_at(body, 8 + i * 8);
@@ -199,6 +202,7 @@ pub(crate) fn tail_from(body: &[u8]) -> Option<PartTail> {
         digest: (number(1), number(2)),
         last: body[4] == 1,
         cut_unix_ns: number(3),
+        application: body[5] == 1,
         counts: vmdr_codec::Counts {
             ram_pages: number(4),
             zero_pages: number(5),

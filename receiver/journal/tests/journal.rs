@@ -46,6 +46,7 @@ fn append(journal: &mut Journal, head: PartHead, last: bool) -> Part {
         digest: digest.halves(),
         last,
         cut_unix_ns: 5,
+        application: false,
         counts,
     };
     journal.end(tail).unwrap()

@@ -1,125 +1,348 @@
 //! Durable epochs become the standby's content: by a thread of each domain, behind the acknowledgements, in batches.
 //!
-//! A batch is: say in the control record up to which epoch; apply; sync; say in the control record that it is done. Between
-//! batches the standby is exactly one epoch, so that even a journal that cannot be read any more leaves a recovery point.
-//! Within one, the journal can replay all of the batch, because nothing in it is removed before.
+//! A batch is, for some epochs that are durable:
+//! 1. gather what they write in memory, and append what that replaces to the history, a set for each epoch;
+//! 2. sync the history; say in the control record up to which epoch, and up to where in the history (*announced*);
+//! 3. write the images. When there is too much for memory, 1 to 3 come several times;
+//! 4. sync the images; say in the control record that the batch is done, and that its sets are whole (*committed*).
+//!
+//! Whatever stops a batch, the before-images up to the announced place take the standby back to where it began: it is
+//! exactly one epoch again, which is where the next try begins. So the standby is never a mixture as long as the control
+//! record and the history can be read, even if the journal cannot. Where the history is damaged the journal can replay all
+//! of the batch instead, because nothing in it is removed before 4; points from before are then given up.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::PoisonError;
 use std::time::Instant;
 
-use vmdr_journal::{JournalError, Standby, read_chunk, remove_segments_before};
+use vmdr_codec::{PAGE_BYTES, Record};
+use vmdr_journal::{
+    Array, HistoryLog, HistoryMark, JournalError, Key, PointTail, Set, Standby, UNIT_BYTES, read_chunk,
+    remove_segments_before,
+};
 
 use super::StoreError;
 use super::domain::{Domain, Epoch};
-use super::standby::{self, Brought, StandbyFiles, write_aside};
+use super::images::{StandbyFiles, ZERO_BYTES};
+use super::pending::{Recorder, ZERO_UNIT};
+use super::standby::{self, write_aside};
+
+/// Memory for what is gathered before it is written.
+const PENDING_BYTES_MAX: u64 = 48 << 20;
 
 /// The current standby while it is written.
 #[derive(Debug)]
 pub(super) struct Applier {
     pub files: StandbyFiles,
-    /// What the control record says of it.
+    pub log: HistoryLog,
+    /// What the control record says of the standby.
     pub durable: Standby,
-    /// Up to where it is written.
-    pub epoch: u64,
+    /// What it says of its history.
+    pub mark: HistoryMark,
+    /// A batch was begun and not ended: the images may be anything between.
+    pub interrupted: bool,
+    /// The images may be a mixture up to this epoch, which no before-images can undo: only the journal can, up to there.
+    pub blind_until: u64,
+    small: Small,
+}
+
+/// The small parts of a point, as bytes.
+#[derive(Debug, Clone, Default)]
+struct Small {
+    device: Vec<u8>,
+    xml: Vec<u8>,
+    layout: Vec<u8>,
+}
+
+/// A batch that was gathered.
+struct Batch {
+    sets: Vec<Set>,
+    small: Small,
+    epoch: u64,
     cut_unix_ns: u64,
-    brought: Brought,
+    application: bool,
+    changed: Changed,
+}
+
+#[derive(Default)]
+struct Changed {
+    device: bool,
+    xml: bool,
+    layout: bool,
 }
 
 impl Applier {
     /// For files that are as `durable` says.
-    pub fn new(files: StandbyFiles, durable: Standby) -> Self {
-        let (epoch, cut_unix_ns) = (durable.epoch, durable.cut_unix_ns);
-        Self { files, durable, epoch, cut_unix_ns, brought: Brought::default() }
+    pub fn new(
+        files: StandbyFiles,
+        log: HistoryLog,
+        durable: Standby,
+        mark: HistoryMark,
+    ) -> Result<Self, JournalError> {
+        let mut applier =
+            Self { files, log, durable, mark, interrupted: false, blind_until: 0, small: Small::default() };
+        applier.small = applier.read_small(&durable)?;
+        Ok(applier)
     }
 
-    fn apply(&mut self, domain: &Domain, epoch: &Epoch) -> Result<(), JournalError> {
-        let layout = self.files.layout().clone();
-        let result = self.payloads(domain, epoch);
-        let brought = self.files.take_brought();
-        if let Err(error) = result {
-            // What was written is written again with the next try; what came beside must not be taken for applied.
-            self.files.give_up_part(layout);
-            return Err(error);
+    fn read_small(&self, durable: &Standby) -> Result<Small, JournalError> {
+        let (disk, dir) = (self.files.disk(), self.files.dir());
+        let device = standby::device_path(dir, durable.device_epoch);
+        let xml = standby::xml_path(dir, durable.xml_epoch);
+        let layout = standby::layout_path(dir, durable.layout_epoch);
+        Ok(Small {
+            device: standby::read_small(disk, &device, vmdr_codec::DEVICE_STATE_BYTES_MAX)?,
+            xml: standby::read_small(disk, &xml, vmdr_codec::DOMAIN_XML_BYTES_MAX)?,
+            layout: layout_body(&standby::read_layout(disk, &layout)?, &layout)?,
+        })
+    }
+
+    /// After a batch that was stopped: the standby is what it was before.
+    pub fn roll_back(&mut self, domain: &Domain) -> Result<(), StoreError> {
+        let failure = |error| domain.failure(error);
+        if self.blind_until <= self.durable.epoch {
+            let layout = standby::layout_path(self.files.dir(), self.durable.layout_epoch);
+            let layout = standby::read_layout(&*domain.disk, &layout).map_err(failure)?;
+            let HistoryMark { committed, announced, .. } = self.mark;
+            if announced > committed {
+                self.files.roll_back(committed, announced, Arc::new(layout)).map_err(failure)?;
+            } else {
+                self.files.forget(Arc::new(layout));
+            }
+            if self.durable.applying != self.durable.epoch || announced != committed {
+                let durable = Standby { applying: self.durable.epoch, ..self.durable };
+                let mark = HistoryMark { announced: committed, announced_for: durable.epoch, ..self.mark };
+                self.say(domain, durable, mark)?;
+            }
+        } else {
+            let layout = standby::layout_path(self.files.dir(), self.durable.layout_epoch);
+            let layout = standby::read_layout(&*domain.disk, &layout).map_err(failure)?;
+            self.files.forget(Arc::new(layout));
         }
-        self.brought.layout |= brought.layout;
-        self.brought.device_state = brought.device_state.or(self.brought.device_state.take());
-        self.brought.xml = brought.xml.or(self.brought.xml.take());
-        self.epoch = epoch.epoch;
-        self.cut_unix_ns = epoch.cut_unix_ns;
+        self.log.cut(self.mark.committed).map_err(failure)?;
+        self.interrupted = false;
         Ok(())
     }
 
-    fn payloads(&mut self, domain: &Domain, epoch: &Epoch) -> Result<(), JournalError> {
+    fn say(&mut self, domain: &Domain, durable: Standby, mark: HistoryMark) -> Result<(), StoreError> {
+        domain.change_control(|control| {
+            control.standby = Some(durable);
+            control.history = mark;
+        })?;
+        (self.durable, self.mark) = (durable, mark);
+        Ok(())
+    }
+
+    /// Gathers the epochs of a batch, and writes them as far as memory demands.
+    fn gather(&mut self, domain: &Domain, epochs: &[Arc<Epoch>]) -> Result<Batch, StoreError> {
+        let newest = epochs.last().map_or(self.durable.epoch, |epoch| epoch.epoch);
+        let mut batch = Batch {
+            sets: Vec::with_capacity(epochs.len()),
+            small: self.small.clone(),
+            epoch: self.durable.epoch,
+            cut_unix_ns: self.durable.cut_unix_ns,
+            application: self.mark.application,
+            changed: Changed::default(),
+        };
+        for epoch in epochs {
+            let begun = self.log.begin(self.durable.generation, batch.epoch, epoch.epoch);
+            begun.map_err(|error| domain.failure(error))?;
+            self.payloads(domain, epoch, newest)?;
+            let set = self.end_epoch(epoch, &mut batch).map_err(|error| domain.failure(error))?;
+            batch.sets.push(set);
+        }
+        self.flush(domain, newest)?;
+        Ok(batch)
+    }
+
+    fn payloads(&mut self, domain: &Domain, epoch: &Epoch, newest: u64) -> Result<(), StoreError> {
         if let Some(payloads) = &epoch.payloads {
-            return payloads.iter().try_for_each(|payload| self.files.apply(payload));
+            return payloads.iter().try_for_each(|payload| self.payload(domain, payload, epoch.epoch, newest));
         }
         let dir = domain.journal_dir();
         for part in &epoch.parts {
             for chunk in &part.chunks {
-                self.files.apply(&read_chunk(&*domain.disk, &dir, part.segment, chunk)?)?;
+                let payload = read_chunk(&*domain.disk, &dir, part.segment, chunk);
+                let payload = payload.map_err(|error| domain.failure(error))?;
+                self.payload(domain, &payload, epoch.epoch, newest)?;
             }
         }
         Ok(())
     }
 
-    /// Makes what was applied durable and says so in the control record; the journal up to there is then not needed.
-    fn checkpoint(&mut self, domain: &Domain) -> Result<(), StoreError> {
-        let (epoch, cut_unix_ns) = (self.epoch, self.cut_unix_ns);
+    fn payload(&mut self, domain: &Domain, payload: &[u8], epoch: u64, newest: u64) -> Result<(), StoreError> {
+        for record in vmdr_codec::decode(payload) {
+            let record = record.map_err(|e| JournalError::Damaged {
+                path: self.files.dir().to_owned(),
+                what: format!("what is to be applied: {e}"),
+            });
+            match record.map_err(|error| domain.failure(error))? {
+                Record::RamZero { block, first, pages } => {
+                    let page = PAGE_BYTES as u64;
+                    self.zero(domain, (Array::Ram(block), first * page, pages * page), epoch, newest)?;
+                }
+                Record::DiskZero { disk, offset, length } => {
+                    self.zero(domain, (Array::Disk(disk), offset, length), epoch, newest)?;
+                }
+                record => {
+                    if let Record::Layout(layout) = &record {
+                        for range in self.files.zeroed_by(layout) {
+                            self.zero(domain, range, epoch, newest)?;
+                        }
+                    }
+                    let recorded = self.files.record(record, &mut Recorder { log: &mut self.log, epoch });
+                    recorded.map_err(|error| domain.failure(error))?;
+                }
+            }
+            self.flush_if_much(domain, newest)?;
+        }
+        Ok(())
+    }
+
+    fn zero(
+        &mut self,
+        domain: &Domain,
+        (array, offset, length): (Array, u64, u64),
+        epoch: u64,
+        newest: u64,
+    ) -> Result<(), StoreError> {
+        let mut at = offset;
+        while at < offset + length {
+            let now = ZERO_BYTES.min(offset + length - at);
+            let mut to = Recorder { log: &mut self.log, epoch };
+            self.files.record_zero(array, at, now, &mut to).map_err(|error| domain.failure(error))?;
+            at += now;
+            self.flush_if_much(domain, newest)?;
+        }
+        Ok(())
+    }
+
+    fn flush_if_much(&mut self, domain: &Domain, newest: u64) -> Result<(), StoreError> {
+        if self.files.pending_bytes() < PENDING_BYTES_MAX { Ok(()) } else { self.flush(domain, newest) }
+    }
+
+    /// Writes what was gathered, after what it replaces is durable and announced.
+    fn flush(&mut self, domain: &Domain, newest: u64) -> Result<(), StoreError> {
+        let announced = self.log.sync().map_err(|error| domain.failure(error))?;
+        let durable = Standby { applying: newest.max(self.blind_until), ..self.durable };
+        let announced_for = if self.blind_until > self.durable.epoch { 0 } else { durable.applying };
+        self.say(domain, durable, HistoryMark { announced, announced_for, ..self.mark })?;
+        self.files.flush().map_err(|error| domain.failure(error))
+    }
+
+    /// All of an epoch is gathered: what it changed beside pages and extents goes to the history too.
+    fn end_epoch(&mut self, epoch: &Epoch, batch: &mut Batch) -> Result<Set, JournalError> {
+        let brought = self.files.take_brought();
+        let old = &batch.small;
+        let point = PointTail {
+            cut_unix_ns: batch.cut_unix_ns,
+            application: batch.application,
+            device_bytes: old.device.len() as u64,
+            xml_bytes: old.xml.len() as u64,
+            layout_bytes: old.layout.len() as u64,
+            disk_bytes: epoch.disk_bytes(),
+        };
+        let layout = match brought.layout {
+            true => layout_body(self.files.layout(), self.files.dir())?,
+            false => old.layout.clone(),
+        };
+        let new = Small {
+            device: brought.device_state.unwrap_or_else(|| old.device.clone()),
+            xml: brought.xml.unwrap_or_else(|| old.xml.clone()),
+            layout,
+        };
+        batch.changed.device |= new.device != old.device;
+        batch.changed.xml |= new.xml != old.xml;
+        batch.changed.layout |= new.layout != old.layout;
+        for (array, old, new) in [
+            (Array::Device, &old.device, &new.device),
+            (Array::Xml, &old.xml, &new.xml),
+            (Array::Layout, &old.layout, &new.layout),
+        ] {
+            differences(&mut self.log, array, old, new)?;
+        }
+        batch.small = new;
+        batch.epoch = epoch.epoch;
+        batch.cut_unix_ns = epoch.cut_unix_ns;
+        batch.application = epoch.application();
+        self.log.end(point)
+    }
+
+    /// Makes a batch durable and says so in the control record; the journal up to there is then not needed.
+    fn checkpoint(&mut self, domain: &Domain, batch: Batch) -> Result<(), StoreError> {
+        let Batch { sets, small, epoch, cut_unix_ns, application, changed } = batch;
+        let blind = self.blind_until > self.durable.epoch;
         let mut durable = Standby { epoch, cut_unix_ns, applying: epoch, ..self.durable };
-        self.write(domain, &mut durable).map_err(|error| domain.failure(error))?;
+        self.write(domain, &mut durable, &small, &changed).map_err(|error| domain.failure(error))?;
+        let committed = self.log.place();
+        let mut mark =
+            HistoryMark { committed, announced: committed, announced_for: epoch, application, floor: self.mark.floor };
+        if blind || mark.floor == 0 {
+            // What lies before was not recorded as it was.
+            mark.floor = if blind { epoch } else { self.durable.epoch };
+        }
         let first = {
             let shared = domain.shared();
-            let backlog = shared.backlog.iter().filter(|epoch| epoch.epoch > self.epoch);
+            let backlog = shared.backlog.iter().filter(|waiting| waiting.epoch > epoch);
             let backlog = backlog.filter_map(|epoch| epoch.parts.first()).map(|part| part.segment);
             backlog.chain([shared.open_segment]).min().unwrap_or(shared.open_segment)
         };
         domain.change_control(|control| {
             control.standby = Some(durable);
+            control.history = mark;
             control.journal_first = first;
         })?;
         let before = std::mem::replace(&mut self.durable, durable);
-        self.brought = Brought::default();
-        domain.shared().synced = self.epoch;
-        domain.changed.notify_all();
+        (self.mark, self.small, self.interrupted) = (mark, small, false);
+        domain.catalog().advance(durable, application, sets, blind);
+        {
+            let mut shared = domain.shared();
+            while shared.backlog.front().is_some_and(|waiting| waiting.epoch <= epoch) {
+                let bytes = shared.backlog.pop_front().map_or(0, |epoch| epoch.bytes);
+                shared.backlog_bytes = shared.backlog_bytes.saturating_sub(bytes);
+            }
+            (shared.applied, shared.synced) = (epoch, epoch);
+            domain.changed.notify_all();
+        }
         self.sweep(domain, first, &before);
         Ok(())
     }
 
-    fn write(&mut self, domain: &Domain, durable: &mut Standby) -> Result<(), JournalError> {
+    fn write(
+        &mut self,
+        domain: &Domain,
+        durable: &mut Standby,
+        small: &Small,
+        changed: &Changed,
+    ) -> Result<(), JournalError> {
         self.files.sync()?;
-        let (disk, dir) = (&*domain.disk, self.files.dir().to_owned());
-        if let Some(bytes) = &self.brought.device_state {
-            write_aside(disk, &standby::device_path(&dir, self.epoch), bytes)?;
-            durable.device_epoch = self.epoch;
+        let (disk, dir, epoch) = (&*domain.disk, self.files.dir(), durable.epoch);
+        if changed.device {
+            write_aside(disk, &standby::device_path(dir, epoch), &small.device)?;
+            durable.device_epoch = epoch;
         }
-        if self.brought.layout {
-            let path = standby::layout_path(&dir, self.epoch);
+        if changed.layout {
+            let path = standby::layout_path(dir, epoch);
             write_aside(disk, &path, &standby::layout_bytes(self.files.layout(), &path)?)?;
-            durable.layout_epoch = self.epoch;
+            durable.layout_epoch = epoch;
         }
-        if let Some(bytes) = &self.brought.xml {
-            write_aside(disk, &standby::xml_path(&dir, self.epoch), bytes)?;
-            durable.xml_epoch = self.epoch;
+        if changed.xml {
+            write_aside(disk, &standby::xml_path(dir, epoch), &small.xml)?;
+            durable.xml_epoch = epoch;
         }
-        disk.sync_dir(&dir).map_err(JournalError::io("sync", &dir))
+        disk.sync_dir(dir).map_err(JournalError::io("sync", dir))
     }
 
     /// Removes what the control record no longer mentions. What cannot be removed now is at the next open.
     fn sweep(&self, domain: &Domain, first: u64, before: &Standby) {
         let dir = self.files.dir();
-        let mut old: Vec<PathBuf> = Vec::new();
-        if before.device_epoch != self.durable.device_epoch {
-            old.push(standby::device_path(dir, before.device_epoch));
-        }
-        if before.layout_epoch != self.durable.layout_epoch {
-            old.push(standby::layout_path(dir, before.layout_epoch));
-        }
-        if before.xml_epoch != self.durable.xml_epoch {
-            old.push(standby::xml_path(dir, before.xml_epoch));
-        }
-        for path in old {
+        let after = &self.durable;
+        let old = [
+            (before.device_epoch != after.device_epoch).then(|| standby::device_path(dir, before.device_epoch)),
+            (before.layout_epoch != after.layout_epoch).then(|| standby::layout_path(dir, before.layout_epoch)),
+            (before.xml_epoch != after.xml_epoch).then(|| standby::xml_path(dir, before.xml_epoch)),
+        ];
+        for path in old.into_iter().flatten() {
             if let Err(error) = domain.disk.remove_file(&path) {
                 tracing::warn!(domain = %domain.id, path = %path.display(), %error, "cannot remove a superseded file");
             }
@@ -128,6 +351,33 @@ impl Applier {
             tracing::warn!(domain = %domain.id, %error, "cannot remove journal segments that are applied");
         }
     }
+}
+
+/// A layout as it is kept in the history.
+fn layout_body(layout: &vmdr_codec::Layout, path: &std::path::Path) -> Result<Vec<u8>, JournalError> {
+    layout.to_bytes().map_err(|e| JournalError::Damaged { path: path.to_owned(), what: e.to_string() })
+}
+
+/// Records the units of `old` that `new` has otherwise.
+fn differences(log: &mut HistoryLog, array: Array, old: &[u8], new: &[u8]) -> Result<(), JournalError> {
+    if old == new {
+        return Ok(());
+    }
+    for unit in 0..old.len().max(new.len()).div_ceil(UNIT_BYTES) {
+        let (was, is) = (padded(old, unit), padded(new, unit));
+        if was != is {
+            log.before(Key { array, unit: unit as u64 }, (was != ZERO_UNIT).then_some(&was))?;
+        }
+    }
+    Ok(())
+}
+
+fn padded(bytes: &[u8], unit: usize) -> [u8; UNIT_BYTES] {
+    let mut padded = [0; UNIT_BYTES];
+    let rest = bytes.get(unit * UNIT_BYTES..).unwrap_or(&[]);
+    let length = rest.len().min(UNIT_BYTES);
+    padded[..length].copy_from_slice(&rest[..length]);
+    padded
 }
 
 impl Domain {
@@ -144,22 +394,24 @@ impl Domain {
     }
 
     fn run(&self) {
-        while self.wait_for_batch() {
-            let result = self.batch();
+        while let Some(due) = self.wait_for_work() {
+            let result = if due { self.batch() } else { Ok(()) };
+            let full = matches!(result, Err(StoreError::Full { .. }));
             self.settle(result);
+            self.thin(full);
         }
     }
 
-    /// Waits until there is enough to apply, or it has waited long enough, or somebody wants it; false: stop.
-    fn wait_for_batch(&self) -> bool {
+    /// Waits until there is enough to apply, or it has waited long enough, or somebody wants it: true. Or until there may be
+    /// something to thin out: false. Nothing: stop.
+    fn wait_for_work(&self) -> Option<bool> {
         let mut since = Instant::now();
         let mut shared = self.shared();
         loop {
             if shared.closing || shared.failed.is_some() {
-                return false;
+                return None;
             }
-            // Applied but not synced: the last batch ran out of space at its end.
-            let idle = shared.backlog.is_empty() && shared.applied == shared.synced;
+            let idle = shared.backlog.is_empty();
             if idle {
                 shared.sync_wanted = false;
                 since = Instant::now();
@@ -168,37 +420,47 @@ impl Domain {
                 || shared.backlog_bytes >= self.options.apply_bytes
                 || since.elapsed() >= self.options.apply_interval;
             if due && !idle {
-                return true;
+                return Some(true);
+            }
+            if std::mem::take(&mut shared.thin_wanted) {
+                return Some(false);
             }
             let left = self.options.apply_interval.saturating_sub(since.elapsed());
             shared = if idle { self.wait(shared) } else { self.wait_at_most(shared, left) };
         }
     }
 
-    /// Applies all that is durable now, and makes that durable.
+    /// Applies what is durable now, or as much of it as makes a batch, and makes that durable.
     pub fn batch(&self) -> Result<(), StoreError> {
         let mut standby = self.standby();
         let Some(applier) = &mut *standby else { return Ok(()) };
+        if applier.interrupted {
+            applier.roll_back(self)?;
+        }
         // A seed replaces the backlog together with the standby, and has to wait for this lock.
-        let batch: Vec<Arc<Epoch>> = self.shared().backlog.iter().cloned().collect();
-        let Some(newest) = batch.last() else {
-            let unsynced = applier.epoch != applier.durable.epoch || applier.durable.applying != applier.durable.epoch;
-            return if unsynced { applier.checkpoint(self) } else { Ok(()) };
-        };
-        if applier.durable.applying < newest.epoch {
-            let durable = Standby { applying: newest.epoch, ..applier.durable };
-            self.change_control(|control| control.standby = Some(durable))?;
-            applier.durable = durable;
+        let mut bytes = 0;
+        let mut epochs: Vec<Arc<Epoch>> = Vec::new();
+        for epoch in self.shared().backlog.iter() {
+            if bytes >= self.options.apply_bytes && epoch.epoch > applier.blind_until {
+                break;
+            }
+            bytes += epoch.bytes;
+            epochs.push(epoch.clone());
         }
-        for epoch in &batch {
-            applier.apply(self, epoch).map_err(|error| self.failure(error))?;
-            let mut shared = self.shared();
-            shared.backlog.pop_front();
-            shared.backlog_bytes = shared.backlog_bytes.saturating_sub(epoch.bytes);
-            shared.applied = epoch.epoch;
-            self.changed.notify_all();
+        if epochs.is_empty() {
+            return Ok(());
         }
-        applier.checkpoint(self)
+        applier.interrupted = true;
+        let batch = applier.gather(self, &epochs)?;
+        applier.checkpoint(self, batch)
+    }
+
+    /// Applies all that is durable now.
+    pub fn apply_all(&self) -> Result<(), StoreError> {
+        while !self.shared().backlog.is_empty() {
+            self.batch()?;
+        }
+        Ok(())
     }
 
     /// After work of the thread: lack of space is waited out, anything else has made the domain fail.

@@ -1,7 +1,7 @@
 //! One domain's state: what is shared between its stream, the thread that applies, and whoever asks.
 //!
-//! Locks are taken in the order `ingest`, `standby`, `control`, `shared`; `shared` is never held over I/O, so that asking for
-//! the position never waits for a disk.
+//! Locks are taken in the order `ingest`, `standby`, `control`, `catalog`, `shared`; `catalog` and `shared` are never held over
+//! I/O, so that asking for the position or the points never waits for a disk.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -15,8 +15,10 @@ use vmdr_codec::Layout;
 use vmdr_journal::{Control, Disk, Journal, JournalError, Part};
 
 use super::apply::Applier;
+use super::catalog::Catalog;
 use super::check::PartCheck;
-use super::standby::StandbyFiles;
+use super::images::StandbyFiles;
+use super::retention::Retention;
 use super::{Position, StoreError, StoreOptions};
 
 /// How long a wait goes before it looks again whether it is still wanted.
@@ -34,6 +36,7 @@ pub(super) struct Domain {
     pub ingest: Mutex<IngestState>,
     pub standby: Mutex<Option<Applier>>,
     pub control: Mutex<Control>,
+    pub catalog: Mutex<Catalog>,
     pub shared: Mutex<Shared>,
     /// Anything in `shared` changed.
     pub changed: Condvar,
@@ -89,6 +92,19 @@ pub(super) struct Epoch {
     pub bytes: u64,
 }
 
+impl Epoch {
+    /// Bytes written to disks, or zeroed.
+    pub fn disk_bytes(&self) -> u64 {
+        let counts = self.parts.iter().map(|part| part.tail.counts);
+        counts.fold(0, |sum, counts| sum.saturating_add(counts.disk_bytes).saturating_add(counts.disk_zero_bytes))
+    }
+
+    /// Whether its cut is application-consistent.
+    pub fn application(&self) -> bool {
+        self.parts.last().is_some_and(|part| part.tail.application)
+    }
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Shared {
     pub name: String,
@@ -103,6 +119,12 @@ pub(super) struct Shared {
     pub synced: u64,
     /// Somebody waits for `synced` to reach the newest durable epoch.
     pub sync_wanted: bool,
+    /// There may be something to thin out.
+    pub thin_wanted: bool,
+    /// The history is near its budget, or the disk nearly full.
+    pub alarm: Option<String>,
+    /// Nothing more can go, and it is still too much: nothing more is accepted.
+    pub over_budget: Option<String>,
     /// The lowest segment that the open epoch, or the next one, is in.
     pub open_segment: u64,
     /// The state directory failed: the domain must be opened anew.
@@ -130,6 +152,18 @@ impl Domain {
 
     pub fn control(&self) -> MutexGuard<'_, Control> {
         self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn catalog(&self) -> MutexGuard<'_, Catalog> {
+        self.catalog.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The policy of this domain, or that of all.
+    pub fn retention(&self) -> Retention {
+        match &self.control().retention {
+            Some((budget_bytes, tiers)) => Retention { budget_bytes: *budget_bytes, tiers: tiers.clone() },
+            None => self.options.retention.clone(),
+        }
     }
 
     pub fn shared(&self) -> MutexGuard<'_, Shared> {

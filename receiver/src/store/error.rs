@@ -88,6 +88,22 @@ pub enum StoreError {
     /// No epoch is whole yet.
     #[error("domain {0}: there is no recovery point yet")]
     NoPoint(String),
+    /// There is no such point, or not any more.
+    #[error("domain {domain}: there is no recovery point {point}; `vmdr points` lists those that there are")]
+    NoSuchPoint {
+        /// The domain.
+        domain: String,
+        /// What was asked for.
+        point: String,
+    },
+    /// What was asked for cannot be done.
+    #[error("domain {domain}: {what}")]
+    Refused {
+        /// The domain.
+        domain: String,
+        /// Why.
+        what: String,
+    },
     /// A stream is open, or a guest runs.
     #[error("domain {domain}: {what}")]
     Busy {
@@ -106,6 +122,7 @@ impl StoreError {
             StoreError::Fenced { .. } | StoreError::Frozen(_) => RefusedCode::Fenced,
             StoreError::Sequence { .. } | StoreError::Superseded(_) => RefusedCode::Sequence,
             StoreError::NoPoint(_) | StoreError::Busy { .. } => RefusedCode::Sequence,
+            StoreError::NoSuchPoint { .. } | StoreError::Refused { .. } => RefusedCode::Sequence,
             StoreError::Corrupt { .. } => RefusedCode::Corrupt,
             StoreError::Full { .. } => RefusedCode::Full,
             StoreError::Locked(_) | StoreError::Io { .. } | StoreError::Damaged { .. } => RefusedCode::Io,

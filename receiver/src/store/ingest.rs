@@ -12,12 +12,16 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use vmdr_codec::Layout;
-use vmdr_journal::{JournalError, Kind, PartHead, PartTail, Seed, Standby, remove_segments_before};
+use vmdr_journal::{
+    HistoryLog, HistoryMark, JournalError, Kind, PartHead, PartTail, Place, Seed, Standby, remove_segments_before,
+};
 
 use super::apply::Applier;
+use super::catalog::Chain;
 use super::check::{Checked, PartCheck};
 use super::domain::{Content, Domain, Epoch, IngestState, OpenEpoch, OpenPart, Shared};
-use super::standby::{self, StandbyFiles, write_aside};
+use super::images::StandbyFiles;
+use super::standby::{self, write_aside};
 use super::{Durable, NUMBER_MAX, Position, StoreError};
 
 /// Payload bytes of an open epoch kept in memory for applying; of a larger one they are read from the journal again.
@@ -81,7 +85,7 @@ impl Ingest {
             return Err(error);
         }
         let result = match &mut open.content {
-            Content::Seed { files, .. } => files.apply(&payload),
+            Content::Seed { files, .. } => files.write(&payload),
             Content::Delta { payloads, bytes, .. } => {
                 if *bytes + part.check.payload_bytes() > KEEP_BYTES_MAX {
                     *payloads = None;
@@ -169,6 +173,9 @@ impl Ingest {
             }
             shared = domain.wait(shared);
         }
+        if let Some(why) = &shared.over_budget {
+            return Err(StoreError::Full { domain: domain.id.clone(), what: why.clone() });
+        }
         drop(shared);
         let free = domain.disk.free_bytes(&domain.dir).map_err(JournalError::io("measure", &domain.dir));
         let free = free.map_err(|error| domain.failure(error))?;
@@ -204,7 +211,9 @@ fn whole(open: &OpenEpoch, checked: Checked, tail: &PartTail) -> Result<Checked,
         return Err("a seed without a layout in its first part".to_owned());
     }
     if tail.last {
-        if checked.device_state.as_ref().is_none_or(Vec::is_empty) {
+        // A guest that has shut down has no devices either.
+        let off = checked.layout.as_ref().is_some_and(|layout| layout.is_off());
+        if !off && checked.device_state.as_ref().is_none_or(Vec::is_empty) {
             return Err("the last part has no device state".to_owned());
         }
         if let Content::Seed { has_xml: false, .. } = open.content
@@ -414,7 +423,18 @@ impl Domain {
     /// The seed is whole and durable: it becomes the standby, in one step, and what it replaces is removed after.
     fn commit_seed(&self, ingest: &mut IngestState, tail: &PartTail, layout: Arc<Layout>) -> Result<(), StoreError> {
         let first = ingest.journal.roll().map_err(|error| self.failure(error))?;
+        // The points of the standby before, as far as they can be had.
+        match self.apply_all() {
+            Ok(()) | Err(StoreError::Full { .. }) => {}
+            Err(error) => return Err(error),
+        }
         let mut current = self.standby();
+        if let Some(before) = current.as_mut().filter(|before| before.interrupted) {
+            match before.roll_back(self) {
+                Ok(()) | Err(StoreError::Full { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
         let Some(OpenEpoch { content: Content::Seed { dir, .. }, generation, epoch, .. }) = &ingest.open else {
             return Ok(());
         };
@@ -429,14 +449,34 @@ impl Domain {
             xml_epoch: epoch,
             applying: epoch,
         };
+        let log = HistoryLog::open(
+            self.disk.clone(),
+            &standby::history_dir(&self.standby_dir(durable.dir)),
+            *self.uuid.as_bytes(),
+            Place::default(),
+        );
+        let mut log = log.map_err(|error| self.failure(error))?;
+        log.set_segment_bytes(self.options.history_segment_bytes);
+        // The standby before, for the points in it, if it is exactly one epoch.
+        let chain = current.as_ref().filter(|before| !before.interrupted && before.blind_until <= before.durable.epoch);
+        let chain = chain.map(|before| vmdr_journal::Chain { standby: before.durable, history: before.mark });
+        let chain = chain.filter(|chain| self.keeps_chain(chain));
+        let mark = HistoryMark { floor: epoch, application: tail.application, ..HistoryMark::default() };
         self.change_control(|control| {
             control.standby = Some(durable);
+            control.history = mark;
+            control.chains.extend(chain);
             control.seed = None;
             control.journal_first = first;
             control.damage = None;
         })?;
-        let Some(OpenEpoch { content: Content::Seed { files, .. }, .. }) = ingest.open.take() else { return Ok(()) };
-        let before = current.replace(Applier::new(*files, durable));
+        let Some(OpenEpoch { content: Content::Seed { mut files, .. }, .. }) = ingest.open.take() else {
+            return Ok(());
+        };
+        files.give_up_part(layout.clone());
+        let applier = Applier::new(*files, log, durable, mark).map_err(|error| self.failure(error))?;
+        let before = current.replace(applier);
+        self.catalog().seeded(Chain::begin(durable, tail.application), chain.is_some());
         ingest.layout = Some(layout);
         {
             let mut shared = self.shared();
@@ -454,10 +494,10 @@ impl Domain {
         }
         drop(current);
         // What is left of the old standby and journal is removed at the next open.
-        if let Some(before) = before
-            && let Err(error) = self.disk.remove_dir_all(before.files.dir())
-        {
-            tracing::warn!(domain = %self.id, %error, "cannot remove the standby that a seed has replaced");
+        match before {
+            Some(before) if chain.is_some() => self.measure_chain(before.durable.dir),
+            Some(before) => self.doom_standby(before.durable.dir),
+            None => {}
         }
         if let Err(error) = remove_segments_before(&*self.disk, &self.journal_dir(), first) {
             tracing::warn!(domain = %self.id, %error, "cannot remove the journal that a seed has replaced");

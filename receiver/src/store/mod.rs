@@ -20,18 +20,27 @@
 //! UUID/standby.N/ram/I.img            RAM block number I
 //! UUID/standby.N/disk/TARGET.raw      a disk
 //! UUID/standby.N/{device-E.state,layout-E,domain-E.xml}   as of epoch E
+//! UUID/standby.N/history/NNNNNNNN.seg what leads back from the standby to older points
+//! UUID/verified                       when points were last verified
 //! ```
 
 mod apply;
+mod catalog;
 mod check;
 mod domain;
 mod error;
+mod images;
 mod ingest;
+mod pending;
 mod points;
+mod reader;
 mod recover;
+mod retention;
 mod standby;
 #[cfg(test)]
 mod tests;
+mod thin;
+mod verified;
 mod wire;
 
 use std::collections::HashMap;
@@ -44,10 +53,13 @@ use vmdr_journal::{Disk, FsDisk, JournalError, LockGuard};
 
 use domain::Domain;
 
+pub use catalog::PointId;
 pub use error::StoreError;
 pub use ingest::Ingest;
 pub use points::{DiskImage, Point, RamImage, RecoveryPoint, Verified, VerifiedImage};
-pub use vmdr_journal::{Kind, PartHead, PartTail};
+pub use reader::{Change, PointReader};
+pub use retention::Retention;
+pub use vmdr_journal::{Array, Kind, PartHead, PartTail, Tier};
 pub use wire::{part_head, part_tail};
 
 /// Prefix of a domain's directory while it is being removed.
@@ -71,6 +83,10 @@ pub struct StoreOptions {
     pub retry_interval: Duration,
     /// Length of a journal segment from which on no further part goes into it.
     pub segment_bytes: u64,
+    /// The same for sets of the history.
+    pub history_segment_bytes: u64,
+    /// Which points are kept, of a domain that has no policy of its own.
+    pub retention: Retention,
 }
 
 impl Default for StoreOptions {
@@ -82,6 +98,8 @@ impl Default for StoreOptions {
             apply_interval: Duration::from_secs(1),
             retry_interval: Duration::from_secs(1),
             segment_bytes: vmdr_journal::SEGMENT_BYTES,
+            history_segment_bytes: vmdr_journal::HISTORY_SEGMENT_BYTES,
+            retention: Retention::default(),
         }
     }
 }
@@ -135,6 +153,14 @@ pub struct DomainSummary {
     pub receiving: bool,
     /// A guest runs on the standby.
     pub frozen: bool,
+    /// How many recovery points there are.
+    pub points: u64,
+    /// Bytes that older points take up, and how many they may.
+    pub history_bytes: u64,
+    /// See `history_bytes`.
+    pub history_budget_bytes: u64,
+    /// Older points will soon have to go, or have to already.
+    pub alarm: Option<String>,
     /// Why the domain cannot be used, or what is damaged, or why it does not get on.
     pub trouble: Option<String>,
 }
@@ -273,6 +299,37 @@ impl Store {
         let domain = self.domain(uuid)?;
         let bytes = self.used_bytes(domain.uuid);
         Ok(domain.points(bytes))
+    }
+
+    /// Reads a recovery point, without activating it and whatever is applied meanwhile; `None`: the newest. As long as the
+    /// reader lives the point is kept.
+    pub fn read_point(&self, uuid: &str, id: Option<PointId>) -> Result<PointReader, StoreError> {
+        PointReader::open(self.domain(uuid)?, id)
+    }
+
+    /// Names a point, which is kept until it is released; `None`: the newest, as of now. Returns which it is.
+    pub fn pin(&self, uuid: &str, name: &str, id: Option<PointId>) -> Result<PointId, StoreError> {
+        self.domain(uuid)?.pin(name, id)
+    }
+
+    /// Releases a named point: from now on the policy decides about it.
+    pub fn release(&self, uuid: &str, name: &str) -> Result<PointId, StoreError> {
+        self.domain(uuid)?.release(name)
+    }
+
+    /// Which points of a domain are kept.
+    pub fn retention(&self, uuid: &str) -> Result<Retention, StoreError> {
+        Ok(self.domain(uuid)?.retention())
+    }
+
+    /// Gives a domain a policy of its own, durably; `None`: again that of all.
+    pub fn set_retention(&self, uuid: &str, retention: Option<Retention>) -> Result<(), StoreError> {
+        self.domain(uuid)?.set_retention(retention)
+    }
+
+    /// Notes, durably, that a point was read and found to be whole.
+    pub fn note_verified(&self, uuid: &str, id: PointId, unix_ns: u64) -> Result<(), StoreError> {
+        self.domain(uuid)?.note_verified(id, unix_ns)
     }
 
     /// Hashes of everything in the standby, with the epoch that they are of: the newest one durable when this began, or a

@@ -1,19 +1,27 @@
 //! Recovery points: what there is, where its files are, and what they hash to; who may write.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vmdr_codec::{DOMAIN_XML_BYTES_MAX, Digest, Layout};
-use vmdr_journal::{JournalError, Mode};
+use vmdr_journal::{JournalError, Mode, Pin};
 
 use super::NUMBER_MAX;
+use super::catalog::{Catalog, PointId};
 use super::domain::Domain;
 use super::ingest::Ingest;
+use super::retention::Retention;
 use super::standby::{self, read_layout, read_small};
+use super::verified;
 use super::{DomainSummary, StoreError};
 
 /// Bytes hashed at once.
 const HASH_BYTES: usize = 1 << 20;
+/// Pins of a domain, at most: they stand in the control record.
+const PINS_MAX: usize = 256;
+/// The longest name of a pin.
+const NAME_CHARS_MAX: usize = 64;
 
 /// A recovery point in a list.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,8 +32,26 @@ pub struct Point {
     pub epoch: u64,
     /// Wall clock of the protected host at its cut.
     pub cut_unix_ns: u64,
-    /// Bytes that it takes up on the disk.
+    /// Bytes that it takes up on the disk: of the newest everything that is stored, of an older one what it takes to come
+    /// back to it from the next newer one.
     pub bytes: u64,
+    /// The guest's file systems were at rest at its cut.
+    pub application: bool,
+    /// The newest one.
+    pub newest: bool,
+    /// The names under which it is pinned.
+    pub names: Vec<String>,
+    /// When it was last verified.
+    pub verified_unix_ns: Option<u64>,
+    /// Something on the way back to it was found to be damaged: it cannot be activated.
+    pub damaged: bool,
+}
+
+impl Point {
+    /// Which point.
+    pub fn id(&self) -> PointId {
+        PointId { generation: self.generation, epoch: self.epoch }
+    }
 }
 
 /// A recovery point that can be activated. The files may be changed by later epochs unless the domain is frozen.
@@ -105,6 +131,24 @@ pub struct VerifiedImage {
     pub bytes: u64,
     /// XXH3-128 of them.
     pub xxh3: u128,
+}
+
+/// A name that is harmless in a table, a file name and a shell.
+fn check_name(name: &str) -> Result<(), String> {
+    let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    let first = name.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
+    if first && name.len() <= NAME_CHARS_MAX && name.chars().all(good) {
+        return Ok(());
+    }
+    let shown: String = name.chars().take(NAME_CHARS_MAX).collect();
+    Err(format!(
+        "{shown:?} is no name of a point: 1 to {NAME_CHARS_MAX} letters, digits, dots, underscores and hyphens, the first \
+         a letter or digit"
+    ))
+}
+
+fn chain_bytes(catalog: &Catalog, dir: u64) -> u64 {
+    catalog.chain_bytes.get(&dir).copied().unwrap_or(0)
 }
 
 impl Domain {
@@ -238,9 +282,130 @@ impl Domain {
     }
 
     pub fn points(&self, bytes: u64) -> Vec<Point> {
-        let shared = self.shared();
-        let (generation, epoch, cut_unix_ns) = (shared.point_generation, shared.position.epoch, shared.cut_unix_ns);
-        if epoch == 0 { Vec::new() } else { vec![Point { generation, epoch, cut_unix_ns, bytes }] }
+        let names = {
+            let control = self.control();
+            let mut names: BTreeMap<PointId, Vec<String>> = BTreeMap::new();
+            for pin in &control.pins {
+                let id = PointId { generation: pin.generation, epoch: pin.epoch };
+                names.entry(id).or_default().push(pin.name.clone());
+            }
+            names
+        };
+        let catalog = self.catalog();
+        let newest = {
+            let shared = self.shared();
+            let id = PointId { generation: shared.point_generation, epoch: shared.position.epoch };
+            let application = shared.backlog.back().is_some_and(|epoch| epoch.application());
+            (shared.position.epoch > 0).then_some((id, shared.cut_unix_ns, application))
+        };
+        let point = |id: PointId, cut_unix_ns, application, bytes, newest, damaged| Point {
+            generation: id.generation,
+            epoch: id.epoch,
+            cut_unix_ns,
+            bytes,
+            application,
+            newest,
+            names: names.get(&id).cloned().unwrap_or_default(),
+            verified_unix_ns: catalog.verified.get(&id).copied(),
+            damaged,
+        };
+        let mut points = Vec::new();
+        for (chain, id, index) in catalog.points() {
+            let is_newest = newest.is_some_and(|(newest, ..)| newest == id);
+            let damaged = !chain.is_good(id.epoch);
+            points.push(match chain.sets.get(index) {
+                Some(set) => point(id, set.point.cut_unix_ns, set.point.application, set.bytes(), is_newest, damaged),
+                None => {
+                    let bytes = if is_newest { bytes } else { chain_bytes(&catalog, chain.standby.dir) };
+                    point(id, chain.standby.cut_unix_ns, chain.application, bytes, is_newest, false)
+                }
+            });
+        }
+        if let Some((id, cut_unix_ns, application)) = newest
+            && !points.first().is_some_and(|first| first.newest)
+        {
+            // Durable and not applied yet.
+            points.insert(0, point(id, cut_unix_ns, application, bytes, true, false));
+        }
+        points
+    }
+
+    /// Pins a point; nothing given: the newest one.
+    pub fn pin(&self, name: &str, id: Option<PointId>) -> Result<PointId, StoreError> {
+        let refused = |what: String| StoreError::Refused { domain: self.id.clone(), what };
+        check_name(name).map_err(refused)?;
+        if id.is_none() {
+            self.wait_synced()?;
+        }
+        // So that it is not thinned out between being found and being pinned.
+        let _standby = self.standby();
+        let id = {
+            let mut catalog = self.catalog();
+            let newest = catalog.standby().map(|chain| chain.standby);
+            let newest = newest.map(|s| PointId { generation: s.generation, epoch: s.epoch });
+            let id = id.or(newest).ok_or_else(|| StoreError::NoPoint(self.id.clone()))?;
+            if catalog.find(id).is_none() {
+                return Err(self.no_such_point(id));
+            }
+            id
+        };
+        {
+            let control = self.control();
+            if control.pins.len() >= PINS_MAX {
+                return Err(refused(format!("{PINS_MAX} points are pinned already; release one")));
+            }
+            if let Some(pin) = control.pins.iter().find(|pin| pin.name == name) {
+                let (generation, epoch) = (pin.generation, pin.epoch);
+                return Err(refused(format!(
+                    "point {generation}-{epoch} has the name {name:?} already; release it first"
+                )));
+            }
+        }
+        let pin = Pin { generation: id.generation, epoch: id.epoch, name: name.to_owned() };
+        self.change_control(|control| control.pins.push(pin))?;
+        Ok(id)
+    }
+
+    /// Releases the pin of this name; its point may go when the policy does not ask for it.
+    pub fn release(&self, name: &str) -> Result<PointId, StoreError> {
+        let found = self.control().pins.iter().find(|pin| pin.name == name).cloned();
+        let pin = found.ok_or_else(|| StoreError::Refused {
+            domain: self.id.clone(),
+            what: format!("no point has the name {name:?}; `vmdr points` lists them"),
+        })?;
+        self.change_control(|control| control.pins.retain(|pin| pin.name != name))?;
+        self.want_thinning();
+        Ok(PointId { generation: pin.generation, epoch: pin.epoch })
+    }
+
+    /// A policy of this domain's own, or again that of all.
+    pub fn set_retention(&self, retention: Option<Retention>) -> Result<(), StoreError> {
+        self.change_control(|control| control.retention = retention.map(|r| (r.budget_bytes, r.tiers)))?;
+        self.want_thinning();
+        Ok(())
+    }
+
+    pub fn want_thinning(&self) {
+        self.shared().thin_wanted = true;
+        self.changed.notify_all();
+    }
+
+    pub fn note_verified(&self, id: PointId, unix_ns: u64) -> Result<(), StoreError> {
+        let all = {
+            let mut catalog = self.catalog();
+            if catalog.find(id).is_none() {
+                return Err(self.no_such_point(id));
+            }
+            catalog.verified.insert(id, unix_ns);
+            let there: BTreeSet<PointId> = catalog.points().map(|(_, id, _)| id).collect();
+            catalog.verified.retain(|id, _| there.contains(id));
+            catalog.verified.clone()
+        };
+        verified::write(&*self.disk, &self.dir, &all).map_err(|error| StoreError::of(&self.id, error))
+    }
+
+    pub fn no_such_point(&self, id: PointId) -> StoreError {
+        StoreError::NoSuchPoint { domain: self.id.clone(), point: id.to_string() }
     }
 
     pub fn verify(&self) -> Result<Verified, StoreError> {
@@ -249,7 +414,7 @@ impl Domain {
         let Some(applier) = &mut *standby else { return Err(StoreError::NoPoint(self.id.clone())) };
         // The lock is only ever let go of between batches, when the files are exactly one epoch; or in the middle of one
         // that ran out of space.
-        if applier.durable.applying != applier.durable.epoch {
+        if applier.interrupted || applier.durable.applying != applier.durable.epoch {
             let (epoch, applying) = (applier.durable.epoch, applier.durable.applying);
             let what = format!("the standby is between epochs {epoch} and {applying} until there is space");
             return Err(StoreError::Full { domain: self.id.clone(), what });
@@ -299,6 +464,12 @@ impl Domain {
     }
 
     pub fn summarize(&self, summary: &mut DomainSummary) {
+        summary.history_budget_bytes = self.retention().budget_bytes;
+        {
+            let catalog = self.catalog();
+            summary.history_bytes = catalog.history_bytes();
+            summary.points = catalog.chains.iter().map(|chain| chain.sets.len() as u64 + 1).sum();
+        }
         let shared = self.shared();
         summary.name = shared.name.clone();
         summary.position = shared.position;
@@ -308,6 +479,8 @@ impl Domain {
         summary.backlog_bytes = shared.backlog_bytes;
         summary.receiving = shared.stream_open;
         summary.frozen = shared.frozen;
-        summary.trouble = shared.failed.clone().or(shared.stalled.clone()).or(shared.damage.clone());
+        let trouble = shared.failed.clone().or(shared.stalled.clone()).or(shared.over_budget.clone());
+        summary.trouble = trouble.or(shared.damage.clone());
+        summary.alarm = shared.alarm.clone();
     }
 }

@@ -12,12 +12,15 @@ use std::sync::{Arc, Condvar, Mutex};
 use bytes::Bytes;
 use uuid::Uuid;
 use vmdr_codec::Layout;
-use vmdr_journal::{Control, Disk, Journal, JournalError, Part, Standby, Torn};
+use vmdr_journal::{Control, Disk, HistoryLog, HistoryMark, HistoryScan, Journal, JournalError, Part, Standby, Torn};
 
 use super::apply::Applier;
+use super::catalog::{Catalog, Chain, Doomed};
 use super::check::PartCheck;
 use super::domain::{Content, Domain, Epoch, IngestState, OpenEpoch, Shared, standby_dir};
-use super::standby::{self, StandbyFiles, read_layout};
+use super::images::StandbyFiles;
+use super::standby::{self, read_layout};
+use super::verified;
 use super::{Position, StoreError, StoreOptions};
 
 /// Prefix of a standby that may be a mixture, kept for a desperate operator until a new seed is whole.
@@ -45,16 +48,20 @@ impl Domain {
         let of = |error| StoreError::of(&id, error);
         let mut control = load_or_begin(&disk, dir, uuid, new)?;
         sweep(&*disk, dir, &control).map_err(of)?;
-        let (applier, layout) = match control.standby {
-            None => (None, None),
-            Some(durable) => {
-                let dir = standby_dir(dir, durable.dir);
-                let layout = read_layout(&*disk, &standby::layout_path(&dir, durable.layout_epoch)).map_err(of)?;
-                let layout = Arc::new(layout);
-                let files = StandbyFiles::open(disk.clone(), &dir, layout.clone()).map_err(of)?;
-                (Some(Applier::new(files, durable)), Some(layout))
+        let opened = open_standby(&disk, dir, &mut control).map_err(of)?;
+        let (mut applier, layout) = opened.map_or((None, None), |(applier, layout)| (Some(applier), Some(layout)));
+        let mut catalog = open_history(&*disk, dir, &mut control).map_err(of)?;
+        if let Some(applier) = &mut applier {
+            applier.mark.floor = control.history.floor;
+            applier.log.set_segment_bytes(options.history_segment_bytes);
+            if applier.blind_until > 0
+                && let Some(chain) = catalog.standby()
+            {
+                // Before-images lead back from an epoch, and these images are none.
+                chain.sets.clear();
             }
-        };
+        }
+        catalog.verified = verified::read(&*disk, dir);
         let seed = open_seed(&disk, dir, &mut control).map_err(of)?;
         let mut replay = Replay { standby: control.standby, layout, epochs: Vec::new(), open: None, broken: None };
         let mut visit = |part: &Part, payloads: &[Bytes]| replay.part(part, payloads);
@@ -91,6 +98,7 @@ impl Domain {
             ingest: Mutex::new(IngestState { journal, layout, open, part: None }),
             standby: Mutex::new(applier),
             control: Mutex::new(control),
+            catalog: Mutex::new(catalog),
             shared: Mutex::new(shared),
             changed: Condvar::new(),
             thread: Mutex::new(None),
@@ -100,13 +108,17 @@ impl Domain {
             (Some(what), Some(standby)) => domain.give_up(&what, standby)?,
             (None, _) => {}
         }
+        let chains: Vec<u64> = domain.control().chains.iter().map(|chain| chain.standby.dir).collect();
+        chains.into_iter().for_each(|dir| domain.measure_chain(dir));
+        domain.remove_doomed();
+        domain.shared().thin_wanted = true;
         domain.start()?;
         Ok(domain)
     }
 
     /// Applies what is good, moves the journal aside and notes why.
     fn quarantine(&self, what: &str, durable: u64) -> Result<(), StoreError> {
-        self.batch()?;
+        self.apply_all()?;
         let note = format!("{what}; the recovery point is epoch {durable}, later ones were lost, a new seed is needed");
         self.change_control(|control| control.damage = Some(note.clone()))?;
         let mut ingest = self.ingest();
@@ -137,8 +149,15 @@ impl Domain {
         self.change_control(|control| {
             control.damage = Some(note.clone());
             control.standby = None;
+            control.history = HistoryMark::default();
             control.journal_first = first;
         })?;
+        {
+            let mut catalog = self.catalog();
+            if std::mem::take(&mut catalog.current) {
+                catalog.chains.pop();
+            }
+        }
         let from = self.standby_dir(dir);
         self.disk.rename(&from, &aside).map_err(|e| self.failure(JournalError::io("move aside", &from)(e)))?;
         if matches!(ingest.open, Some(OpenEpoch { content: Content::Delta { .. }, .. })) {
@@ -196,7 +215,8 @@ fn load_or_begin(
 /// Removes what a crash has left that the control record does not mention.
 fn sweep(disk: &dyn Disk, dir: &Path, control: &Control) -> Result<(), JournalError> {
     let keep = [control.standby.map(|s| s.dir), control.seed.filter(|s| s.parts > 0).map(|s| s.dir)];
-    let keep: Vec<String> = keep.into_iter().flatten().map(|number| format!("standby.{number}")).collect();
+    let chains = control.chains.iter().map(|chain| chain.standby.dir);
+    let keep: Vec<String> = keep.into_iter().flatten().chain(chains).map(|n| format!("standby.{n}")).collect();
     for name in disk.list(dir).map_err(JournalError::io("list", dir))? {
         let useless = name.starts_with("standby.") && !keep.contains(&name);
         if useless || (name.starts_with(DAMAGED) && control.damage.is_none()) {
@@ -220,6 +240,79 @@ fn sweep(disk: &dyn Disk, dir: &Path, control: &Control) -> Result<(), JournalEr
         }
     }
     Ok(())
+}
+
+/// The standby in use. If a batch was stopped it is taken back to where that began; where the before-images are damaged, or
+/// of a version that had none, only the journal can bring it to an epoch again.
+fn open_standby(
+    disk: &Arc<dyn Disk>,
+    dir: &Path,
+    control: &mut Control,
+) -> Result<Option<(Applier, Arc<Layout>)>, JournalError> {
+    let Some(durable) = control.standby else { return Ok(None) };
+    let at = standby_dir(dir, durable.dir);
+    let layout = Arc::new(read_layout(&**disk, &standby::layout_path(&at, durable.layout_epoch))?);
+    let mut files = StandbyFiles::open(disk.clone(), &at, layout.clone())?;
+    let mark = control.history;
+    let mut blind_until = 0;
+    if durable.applying > durable.epoch {
+        let back = match mark.announced_for == durable.applying {
+            true => files.roll_back(mark.committed, mark.announced, layout.clone()),
+            false => Err(JournalError::Damaged {
+                path: standby::history_dir(&at),
+                what: "it has no before-images of what was being applied".to_owned(),
+            }),
+        };
+        match back {
+            Ok(()) => {
+                control.standby = Some(Standby { applying: durable.epoch, ..durable });
+                control.history = HistoryMark { announced: mark.committed, announced_for: durable.epoch, ..mark };
+                control.store(&**disk, dir)?;
+            }
+            Err(error @ JournalError::Damaged { .. }) => {
+                tracing::error!(%error, epoch = durable.epoch, "the standby cannot be taken back, the journal is needed");
+                files.forget(layout.clone());
+                blind_until = durable.applying;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    let (durable, mark) = (control.standby.unwrap_or(durable), control.history);
+    let log = HistoryLog::open(disk.clone(), &standby::history_dir(&at), control.uuid, mark.committed)?;
+    let mut applier = Applier::new(files, log, durable, mark)?;
+    applier.blind_until = blind_until;
+    Ok(Some((applier, layout)))
+}
+
+/// What the history of the standby, and of those before it, has.
+fn open_history(disk: &dyn Disk, dir: &Path, control: &mut Control) -> Result<Catalog, JournalError> {
+    let mut catalog = Catalog { current: control.standby.is_some(), ..Catalog::default() };
+    let current = control.standby.map(|standby| vmdr_journal::Chain { standby, history: control.history });
+    let mut missing = Vec::new();
+    for of in control.chains.iter_mut().chain(&mut current.clone()) {
+        let history = standby::history_dir(&standby_dir(dir, of.standby.dir));
+        let scan = HistoryScan::read(disk, &history, &control.uuid, of.history.committed)?;
+        let (chain, lost) = Chain::new(of.standby, &of.history, &scan);
+        if let Some(lost) = lost {
+            tracing::error!(damage = %lost, "history");
+            of.history.floor = chain.floor();
+            missing.push((of.standby.dir, of.history.floor, lost));
+        }
+        let open = if of.history.committed.offset < u64::MAX { of.history.committed.segment } else { 0 };
+        for number in vmdr_journal::segments(disk, &history)? {
+            if number != open && !chain.sets.iter().any(|set| set.segment == number) {
+                catalog.doom(Doomed::Segment(of.standby.dir, number));
+            }
+        }
+        catalog.chains.push(chain);
+    }
+    for (dir, floor, lost) in missing {
+        if current.is_some_and(|current| current.standby.dir == dir) {
+            control.history.floor = floor;
+        }
+        control.damage.get_or_insert(lost);
+    }
+    Ok(catalog)
 }
 
 /// The seed that was under way. One that cannot be continued is forgotten: nothing is lost but time.

@@ -56,6 +56,8 @@ pub fn eager() -> StoreOptions {
         apply_interval: Duration::from_millis(30),
         retry_interval: Duration::from_millis(10),
         segment_bytes: 150_000,
+        history_segment_bytes: 100_000,
+        retention: Retention::default(),
     }
 }
 
@@ -262,6 +264,7 @@ pub fn seal(mut encoder: Encoder, head: PartHead, last: bool, cut_unix_ns: u64) 
         digest: digest.halves(),
         last,
         cut_unix_ns,
+        application: cut_unix_ns % 3 == 1,
         counts,
     };
     let chunks = chunks.into_iter().map(|chunk| (chunk.clone(), vmdr_codec::chunk_hash(&chunk))).collect();

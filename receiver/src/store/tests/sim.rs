@@ -375,6 +375,14 @@ impl File for SimFile {
         }
     }
 
+    fn data_from(&self, offset: u64) -> io::Result<u64> {
+        let state = self.disk.state();
+        let live = &state.files[&self.inode].live;
+        let rest = live.get(offset as usize..).unwrap_or(&[]);
+        let data = rest.iter().position(|byte| *byte != 0).unwrap_or(rest.len());
+        Ok(offset + data as u64)
+    }
+
     fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
         self.disk.plain_step()?;
         self.change(Change::Write(offset, vec![0; length as usize]));

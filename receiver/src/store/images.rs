@@ -1,0 +1,473 @@
+//! The images of a standby, and how payloads become their content.
+//!
+//! A seed grows in a directory that is of no use before it is whole: its payloads are written as they come. The standby that
+//! is in use is changed in three steps instead, which the caller calls in this order: [`StandbyFiles::record`] gathers
+//! writes in memory and what they replace in the history; the history is made durable; [`StandbyFiles::flush`] writes.
+//! Whatever happens then, [`StandbyFiles::roll_back`] brings back what was there before.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use vmdr_codec::{
+    Assembler, DEVICE_STATE_BYTES_MAX, DISK_PIECE_BYTES_MAX, DOMAIN_XML_BYTES_MAX, Layout, PAGE_BYTES, PageData,
+    RamPages, Record,
+};
+use vmdr_journal::{Array, Disk, File, JournalError, Mode, Place, UNIT_BYTES, read_back, write_all};
+
+use super::pending::{Pending, Recorder, Run, Source};
+use super::standby::{disk_path, history_dir, ram_path};
+
+/// Pages written at once.
+const RUN_PAGES: usize = 256;
+/// Shorter runs of zero pages are written: punching costs more, and splits the image into many extents.
+const PUNCH_BYTES_MIN: u64 = 64 << 10;
+/// Bytes of a range that becomes zero that are recorded at once: so much of before-images at most comes in between two looks
+/// at how much is pending.
+pub(super) const ZERO_BYTES: u64 = 16 << 20;
+
+static ZEROES: [u8; PUNCH_BYTES_MIN as usize] = [0; PUNCH_BYTES_MIN as usize];
+
+/// An open standby directory.
+#[derive(Debug)]
+pub(super) struct StandbyFiles {
+    disk: Arc<dyn Disk>,
+    dir: PathBuf,
+    layout: Arc<Layout>,
+    ram: Vec<Image>,
+    disks: Vec<Image>,
+    names_changed: bool,
+    device_state: Assembler,
+    xml: Assembler,
+    brought: Brought,
+    pending: Pending,
+    run: Vec<u8>,
+    piece: Box<[u8; DISK_PIECE_BYTES_MAX]>,
+}
+
+#[derive(Debug)]
+struct Image {
+    path: PathBuf,
+    file: Box<dyn File>,
+    /// The length that it has to have; the file has it after the next flush.
+    length: u64,
+    resized: bool,
+    dirty: bool,
+}
+
+/// What was applied beside pages and extents since it was last taken.
+#[derive(Debug, Default)]
+pub(super) struct Brought {
+    /// A device state.
+    pub device_state: Option<Vec<u8>>,
+    /// A layout; [`StandbyFiles::layout`] has it.
+    pub layout: bool,
+    /// A domain XML.
+    pub xml: Option<Vec<u8>>,
+}
+
+impl StandbyFiles {
+    /// A new directory without anything in it.
+    pub fn create(disk: Arc<dyn Disk>, dir: &Path) -> Result<Self, JournalError> {
+        disk.remove_dir_all(dir).map_err(JournalError::io("remove", dir))?;
+        for sub in ["ram", "disk"] {
+            let path = dir.join(sub);
+            disk.create_dir_all(&path).map_err(JournalError::io("create", &path))?;
+        }
+        if let Some(parent) = dir.parent() {
+            disk.sync_dir(parent).map_err(JournalError::io("sync", parent))?;
+        }
+        Ok(Self::with(disk, dir))
+    }
+
+    /// A directory that has this layout, or something between it and that of an epoch that is to be applied again.
+    pub fn open(disk: Arc<dyn Disk>, dir: &Path, layout: Arc<Layout>) -> Result<Self, JournalError> {
+        let mut files = Self::with(disk, dir);
+        for (block, of) in layout.ram.iter().enumerate() {
+            let image = files.image(ram_path(dir, block), false, of.pages() * PAGE_BYTES as u64)?;
+            files.ram.push(image);
+        }
+        for of in &layout.disks {
+            let image = files.image(disk_path(dir, &of.target), false, of.size_bytes)?;
+            files.disks.push(image);
+        }
+        files.layout = layout;
+        Ok(files)
+    }
+
+    fn with(disk: Arc<dyn Disk>, dir: &Path) -> Self {
+        Self {
+            disk,
+            dir: dir.to_owned(),
+            layout: Arc::default(),
+            ram: Vec::new(),
+            disks: Vec::new(),
+            names_changed: true,
+            device_state: Assembler::new("device state", DEVICE_STATE_BYTES_MAX),
+            xml: Assembler::new("domain XML", DOMAIN_XML_BYTES_MAX),
+            brought: Brought::default(),
+            pending: Pending::default(),
+            run: Vec::with_capacity(RUN_PAGES * PAGE_BYTES),
+            piece: Box::new([0; DISK_PIECE_BYTES_MAX]),
+        }
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> &dyn Disk {
+        &*self.disk
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The layout that holds after what was applied.
+    pub fn layout(&self) -> &Arc<Layout> {
+        &self.layout
+    }
+
+    /// What was applied beside pages and extents since this was last asked.
+    pub fn take_brought(&mut self) -> Brought {
+        std::mem::take(&mut self.brought)
+    }
+
+    /// Forgets what an unfinished part brought; its pages and extents stay, until they are written again.
+    pub fn give_up_part(&mut self, layout: Arc<Layout>) {
+        self.layout = layout;
+        self.brought = Brought::default();
+        self.device_state = Assembler::new("device state", DEVICE_STATE_BYTES_MAX);
+        self.xml = Assembler::new("domain XML", DOMAIN_XML_BYTES_MAX);
+    }
+
+    /// Writes a payload of a seed, whose records were checked against the layout.
+    pub fn write(&mut self, payload: &[u8]) -> Result<(), JournalError> {
+        for record in vmdr_codec::decode(payload) {
+            let record = record.map_err(|e| unusable(&self.dir, e))?;
+            self.apply(record, None)?;
+        }
+        Ok(())
+    }
+
+    /// Gathers a record of a delta, and what it replaces. A range that becomes zero must have no more than [`ZERO_BYTES`]:
+    /// see [`StandbyFiles::zeroed_by`] for what a layout makes zero.
+    pub fn record(&mut self, record: Record<'_>, to: &mut Recorder<'_>) -> Result<(), JournalError> {
+        self.apply(record, Some(to))
+    }
+
+    /// Memory that gathered writes take.
+    pub fn pending_bytes(&self) -> u64 {
+        self.pending.bytes()
+    }
+
+    /// The ranges that have to become zero before this layout is recorded: blocks that go, shrink or become others.
+    pub fn zeroed_by(&self, layout: &Layout) -> Vec<(Array, u64, u64)> {
+        let mut ranges = Vec::new();
+        let mut lost = |array, from: u64, to: u64| {
+            if from < to {
+                ranges.push((array, from, to - from));
+            }
+        };
+        let (page, old) = (PAGE_BYTES as u64, &self.layout);
+        for (i, before) in old.ram.iter().enumerate() {
+            let same = layout.ram.get(i).filter(|after| after.name == before.name);
+            lost(Array::Ram(i as u16), same.map_or(0, |after| after.pages() * page), before.pages() * page);
+        }
+        for (i, before) in old.disks.iter().enumerate() {
+            let after = layout.disks.get(i).map_or(0, |after| after.size_bytes);
+            lost(Array::Disk(i as u16), after, before.size_bytes);
+        }
+        ranges
+    }
+
+    /// Gathers that a range becomes zero, and what it was.
+    pub fn record_zero(
+        &mut self,
+        array: Array,
+        offset: u64,
+        length: u64,
+        to: &mut Recorder<'_>,
+    ) -> Result<(), JournalError> {
+        let Self { pending, ram, disks, dir, .. } = self;
+        pending.zero(find(ram, disks, array, dir)?, array, offset..offset + length, to)
+    }
+
+    /// Writes what was gathered. What it replaces must be durable.
+    pub fn flush(&mut self) -> Result<(), JournalError> {
+        let Self { pending, ram, disks, dir, .. } = self;
+        for image in ram.iter_mut().chain(&mut *disks).filter(|image| image.resized) {
+            set_length(image, image.length)?;
+        }
+        pending.drain(&mut |array, offset, run| {
+            let image = find_mut(ram, disks, array, dir)?;
+            put(image, offset, run)
+        })
+    }
+
+    /// Forgets what was gathered and not written: the images have `layout`, or what is not known until they are written.
+    pub fn forget(&mut self, layout: Arc<Layout>) {
+        self.pending.clear();
+        self.ram.truncate(layout.ram.len());
+        self.disks.truncate(layout.disks.len());
+        for (image, block) in self.ram.iter_mut().zip(&layout.ram) {
+            (image.length, image.resized) = (block.pages() * PAGE_BYTES as u64, true);
+        }
+        for (image, disk) in self.disks.iter_mut().zip(&layout.disks) {
+            (image.length, image.resized) = (disk.size_bytes, true);
+        }
+        self.give_up_part(layout);
+    }
+
+    /// Takes the images back to where they were at `from` in the history, which had `layout`, and makes that durable.
+    pub fn roll_back(&mut self, from: Place, to: Place, layout: Arc<Layout>) -> Result<(), JournalError> {
+        self.forget(layout);
+        for image in self.ram.iter_mut().chain(&mut self.disks) {
+            set_length(image, image.length)?;
+        }
+        let Self { disk, ram, disks, dir, .. } = self;
+        read_back(&**disk, &history_dir(dir), from, to, &mut |key, count, content| {
+            let small = matches!(key.array, Array::Device | Array::Xml | Array::Layout);
+            let there = |images: &[Image], n: u16| usize::from(n) < images.len();
+            let gone = match key.array {
+                Array::Ram(n) => !there(ram, n),
+                Array::Disk(n) => !there(disks, n),
+                _ => false,
+            };
+            if small || gone {
+                return Ok(());
+            }
+            let image = find_mut(ram, disks, key.array, dir)?;
+            let run = match content {
+                Some(content) => Run::Data(content),
+                None => Run::Zero(u64::from(count) * UNIT_BYTES as u64),
+            };
+            put(image, key.unit * UNIT_BYTES as u64, run)
+        })?;
+        self.sync()
+    }
+
+    /// Makes everything written durable, names included.
+    pub fn sync(&mut self) -> Result<(), JournalError> {
+        for image in self.ram.iter_mut().chain(&mut self.disks) {
+            if image.dirty {
+                image.file.sync().map_err(JournalError::io("sync", &image.path))?;
+                image.dirty = false;
+            }
+        }
+        if self.names_changed {
+            for dir in [self.dir.join("ram"), self.dir.join("disk"), self.dir.clone()] {
+                self.disk.sync_dir(&dir).map_err(JournalError::io("sync", &dir))?;
+            }
+            self.names_changed = false;
+        }
+        Ok(())
+    }
+
+    fn apply(&mut self, record: Record<'_>, mut to: Option<&mut Recorder<'_>>) -> Result<(), JournalError> {
+        match record {
+            Record::RamPages(run) => self.pages(&run, to)?,
+            Record::RamZero { block, first, pages } => {
+                let page = PAGE_BYTES as u64;
+                self.zero(Array::Ram(block), first * page, pages * page, to)?;
+            }
+            Record::DiskData { disk, offset, data } => {
+                let Self { piece, pending, ram, disks, dir, .. } = self;
+                let bytes = data.read(piece).map_err(|e| unusable(dir, e))?;
+                let array = Array::Disk(disk);
+                match &mut to {
+                    Some(to) => pending.write(find(ram, disks, array, dir)?, array, offset, bytes, to)?,
+                    None => write(find_mut(ram, disks, array, dir)?, bytes, offset)?,
+                }
+            }
+            Record::DiskZero { disk, offset, length } => self.zero(Array::Disk(disk), offset, length, to)?,
+            Record::DeviceState { offset, total, bytes } => {
+                self.device_state.add(offset, total, bytes).map_err(|e| unusable(&self.dir, e))?;
+                if offset + bytes.len() as u64 == total {
+                    self.brought.device_state = self.device_state.take().map_err(|e| unusable(&self.dir, e))?;
+                }
+            }
+            Record::DomainXml { offset, total, bytes } => {
+                self.xml.add(offset, total, bytes).map_err(|e| unusable(&self.dir, e))?;
+                if offset + bytes.len() as u64 == total {
+                    self.brought.xml = self.xml.take().map_err(|e| unusable(&self.dir, e))?;
+                }
+            }
+            Record::Layout(layout) => self.set_layout(layout, to.is_some())?,
+        }
+        Ok(())
+    }
+
+    fn zero(
+        &mut self,
+        array: Array,
+        offset: u64,
+        length: u64,
+        to: Option<&mut Recorder<'_>>,
+    ) -> Result<(), JournalError> {
+        match to {
+            Some(to) => self.record_zero(array, offset, length, to),
+            None => put(find_mut(&mut self.ram, &mut self.disks, array, &self.dir)?, offset, Run::Zero(length)),
+        }
+    }
+
+    fn pages(&mut self, run: &RamPages<'_>, mut to: Option<&mut Recorder<'_>>) -> Result<(), JournalError> {
+        let mut start = run.first;
+        self.run.clear();
+        for page in run.pages() {
+            let (number, data) = page.map_err(|e| unusable(&self.dir, e))?;
+            if self.run.len() == RUN_PAGES * PAGE_BYTES {
+                self.put_pages(run.block, start, &mut to)?;
+                start = number;
+            }
+            match data {
+                PageData::Zero => self.run.resize(self.run.len() + PAGE_BYTES, 0),
+                PageData::Raw(bytes) => self.run.extend_from_slice(bytes),
+                PageData::Lz4(_) => {
+                    let at = self.run.len();
+                    self.run.resize(at + PAGE_BYTES, 0);
+                    let Ok(page) = (&mut self.run[at..]).try_into() else { continue };
+                    data.read(page).map_err(|e| unusable(&self.dir, e))?;
+                }
+            }
+        }
+        self.put_pages(run.block, start, &mut to)
+    }
+
+    /// The pages in `run` go where they belong.
+    fn put_pages(&mut self, block: u16, first: u64, to: &mut Option<&mut Recorder<'_>>) -> Result<(), JournalError> {
+        let Self { run, pending, ram, disks, dir, .. } = self;
+        let (array, offset) = (Array::Ram(block), first * PAGE_BYTES as u64);
+        match to {
+            Some(to) => pending.write(find(ram, disks, array, dir)?, array, offset, run, to)?,
+            None => write(find_mut(ram, disks, array, dir)?, run, offset)?,
+        }
+        run.clear();
+        Ok(())
+    }
+
+    /// Gives the images the sizes of `layout`: at once, and emptying those that become others, or, if what is lost was
+    /// gathered as zero already, with the next flush.
+    fn set_layout(&mut self, layout: Layout, gathered: bool) -> Result<(), JournalError> {
+        let old = self.layout.clone();
+        let page = PAGE_BYTES as u64;
+        for i in self.ram.len()..layout.ram.len() {
+            let image = self.image(ram_path(&self.dir, i), true, 0)?;
+            self.ram.push(image);
+        }
+        for of in &layout.disks[self.disks.len().min(layout.disks.len())..] {
+            let image = self.image(disk_path(&self.dir, &of.target), true, 0)?;
+            self.disks.push(image);
+        }
+        for (i, image) in self.ram.iter_mut().enumerate() {
+            let (before, after) = (old.ram.get(i), layout.ram.get(i));
+            let other = before.map(|b| &b.name) != after.map(|a| &a.name);
+            if !gathered && other && image.length > 0 {
+                set_length(image, 0)?;
+            }
+            change_length(image, after.map_or(0, |after| after.pages() * page), gathered)?;
+        }
+        for (i, image) in self.disks.iter_mut().enumerate() {
+            if !gathered && old.disks.get(i).is_none() && image.length > 0 {
+                set_length(image, 0)?;
+            }
+            change_length(image, layout.disks.get(i).map_or(0, |after| after.size_bytes), gathered)?;
+        }
+        self.layout = Arc::new(layout);
+        self.brought.layout = true;
+        Ok(())
+    }
+
+    fn image(&mut self, path: PathBuf, new: bool, length: u64) -> Result<Image, JournalError> {
+        let mode = if new { Mode::Create } else { Mode::Write };
+        let file = self.disk.open(&path, mode).map_err(JournalError::io("open", &path))?;
+        self.names_changed |= new;
+        // What an earlier process wrote may not be on the disk, and is not written again if it is in no later epoch.
+        Ok(Image { path, file, length, resized: false, dirty: true })
+    }
+}
+
+impl Source for Image {
+    fn read(&self, buffer: &mut [u8], offset: u64) -> Result<(), JournalError> {
+        let got = self.file.read_at(buffer, offset).map_err(JournalError::io("read", &self.path))?;
+        buffer[got..].fill(0);
+        Ok(())
+    }
+
+    fn data_from(&self, offset: u64) -> Result<u64, JournalError> {
+        let at = self.file.data_from(offset).map_err(JournalError::io("read", &self.path))?;
+        let length = self.file.length().map_err(JournalError::io("read", &self.path))?;
+        Ok(if at >= length { u64::MAX } else { at })
+    }
+}
+
+fn unusable(dir: &Path, error: vmdr_codec::CodecError) -> JournalError {
+    JournalError::Damaged { path: dir.to_owned(), what: format!("what is to be applied: {error}") }
+}
+
+fn missing(dir: &Path, array: Array) -> JournalError {
+    let what = format!("what is to be applied: {array:?} is not in the layout");
+    JournalError::Damaged { path: dir.to_owned(), what }
+}
+
+fn find<'a>(ram: &'a [Image], disks: &'a [Image], array: Array, dir: &Path) -> Result<&'a Image, JournalError> {
+    let found = match array {
+        Array::Ram(n) => ram.get(usize::from(n)),
+        Array::Disk(n) => disks.get(usize::from(n)),
+        Array::Device | Array::Xml | Array::Layout => None,
+    };
+    found.ok_or_else(|| missing(dir, array))
+}
+
+fn find_mut<'a>(
+    ram: &'a mut [Image],
+    disks: &'a mut [Image],
+    array: Array,
+    dir: &Path,
+) -> Result<&'a mut Image, JournalError> {
+    let found = match array {
+        Array::Ram(n) => ram.get_mut(usize::from(n)),
+        Array::Disk(n) => disks.get_mut(usize::from(n)),
+        Array::Device | Array::Xml | Array::Layout => None,
+    };
+    found.ok_or_else(|| missing(dir, array))
+}
+
+/// Writes what of a run lies within the image.
+fn put(image: &mut Image, offset: u64, run: Run<'_>) -> Result<(), JournalError> {
+    let room = image.length.saturating_sub(offset);
+    match run {
+        Run::Data(bytes) => write(image, &bytes[..(bytes.len() as u64).min(room) as usize], offset),
+        Run::Zero(length) if length.min(room) < PUNCH_BYTES_MIN => {
+            write(image, &ZEROES[..length.min(room) as usize], offset)
+        }
+        Run::Zero(length) => {
+            image.dirty = true;
+            image.file.zero(offset, length.min(room)).map_err(JournalError::io("zero", &image.path))
+        }
+    }
+}
+
+fn write(image: &mut Image, bytes: &[u8], offset: u64) -> Result<(), JournalError> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    image.dirty = true;
+    write_all(&*image.file, bytes, offset).map_err(JournalError::io("write", &image.path))
+}
+
+fn change_length(image: &mut Image, length: u64, later: bool) -> Result<(), JournalError> {
+    if image.length == length {
+        return Ok(());
+    }
+    if !later {
+        return set_length(image, length);
+    }
+    (image.length, image.resized) = (length, true);
+    Ok(())
+}
+
+fn set_length(image: &mut Image, length: u64) -> Result<(), JournalError> {
+    image.dirty = true;
+    image.file.set_length(length).map_err(JournalError::io("resize", &image.path))?;
+    (image.length, image.resized) = (length, false);
+    Ok(())
+}

@@ -1,0 +1,151 @@
+//! Which points are kept: a policy, and what has to be done for it. No I/O.
+//!
+//! A policy is a list of tiers, "one of every so long, up to this age", and a budget of bytes. Of each stretch of time of a
+//! tier the earliest point stays, so that a point kept by a coarse tier was kept by the finer ones before. The time by which
+//! points age is the newest point's cut: a protected host that is silent does not cost its history.
+//!
+//! What goes when the history outgrows its budget, or the disk is nearly full, in this order:
+//! 1. what the policy does not ask for any more;
+//! 2. the oldest points, one after another, standbys that a seed has replaced with them.
+//!
+//! The newest point and those that are pinned (or being read) are never given up: when nothing but these is left, the
+//! receiver stops accepting instead.
+
+use std::time::Duration;
+
+use vmdr_journal::{Set, Tier};
+
+/// Neighbouring sets of like span that become one while it is not settled yet which points of theirs stay.
+const MERGE_SETS: usize = 16;
+/// Of the budget, the part in use from which on there is an alarm, in percent.
+pub const ALARM_PERCENT: u64 = 80;
+/// Of the budget, the part that is left in use when points had to go, in percent.
+const ROOM_PERCENT: u64 = 95;
+
+/// How long which points are kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Retention {
+    /// Bytes of history at most, standbys that a seed has replaced included.
+    pub budget_bytes: u64,
+    /// The tiers, in any order. None: only the newest point and pinned ones are kept.
+    pub tiers: Vec<Tier>,
+}
+
+impl Default for Retention {
+    /// Every epoch for 10 minutes, every minute for 24 hours, every hour for 7 days, in 32 GiB.
+    fn default() -> Self {
+        let tier = |every, up_to| {
+            let ns = |seconds| Duration::from_secs(seconds).as_nanos() as u64;
+            Tier { every_ns: ns(every), for_ns: ns(up_to) }
+        };
+        let tiers = vec![tier(0, 600), tier(60, 24 * 3600), tier(3600, 7 * 24 * 3600)];
+        Retention { budget_bytes: 32 << 30, tiers }
+    }
+}
+
+impl Retention {
+    /// Whether some tier wants points of this age.
+    pub fn keeps(&self, cut_ns: u64, now_ns: u64) -> bool {
+        self.stretch(cut_ns, now_ns).is_some()
+    }
+
+    /// The tier's stretch that keeps a point of this age, if the point is the earliest in it.
+    fn stretch(&self, cut_ns: u64, now_ns: u64) -> Option<(u64, u64)> {
+        let age = now_ns.saturating_sub(cut_ns);
+        let tier = self.tiers.iter().filter(|tier| age <= tier.for_ns).min_by_key(|tier| tier.every_ns)?;
+        Some((tier.every_ns, if tier.every_ns == 0 { cut_ns } else { cut_ns / tier.every_ns }))
+    }
+}
+
+/// A point of a standby's history, as the policy sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Held {
+    /// The epoch.
+    pub epoch: u64,
+    /// Wall clock at its cut.
+    pub cut_ns: u64,
+    /// It is pinned or being read.
+    pub protected: bool,
+}
+
+/// What to do next with the history of one standby.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Forget so many sets, from the oldest on.
+    Forget(usize),
+    /// Make so many neighbouring sets one, from this one on.
+    Merge(usize, usize),
+}
+
+/// For each point whether the policy or a pin keeps it. `points` are in order; the last is the standby itself.
+fn kept(points: &[Held], policy: &Retention, now_ns: u64) -> Vec<bool> {
+    let mut kept = Vec::with_capacity(points.len());
+    let mut last = None;
+    for (i, point) in points.iter().enumerate() {
+        let stretch = policy.stretch(point.cut_ns, now_ns);
+        let first = stretch.is_some() && stretch != last;
+        last = stretch;
+        kept.push(first || point.protected || i + 1 == points.len());
+    }
+    kept
+}
+
+/// What the policy asks for next: `points[i]` is what `sets[i]` takes back to, and one more is the standby itself.
+pub fn next(sets: &[Set], points: &[Held], policy: &Retention, now_ns: u64) -> Option<Step> {
+    let kept = kept(points, policy, now_ns);
+    let oldest = kept.iter().position(|keep| *keep).unwrap_or(0);
+    if oldest > 0 {
+        return Some(Step::Forget(oldest));
+    }
+    // Runs of sets whose inner points are not kept.
+    let mut start = 0;
+    while start < sets.len() {
+        let end = (start + 1..points.len()).find(|i| kept[*i]).unwrap_or(points.len() - 1);
+        if end - start > 1 {
+            if let Some((from, count)) = like(&sets[start..end]) {
+                return Some(Step::Merge(start + from, count));
+            }
+            // The point behind the run stays for good if it is the first of another stretch of the same tier.
+            let settled = policy
+                .stretch(points[start].cut_ns, now_ns)
+                .is_some_and(|(every, stretch)| points[end].cut_ns / every.max(1) != stretch);
+            if end + 1 < points.len() && (settled || points[end].protected) {
+                return Some(Step::Merge(start, (end - start).min(MERGE_SETS)));
+            }
+        }
+        start = end;
+    }
+    None
+}
+
+/// Neighbouring sets that span like many epochs, as many as make a merge worth while.
+fn like(sets: &[Set]) -> Option<(usize, usize)> {
+    let level = |set: &Set| (set.to - set.from).ilog(MERGE_SETS as u64);
+    let mut from = 0;
+    for i in 0..sets.len() {
+        if level(&sets[i]) != level(&sets[from]) {
+            from = i;
+        }
+        if i + 1 - from == MERGE_SETS {
+            return Some((from, MERGE_SETS));
+        }
+    }
+    None
+}
+
+/// What goes next for want of space: the oldest point that is not protected.
+pub fn give_up(points: &[Held]) -> Option<Step> {
+    let last = points.len().checked_sub(1)?;
+    let first = points[..last].iter().position(|point| !point.protected)?;
+    Some(if first == 0 { Step::Forget(1) } else { Step::Merge(first - 1, 2) })
+}
+
+/// Whether points have to go: the history has outgrown its budget.
+pub fn over(used_bytes: u64, policy: &Retention) -> bool {
+    used_bytes > policy.budget_bytes / 100 * ROOM_PERCENT
+}
+
+/// Whether the operator should know that soon points will have to go.
+pub fn alarming(used_bytes: u64, policy: &Retention) -> bool {
+    used_bytes > policy.budget_bytes / 100 * ALARM_PERCENT
+}
