@@ -7,6 +7,8 @@ use anyhow::{Context, bail};
 use serde::Deserialize;
 use vmdr_shim::config::{ARENA_BYTES, CUT_LIMIT_MS, CUT_PAGES_MAX};
 
+use crate::limits::config::{ARENA_BYTES_MIN, Limits};
+
 /// The shortest interval between cuts.
 pub const INTERVAL_MS_MIN: u32 = 25;
 /// The longest interval between cuts.
@@ -43,6 +45,10 @@ pub struct Config {
     pub cut_limit_ms: u64,
     /// Bytes per second at which disks are copied first; 0: no limit.
     pub disk_copy_bytes_per_second: u64,
+    /// The clocks of guests with vmdr's tools are kept with this host's.
+    pub guest_clock: bool,
+    /// What protection may cost this host.
+    pub limits: Limits,
 }
 
 impl Default for Config {
@@ -61,6 +67,8 @@ impl Default for Config {
             cut_pages_max: CUT_PAGES_MAX,
             cut_limit_ms: CUT_LIMIT_MS,
             disk_copy_bytes_per_second: 0,
+            guest_clock: true,
+            limits: Limits::default(),
         }
     }
 }
@@ -77,18 +85,24 @@ impl Config {
 
     /// Parses and checks.
     pub fn parse(text: &str) -> anyhow::Result<Self> {
-        let config: Self = toml::from_str(text).map_err(|error| {
+        let mut config: Self = toml::from_str(text).map_err(|error| {
             let place = error.span().map(|span| position(text, span.start)).unwrap_or_default();
             anyhow::anyhow!("{place}{}", error.message())
         })?;
         check_interval(config.interval_ms)?;
-        if config.arena_bytes < 64 << 20 {
-            bail!("arena_bytes = {}: at least {} (64 MiB) are needed", config.arena_bytes, 64 << 20);
+        if config.arena_bytes < ARENA_BYTES_MIN {
+            bail!("arena_bytes = {}: at least {ARENA_BYTES_MIN} (64 MiB) are needed", config.arena_bytes);
         }
         if config.cut_limit_ms == 0 || config.cut_pages_max == 0 {
             bail!("cut_limit_ms and cut_pages_max must not be 0");
         }
+        config.limits.check()?;
         Ok(config)
+    }
+
+    /// Bytes of memory for what is captured of a domain and not yet durable.
+    pub fn arena_bytes_of(&self, domain: &str) -> u64 {
+        self.limits.of(domain).memory_bytes.unwrap_or(self.arena_bytes)
     }
 
     /// The shim's program.
@@ -140,5 +154,9 @@ mod tests {
         assert!(Config::parse("metrics_listen = \"x\"").is_err());
         assert_eq!(Config::parse("metrics_listen = \"\"").unwrap().metrics_listen, None);
         assert_eq!(Config::parse("").unwrap().interval_ms, 100);
+        let error = format!("{:#}", Config::parse("[limits.guest]\nbandwidth = \"slow\"").unwrap_err());
+        assert!(error.starts_with("limits.guest.bandwidth: \"slow\" is no bandwidth"), "{error}");
+        let config = Config::parse("[limits.domain.db1]\nmemory_bytes = 134217728").unwrap();
+        assert_eq!([config.arena_bytes_of("db1"), config.arena_bytes_of("web1")], [128 << 20, 256 << 20]);
     }
 }

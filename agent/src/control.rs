@@ -14,12 +14,13 @@ use vmdr_proto::REPLICATION_VERSION;
 use vmdr_proto::control::agent_server::{Agent as AgentService, AgentServer};
 use vmdr_proto::control::{
     DoctorReply, DoctorRequest, DomainRequest, DomainStatus, HoldReply, PrepareReply, Progress, ProtectRequest,
-    ReleaseReply, StatusReply, StatusRequest, UnprotectReply,
+    ReleaseReply, ResumeReply, StatusReply, StatusRequest, SuspendReply, UnprotectReply,
 };
 use vmdr_proto::replication::{ProbeReply, ProbeRequest};
 
 use crate::config::check_interval;
 use crate::daemon::Agent;
+use crate::guest_channel::GuestChannel;
 use crate::link::Questions;
 use crate::preflight::domain::PASSTHROUGH_INTERVAL_MS_MIN;
 use crate::preflight::{self, DomainOptions, Finding, HostFacts, Severity};
@@ -102,6 +103,7 @@ impl AgentService for Control {
             return Err(error);
         }
         let interval_ms = slow_enough(&examined, request.interval_ms, interval_ms)?;
+        self.admit(&examined.name)?;
         let protection = Protection {
             name: examined.name.clone(),
             uuid: examined.uuid.clone(),
@@ -109,6 +111,8 @@ impl AgentService for Control {
             interval_ms,
             generation: 0,
             fenced: false,
+            id: uuid::Uuid::new_v4().to_string(),
+            suspended: None,
         };
         self.agent.registry.save(&protection).map_err(|error| internal(&error))?;
         if let Err(error) = self.agent.start(protection, true) {
@@ -152,6 +156,16 @@ impl AgentService for Control {
         Ok(Response::new(ReleaseReply {}))
     }
 
+    async fn suspend(&self, request: Request<DomainRequest>) -> Result<Response<SuspendReply>, Status> {
+        let epoch = self.ask(&request.into_inner().domain, Input::Suspend).await?;
+        Ok(Response::new(SuspendReply { epoch }))
+    }
+
+    async fn resume(&self, request: Request<DomainRequest>) -> Result<Response<ResumeReply>, Status> {
+        self.ask(&request.into_inner().domain, Input::Resume).await?;
+        Ok(Response::new(ResumeReply {}))
+    }
+
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
         let name = request.into_inner().domain;
         let sessions = self.agent.sessions();
@@ -193,6 +207,15 @@ fn slow_enough(examined: &Examined, asked_ms: u32, interval_ms: u32) -> Result<u
 }
 
 impl Control {
+    /// Whether this host has memory for the checkpoints of one more domain.
+    fn admit(&self, domain: &str) -> Result<(), Status> {
+        let config = &self.agent.config;
+        let arena = |session: &Session| config.arena_bytes_of(&session.protection.name);
+        let arenas: Vec<u64> = self.agent.sessions().values().map(arena).collect();
+        let admitted = self.agent.limits.admit(domain, config.arena_bytes_of(domain), &arenas);
+        admitted.map_err(|error| Status::failed_precondition(error.to_string()))
+    }
+
     /// Asks a session for something and waits for its answer.
     async fn ask<T>(&self, name: &str, input: impl FnOnce(Answer<T>) -> Input) -> Result<T, Status> {
         let (sender, answer) = tokio::sync::oneshot::channel();
@@ -220,7 +243,7 @@ impl Control {
             let facts = HostFacts::gather();
             let connection = Connection::open(&config.libvirt_uri)?;
             let domain = connection.domain(&name)?;
-            let options = DomainOptions { arena_bytes: config.arena_bytes, protected };
+            let options = DomainOptions { arena_bytes: config.arena_bytes_of(domain.name()), protected };
             let mut findings = preflight::host::findings(&facts, Ok(&connection), config.arena_bytes);
             findings.extend(preflight::domain::findings(&domain, &facts, &options));
             let active = domain.state()?.0.is_active();
@@ -324,13 +347,14 @@ async fn follow(agent: Agent, examined: Examined, progress: mpsc::Sender<Result<
 
 /// What `status` and the metrics tell of a session.
 pub fn domain_status(session: &Session) -> DomainStatus {
+    let tools = session.shared.tools().as_ref().and_then(GuestChannel::tools);
     let status = session.shared.status();
     let figures = &status.figures;
     DomainStatus {
         name: session.protection.name.clone(),
         uuid: session.protection.uuid.clone(),
         role: "protected".to_owned(),
-        state: status.phase.name().to_owned(),
+        state: status.shown_phase().name().to_owned(),
         generation: status.generation,
         epoch: status.epoch,
         durable_epoch: status.durable_epoch,
@@ -345,9 +369,13 @@ pub fn domain_status(session: &Session) -> DomainStatus {
         peer: session.protection.receiver.clone(),
         interval_ms: session.protection.interval_ms,
         paused_ratio: figures.paused_ratio(),
-        advice: advice(status.phase).to_owned(),
+        advice: advice(status.shown_phase()).to_owned(),
         stored_bytes: 0,
         monitor: status.monitor.to_owned(),
+        since_unix_ns: status.since_unix_ns,
+        limited_by: session.shared.limits.limited_by(),
+        guest_clock_offset_seconds: tools.as_ref().and_then(|tools| tools.clock_offset_seconds),
+        guest_tools: tools.map(|tools| tools.software).unwrap_or_default(),
     }
 }
 
@@ -361,8 +389,15 @@ fn advice(phase: Phase) -> &'static str {
         }
         Phase::Protected => "nothing to do; `vmdr activate` at the backup site brings the guest up there",
         Phase::Behind => "nothing is lost yet: more is written than the link takes, the recovery point grows older",
+        Phase::Stalled => "see to the guest's storage: no recovery point is made until it answers again",
         Phase::Held => "the guest is paused and its standby level with it; `vmdr release` lets it go on",
         Phase::Paused => "somebody stopped the guest: resume it (`virsh resume`), epochs then go on",
+        Phase::Suspended => "when you are done: `vmdr resume`; until then the recovery point stays and grows older",
+        Phase::ShutOff => "nothing is wrong: protection goes on when the guest is started",
+        Phase::Crashed => {
+            "start the guest (`virsh start`), which gives up the recovery point with its memory, or `vmdr activate` it at \
+             the backup site"
+        }
         Phase::Failed => "see the last error; `vmdr unprotect` and `vmdr protect` begin anew",
         Phase::Fenced => "another site owns this guest: do not start it here",
     }

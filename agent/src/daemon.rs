@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
-use vmdr_hypervisor::events::{DomainEvent, Event};
+use vmdr_hypervisor::events::{DomainEvent, Event, IoErrorAction};
 use vmdr_hypervisor::libvirt::Connection;
 
 use crate::config::Config;
 use crate::control;
+use crate::limits;
 use crate::registry::{Protection, Registry};
 use crate::session::{Input, Session};
 
@@ -24,6 +25,8 @@ const EVENT_LOOK: Duration = Duration::from_millis(500);
 pub struct Agent {
     /// The configuration.
     pub config: Arc<Config>,
+    /// What protection may take of this host.
+    pub limits: limits::Host,
     /// What is protected, on disk.
     pub registry: Registry,
     /// Held while something is being protected or unprotected.
@@ -35,7 +38,8 @@ impl Agent {
     /// An agent without sessions.
     pub fn new(config: Config) -> anyhow::Result<Self> {
         let registry = Registry::open(&config.state_dir)?;
-        Ok(Self { config: Arc::new(config), registry, administration: Arc::default(), sessions: Arc::default() })
+        let limits = limits::Host::new(config.limits.clone());
+        Ok(Self { config: Arc::new(config), limits, registry, administration: Arc::default(), sessions: Arc::default() })
     }
 
     /// Sessions by domain UUID.
@@ -55,9 +59,21 @@ impl Agent {
     pub fn start(&self, protection: Protection, first: bool) -> anyhow::Result<()> {
         let uuid = protection.uuid.clone();
         let runtime = tokio::runtime::Handle::current();
-        let session = Session::start(self.config.clone(), self.registry.clone(), protection, first, runtime)?;
+        let limits = self.limits.guest(&protection.name);
+        let session = Session::start(self.config.clone(), self.registry.clone(), limits, protection, first, runtime)?;
         self.sessions().insert(uuid, session);
         Ok(())
+    }
+
+    /// Reads the limits again (SIGHUP). A file with a mistake changes nothing.
+    fn reload(&self, path: &Path) {
+        match Config::read(path) {
+            Ok(config) => {
+                self.limits.set(config.limits);
+                tracing::info!("limits read again from {}", path.display());
+            }
+            Err(error) => tracing::error!("the limits stay as they are: {error:#}"),
+        }
     }
 
     /// Takes up everything that was protected when the agent last ran.
@@ -93,10 +109,8 @@ impl Agent {
         loop {
             match events.next_timeout(EVENT_LOOK) {
                 Ok(Event::Domain { uuid, event, .. }) => {
-                    if matches!(event, DomainEvent::DeviceAdded { .. } | DomainEvent::DeviceRemoved { .. })
-                        && let Some(session) = self.sessions().get(&uuid.to_string())
-                    {
-                        session.tell(Input::DevicesChanged);
+                    if let (Some(input), Some(session)) = (input(&event), self.sessions().get(&uuid.to_string())) {
+                        session.tell(input);
                     }
                 }
                 Ok(Event::Disconnected(why)) => anyhow::bail!("libvirt closed the connection: {why:?}"),
@@ -107,7 +121,19 @@ impl Agent {
     }
 }
 
-/// Runs until told to end (SIGTERM, SIGINT). The shims go on.
+/// What a session is told of an event. That a guest was paused, resumed, reset or ended its shim learns from QEMU itself.
+fn input(event: &DomainEvent) -> Option<Input> {
+    match event {
+        DomainEvent::DeviceAdded { .. } | DomainEvent::DeviceRemoved { .. } => Some(Input::DevicesChanged),
+        DomainEvent::IoError { path, alias, reason, action: IoErrorAction::Paused } => {
+            let reason = if reason.is_empty() { "an I/O error" } else { reason };
+            Some(Input::IoError(format!("disk {alias} ({path}): {reason}")))
+        }
+        _ => None,
+    }
+}
+
+/// Runs until told to end (SIGTERM, SIGINT). The shims go on. SIGHUP: the limits are read again.
 pub async fn run(path: &Path) -> anyhow::Result<()> {
     let config = Config::read(path)?;
     let agent = Agent::new(config)?;
@@ -117,10 +143,17 @@ pub async fn run(path: &Path) -> anyhow::Result<()> {
     std::thread::Builder::new().name("libvirt events".to_owned()).spawn(move || watcher.watch_events())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    let reloads = async {
+        while hangup.recv().await.is_some() {
+            agent.reload(path);
+        }
+    };
     let metrics = agent.clone();
     tokio::select! {
         served = control::serve(listener, agent.clone()) => served?,
         served = crate::metrics::serve(metrics) => served?,
+        () = reloads => {}
         _ = terminate.recv() => tracing::info!("SIGTERM"),
         _ = interrupt.recv() => tracing::info!("SIGINT"),
     }

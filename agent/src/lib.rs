@@ -6,6 +6,8 @@
 //! | [`session`] | the protection of one domain |
 //! | [`link`] | the stream to the receiver |
 //! | [`resync`] | leaves out what the receiver has |
+//! | [`limits`] | what protection may take of link, processors and memory, and which guests are paused when |
+//! | [`guest_channel`] | tells the time to the tools in a guest |
 //! | [`encode`] | from what a shim captured to what goes over the wire |
 //! | [`shim_client`], [`arena_map`], [`guard`] | the shim: asked, read, watched |
 //! | [`preflight`] | what can be protected, and what cannot |
@@ -17,6 +19,8 @@ pub mod control;
 pub mod daemon;
 pub mod encode;
 pub mod guard;
+pub mod guest_channel;
+pub mod limits;
 pub mod link;
 pub mod metrics;
 pub mod preflight;

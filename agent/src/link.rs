@@ -3,10 +3,15 @@
 //! A session gets a fresh sender with each connection, so that nothing of an older connection can slip into a newer
 //! one. The queue behind it is bounded ([`MESSAGES_MAX`]); a full one makes the session wait, not the guest.
 
+mod socket;
+
+use std::sync::Arc;
 use std::sync::mpsc::Sender as EventSender;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use hyper_util::rt::TokioIo;
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::{SendTimeoutError, TrySendError};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Endpoint;
 use vmdr_proto::replication::replication_client::ReplicationClient;
@@ -16,17 +21,24 @@ use vmdr_proto::replication::{
 };
 use vmdr_proto::{MESSAGE_BYTES_MAX, REPLICATION_VERSION};
 
+use crate::limits::Guest;
+use crate::limits::wire::Throttled;
+
 /// Messages (of about 1 MiB at most) that wait for the network.
 const MESSAGES_MAX: usize = 8;
-/// How long a receiver may take for an answer: it reads disks for some.
-const ANSWER_LIMIT: Duration = Duration::from_secs(20);
+/// How long a receiver may take for an answer: it reads disks for some, and a slow link takes its time for the largest (1 MiB).
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// HTTP/2 pings find a peer that vanished without a word.
 const PING_INTERVAL: Duration = Duration::from_secs(2);
-const PING_LIMIT: Duration = Duration::from_secs(5);
+/// A ping waits behind what is on its way. On a link with 200 ms of delay and 1 % loss TCP carries some 100 KB/s, and queues
+/// of 1 MB are common: a shorter limit would break such a connection again and again, and all of a part would be sent anew.
+const PING_LIMIT: Duration = Duration::from_secs(15);
 const RETRY_MIN: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(2);
 const HEARTBEAT: Duration = Duration::from_secs(1);
+/// How often a session that waits for the link looks whether it is to end.
+const SEND_LOOK: Duration = Duration::from_millis(100);
 
 /// Who is protected, and where to.
 #[derive(Clone, Debug)]
@@ -39,6 +51,8 @@ pub struct Target {
     pub domain_name: String,
     /// The generation this host runs the guest in; 0: not known yet.
     pub generation: u64,
+    /// How fast to send.
+    pub limits: Arc<Guest>,
 }
 
 /// What a session hears of its link.
@@ -57,6 +71,32 @@ pub enum LinkEvent {
     Refused(Refused),
     /// The connection ended or could not be made; it is tried again.
     Down(String),
+}
+
+/// The connection is over, or whoever sends is to end.
+#[derive(Debug)]
+pub struct Closed;
+
+/// Queues a message, waiting for the network as long as `ending` does not say that the session ends. Blocks.
+pub fn send(
+    runtime: &tokio::runtime::Handle,
+    sender: &mpsc::Sender<ToReceiver>,
+    message: ToReceiver,
+    ending: impl Fn() -> bool,
+) -> Result<(), Closed> {
+    let mut message = match sender.try_send(message) {
+        Ok(()) => return Ok(()),
+        Err(TrySendError::Full(message)) => message,
+        Err(TrySendError::Closed(_)) => return Err(Closed),
+    };
+    while !ending() {
+        message = match runtime.block_on(sender.send_timeout(message, SEND_LOOK)) {
+            Ok(()) => return Ok(()),
+            Err(SendTimeoutError::Timeout(message)) => message,
+            Err(SendTimeoutError::Closed(_)) => return Err(Closed),
+        };
+    }
+    Err(Closed)
 }
 
 /// Keeps a connection until the session is gone. Events go out through `events`, wrapped by `wrap`.
@@ -88,7 +128,7 @@ pub struct Questions {
 impl Questions {
     /// Connects.
     pub async fn connect(receiver: &str) -> Result<Self, String> {
-        Ok(Self { receiver: receiver.to_owned(), client: client(receiver).await? })
+        Ok(Self { receiver: receiver.to_owned(), client: client(receiver, &Guest::unlimited()).await? })
     }
 
     /// What the receiver has of a domain.
@@ -118,16 +158,20 @@ async fn answer<T>(
     }
 }
 
-async fn client(receiver: &str) -> Result<ReplicationClient<tonic::transport::Channel>, String> {
+async fn client(receiver: &str, limits: &Arc<Guest>) -> Result<ReplicationClient<tonic::transport::Channel>, String> {
     let endpoint = Endpoint::from_shared(format!("http://{receiver}"))
         .map_err(|_| format!("receiver address {receiver:?} is not HOST:PORT"))?
         .connect_timeout(CONNECT_LIMIT)
         .http2_keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_LIMIT)
-        .keep_alive_while_idle(true)
-        .tcp_nodelay(true);
+        .keep_alive_while_idle(true);
+    let (address, limits) = (receiver.to_owned(), Arc::clone(limits));
+    let connector = tower::service_fn(move |_| {
+        let (address, limits) = (address.clone(), Arc::clone(&limits));
+        async move { socket::connect(&address).await.map(|stream| TokioIo::new(Throttled::new(stream, limits))) }
+    });
     let channel =
-        endpoint.connect().await.map_err(|error| format!("connect to receiver {receiver}: {}", root_cause(&error)))?;
+        endpoint.connect_with_connector(connector).await.map_err(|error| format!("connect to receiver {receiver}: {}", root_cause(&error)))?;
     Ok(ReplicationClient::new(channel)
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX))
@@ -138,7 +182,7 @@ async fn connect<T: Send + 'static>(
     events: &EventSender<T>,
     wrap: fn(LinkEvent) -> T,
 ) -> Result<(), String> {
-    let mut client = client(&target.receiver).await?;
+    let mut client = client(&target.receiver, &target.limits).await?;
     let (sender, outgoing) = mpsc::channel(MESSAGES_MAX);
     let open = Open {
         protocol_version: REPLICATION_VERSION,

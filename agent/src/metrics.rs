@@ -51,7 +51,7 @@ fn text(agent: &Agent) -> String {
             let labels =
                 format!("domain=\"{}\",uuid=\"{}\"", escape(&session.protection.name), session.protection.uuid);
             let values = [
-                Some(f64::from(status.phase == crate::session::Phase::Protected)),
+                Some(f64::from(status.shown_phase() == crate::session::Phase::Protected)),
                 Some(status.generation as f64),
                 Some(status.epoch as f64),
                 Some(status.durable_epoch as f64),

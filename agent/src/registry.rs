@@ -23,6 +23,24 @@ pub struct Protection {
     pub generation: u64,
     /// The receiver answered that another site owns the guest now.
     pub fenced: bool,
+    /// A UUID of the protection itself, from `protect` to `unprotect`; empty: it was made by an agent that gave none.
+    #[serde(default)]
+    pub id: String,
+    /// It is suspended.
+    #[serde(default)]
+    pub suspended: Option<Suspended>,
+}
+
+/// A protection that is suspended: what there is to know of it meanwhile.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub struct Suspended {
+    /// Since when, wall clock.
+    pub since_unix_ns: u64,
+    /// The recovery point at the receiver.
+    pub epoch: u64,
+    /// The wall clock at its cut; 0: not known.
+    pub cut_unix_ns: u64,
 }
 
 /// A directory with one JSON file per protected domain.
@@ -103,6 +121,8 @@ mod tests {
             interval_ms: 100,
             generation: 1,
             fenced: false,
+            id: "33333333-1111-4111-8111-111111111111".into(),
+            suspended: Some(Suspended { since_unix_ns: 2, epoch: 7, cut_unix_ns: 1 }),
         };
         registry.save(&one).unwrap();
         fs::write(directory.path().join("protected/x.json"), "{").unwrap();
@@ -110,6 +130,10 @@ mod tests {
         assert_eq!(all.len(), 2);
         assert!(all.iter().any(|entry| entry.as_ref().is_ok_and(|entry| *entry == one)));
         assert_eq!(all.iter().filter(|entry| entry.is_err()).count(), 1);
+        // What an agent wrote that knew less.
+        let old = r#"{"name":"db","uuid":"u","receiver":"b:7420","interval_ms":100,"generation":1,"fenced":false}"#;
+        let old: Protection = serde_json::from_str(old).unwrap();
+        assert_eq!((old.id.as_str(), old.suspended), ("", None));
         registry.remove(&one.uuid).unwrap();
         registry.remove(&one.uuid).unwrap();
         assert_eq!(registry.load().unwrap().len(), 1);

@@ -3,10 +3,14 @@
 //! For each part of the epoch, the receiver is asked for the hashes of the pages and granules in it; those that it has
 //! are left out. That is only right the first time a unit comes up in the epoch: once one was sent, the standby it is
 //! compared with is no longer what the epoch's earlier parts will make of it, so from then on it is always sent.
+//!
+//! The guest need not be made of the same as the standby. What the standby lacks (a RAM block of another name at that
+//! number, a disk that was added) the receiver begins with zeros; a disk that has grown has zeros behind its old end. Only
+//! disks that went, or became others, cannot be said in a difference.
 
 use anyhow::{Context, ensure};
 use tokio::runtime::Handle;
-use vmdr_codec::Layout;
+use vmdr_codec::{Disk, Layout};
 use vmdr_proto::replication::{DescribeRequest, HashesRequest, Position, hashes_request};
 use vmdr_proto::shim::{DiskOp, DiskOpKind, Part, RamRun};
 use vmdr_proto::{GRANULE_BYTES, HASH_BYTES, HASHES_MAX, PAGE_BYTES};
@@ -25,6 +29,9 @@ pub struct Resync {
     questions: Questions,
     domain_uuid: String,
     epoch: u64,
+    /// What the standby consists of.
+    standby: Layout,
+    /// What the guest consists of.
     layout: Layout,
     /// Units sent in this epoch, by RAM block and by disk.
     sent_pages: Vec<Bitmap>,
@@ -47,26 +54,45 @@ impl Resync {
         if reply.position.unwrap_or_default().epoch != position.epoch {
             return Ok(None);
         }
-        let layout = Layout::from_bytes(&reply.layout).context("the layout of the standby")?;
+        let standby = Layout::from_bytes(&reply.layout).context("the layout of the standby")?;
         Ok(Some(Self {
             runtime: runtime.clone(),
             questions,
             domain_uuid: domain_uuid.to_owned(),
             epoch: position.epoch,
-            sent_pages: layout.ram.iter().map(|block| Bitmap::new(block.pages())).collect(),
-            sent_granules: layout
-                .disks
-                .iter()
-                .map(|disk| Bitmap::new(disk.size_bytes.div_ceil(GRANULE_BYTES)))
-                .collect(),
-            layout,
+            standby,
+            layout: Layout::default(),
+            sent_pages: Vec::new(),
+            sent_granules: Vec::new(),
             saved_bytes: 0,
         }))
     }
 
-    /// Whether a guest of this layout can be compared: the same blocks and disks, with the same numbers.
-    pub fn fits(&self, layout: &Layout) -> bool {
-        self.layout == *layout
+    /// Whether a guest of this layout can be compared. If so, the next parts are of it.
+    pub fn fits(&mut self, layout: &Layout) -> bool {
+        if !comparable(&self.standby, layout) {
+            return false;
+        }
+        // Blocks that come in the middle of the epoch have a number of their own.
+        for block in layout.ram.iter().skip(self.sent_pages.len()) {
+            self.sent_pages.push(Bitmap::new(block.pages()));
+        }
+        for (index, block) in layout.ram.iter().enumerate() {
+            if self.sent_pages[index].len() != block.pages() {
+                // Another one at this number, or of another size: what was sent of the old one says nothing.
+                self.sent_pages[index] = Bitmap::new(block.pages());
+                if self.layout.ram.len() > index {
+                    // Not compared any more: the standby is not what this epoch's earlier parts have made of it.
+                    self.sent_pages[index].fill();
+                }
+            }
+        }
+        if self.sent_granules.is_empty() {
+            let granules = |disk: &Disk| Bitmap::new(disk.size_bytes.div_ceil(GRANULE_BYTES));
+            self.sent_granules = layout.disks.iter().map(granules).collect();
+        }
+        self.layout = layout.clone();
+        true
     }
 
     /// The epoch that begins with the recovery point compared with.
@@ -92,7 +118,12 @@ impl Resync {
         let (Some(first), Some(last)) = (group.first(), group.last()) else { return Ok(()) };
         let start = first.first;
         let units = last.first + u64::from(last.pages) - start;
-        let hashes = self.hashes(hashes_request::Of::RamBlock(first.block), start, units)?;
+        let hashes = if same_block(&self.standby, &self.layout, first.block as usize) {
+            self.hashes(hashes_request::Of::RamBlock(first.block), start, units)?
+        } else {
+            // The receiver begins this block with zeros.
+            vec![xxh3_128(&[0; PAGE_BYTES]).to_le_bytes(); units as usize]
+        };
         let sent = self.sent_pages.get_mut(first.block as usize).context("a RAM block that the standby lacks")?;
         for run in group {
             let bytes = arena
@@ -128,7 +159,12 @@ impl Resync {
             kept.push(op);
             return Ok(());
         }
-        let hashes = self.hashes(hashes_request::Of::Disk(op.disk), first, count)?;
+        let hashes = if disk < self.standby.disks.len() {
+            self.hashes(hashes_request::Of::Disk(op.disk), first, count)?
+        } else {
+            // The receiver begins this disk with zeros.
+            vec![xxh3_128(&[0; GRANULE_BYTES as usize]).to_le_bytes(); count as usize]
+        };
         let bytes = arena.get(op.arena_offset, op.length).context("the shim describes a range outside its arena")?;
         let mut padded = vec![0; GRANULE_BYTES as usize];
         let mut keep: Option<DiskOp> = None;
@@ -174,6 +210,18 @@ impl Resync {
     }
 }
 
+/// Whether a guest of `layout` can be brought to the standby as differences.
+fn comparable(standby: &Layout, layout: &Layout) -> bool {
+    let same = standby.disks.iter().zip(&layout.disks).all(|(theirs, ours)| theirs.target == ours.target);
+    standby.machine == layout.machine && standby.disks.len() <= layout.disks.len() && same
+}
+
+/// Whether the standby has this block of the guest's, so that it goes on from what it has.
+fn same_block(standby: &Layout, layout: &Layout, index: usize) -> bool {
+    let of = |layout: &Layout| layout.ram.get(index).filter(|block| block.used_bytes > 0).map(|block| block.name.clone());
+    of(standby).is_some() && of(standby) == of(layout)
+}
+
 /// Neighbouring runs of a block, such that a group spans few pages that are not in it, and at most [`HASHES_MAX`].
 fn groups(runs: &[RamRun]) -> impl Iterator<Item = &[RamRun]> {
     let mut rest = runs;
@@ -198,7 +246,49 @@ fn groups(runs: &[RamRun]) -> impl Iterator<Item = &[RamRun]> {
 
 #[cfg(test)]
 mod tests {
+    use vmdr_codec::RamBlock;
+
     use super::*;
+
+    fn layout(ram: &[(&str, u64)], disks: &[(&str, u64)]) -> Layout {
+        let block = |&(name, used_bytes): &(&str, u64)| RamBlock { name: name.to_owned(), used_bytes, page_bytes: 4096 };
+        let disk = |&(target, size_bytes): &(&str, u64)| Disk { target: target.to_owned(), size_bytes };
+        Layout {
+            machine: "q35".to_owned(),
+            ram: ram.iter().map(block).collect(),
+            disks: disks.iter().map(disk).collect(),
+        }
+    }
+
+    #[test]
+    fn only_disks_that_went_or_became_others_make_a_new_seed() {
+        let standby = layout(&[("pc.ram", 4096)], &[("vda", 10), ("vdb", 10)]);
+        for (ram, disks, can) in [
+            (&[("pc.ram", 4096)][..], &[("vda", 10), ("vdb", 10)][..], true),
+            // Resized, added; RAM blocks as they come.
+            (&[("pc.ram", 4096)], &[("vda", 20), ("vdb", 5)], true),
+            (&[("pc.ram", 8192), ("rom", 1)], &[("vda", 10), ("vdb", 10), ("vdc", 1)], true),
+            (&[], &[("vda", 10), ("vdb", 10)], true),
+            (&[("pc.ram", 4096)], &[("vda", 10)], false),
+            (&[("pc.ram", 4096)], &[("vda", 10), ("vdc", 10)], false),
+        ] {
+            assert_eq!(comparable(&standby, &layout(ram, disks)), can, "{ram:?} {disks:?}");
+        }
+        let other = Layout { machine: "pc".to_owned(), ..standby.clone() };
+        assert!(!comparable(&standby, &other));
+    }
+
+    #[test]
+    fn a_block_goes_on_only_from_its_own_image() {
+        // The guest shut down: the standby has no memory.
+        let off = layout(&[], &[("vda", 10)]);
+        let standby = layout(&[("pc.ram", 4096), ("a", 0), ("b", 4096)], &[]);
+        let guest = layout(&[("pc.ram", 8192), ("a", 4096), ("c", 4096), ("b", 4096)], &[]);
+        let same: Vec<bool> = (0..4).map(|index| same_block(&standby, &guest, index)).collect();
+        // `a` had gone, so that its image is empty; `b` has another number now.
+        assert_eq!(same, [true, false, false, false]);
+        assert!(!same_block(&off, &guest, 0));
+    }
 
     #[test]
     fn groups_keep_order_and_limits() {

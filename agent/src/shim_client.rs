@@ -5,12 +5,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use vmdr_proto::SHIM_VERSION;
-use vmdr_proto::frame;
 use vmdr_proto::shim::{
-    Arm, Cut, Detach, Fence, Fill, FromShim, GetState, Hello, NoPart, Part, Pass, Passed, Release, Resend, Resume,
-    State, ToShim, from_shim, to_shim,
+    Arm, Cut, Detach, Fence, Fill, Finish, FromShim, GetState, Hello, NoPart, Part, Pass, Passed, Release, Resend,
+    Resume, State, ToShim, from_shim, to_shim,
 };
+use vmdr_proto::{SHIM_VERSION, SHIM_VERSION_MIN, frame};
 use vmdr_shim::capture::Whole;
 
 /// How long a shim may take for any answer. A cut ends itself well before; reading a disk that hangs, too.
@@ -24,6 +23,9 @@ pub enum ShimError {
     /// The shim is gone or does not answer: another one has to be started.
     #[error("the shim is lost: {0}")]
     Lost(String),
+    /// QEMU is gone, or cannot be talked to any more. The shim may still have what the guest wrote last.
+    #[error("the guest's QEMU is gone: {0}")]
+    GuestGone(String),
     /// The shim answered that it could not; it can be asked again.
     #[error("{0}")]
     Failed(String),
@@ -33,6 +35,8 @@ pub enum ShimError {
 #[derive(Debug)]
 pub struct ShimClient {
     stream: UnixStream,
+    /// What both speak: this agent's version, or the one before.
+    version: u32,
 }
 
 impl ShimClient {
@@ -51,13 +55,37 @@ impl ShimClient {
         // One that does not even greet may hang with the guest paused: not to be waited for.
         stream.set_read_timeout(Some(limit.max(GREETING_LIMIT)))?;
         stream.set_write_timeout(Some(ANSWER_LIMIT))?;
-        let mut client = Self { stream };
-        let state = client.state_after(to_shim::Request::Hello(Hello { protocol_version: SHIM_VERSION }))?;
-        if state.protocol_version != SHIM_VERSION {
-            bail!("the shim speaks protocol {}, this agent {SHIM_VERSION}", state.protocol_version);
-        }
+        let mut client = Self { stream, version: SHIM_VERSION };
+        let state = client.greet()?;
         client.stream.set_read_timeout(Some(ANSWER_LIMIT))?;
         Ok((client, state))
+    }
+
+    /// Agrees on a version: the newest that both speak. A shim that was started by the agent before this one refuses a
+    /// version that it does not know, and goes on listening.
+    fn greet(&mut self) -> anyhow::Result<State> {
+        let mut refused = String::new();
+        for version in (SHIM_VERSION_MIN..=SHIM_VERSION).rev() {
+            match self.state_after(to_shim::Request::Hello(Hello { protocol_version: version })) {
+                Ok(state) if (SHIM_VERSION_MIN..=version).contains(&state.protocol_version) => {
+                    self.version = state.protocol_version;
+                    return Ok(state);
+                }
+                Ok(state) => bail!(
+                    "the shim speaks protocol {}, this agent {SHIM_VERSION_MIN} to {SHIM_VERSION}: `vmdr unprotect` and \
+                     `vmdr protect` start another",
+                    state.protocol_version
+                ),
+                Err(ShimError::Failed(message)) => refused = message,
+                Err(lost) => return Err(lost.into()),
+            }
+        }
+        bail!("the shim speaks none of the protocols {SHIM_VERSION_MIN} to {SHIM_VERSION} of this agent: {refused}")
+    }
+
+    /// The version of the protocol that is spoken with this shim.
+    pub fn version(&self) -> u32 {
+        self.version
     }
 
     /// See `shim.proto`.
@@ -86,9 +114,18 @@ impl ShimClient {
         self.state_after(to_shim::Request::Resume(Resume {}))
     }
 
-    /// See `shim.proto`. The shim exits afterwards.
-    pub fn detach(&mut self) -> Result<State, ShimError> {
-        self.state_after(to_shim::Request::Detach(Detach {}))
+    /// See `shim.proto`. The shim exits afterwards. `suspend`: a resync will follow; a shim of version 1 does not know
+    /// that, and the resync compares everything.
+    pub fn detach(&mut self, suspend: bool) -> Result<State, ShimError> {
+        self.state_after(to_shim::Request::Detach(Detach { suspend }))
+    }
+
+    /// See `shim.proto`.
+    pub fn finish(&mut self) -> Result<Result<Part, NoPart>, ShimError> {
+        if self.version < 2 {
+            return Err(ShimError::Failed("a shim of protocol 1 cannot make a last epoch".to_owned()));
+        }
+        self.part(to_shim::Request::Finish(Finish {}))
     }
 
     /// See `shim.proto`.
@@ -135,7 +172,7 @@ impl ShimClient {
         frame::write(&mut self.stream, &ToShim { request: Some(request) }).map_err(lost)?;
         let answer: FromShim = frame::read(&mut self.stream).map_err(lost)?;
         match answer.reply {
-            Some(from_shim::Reply::Failed(failed)) if failed.fatal => Err(ShimError::Lost(failed.message)),
+            Some(from_shim::Reply::Failed(failed)) if failed.fatal => Err(ShimError::GuestGone(failed.message)),
             Some(from_shim::Reply::Failed(failed)) => Err(ShimError::Failed(failed.message)),
             Some(reply) => Ok(reply),
             None => Err(ShimError::Lost("an answer of an unknown kind".to_owned())),
@@ -152,4 +189,67 @@ fn unexpected(reply: &from_shim::Reply) -> ShimError {
         from_shim::Reply::Failed(_) => "failed",
     };
     ShimError::Lost(format!("an answer that does not belong to the request: {kind}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use vmdr_proto::shim::Failed;
+
+    use super::*;
+
+    /// A shim that speaks `newest` and nothing else, as version 1 did; it answers `hello` and `get_state`.
+    fn shim_of(newest: u32, also_before: bool) -> (tempfile::TempDir, std::path::PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("control.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            while let Ok(ask) = frame::read::<ToShim>(&mut stream) {
+                let state = |protocol_version| from_shim::Reply::State(State { protocol_version, ..State::default() });
+                let reply = match ask.request {
+                    Some(to_shim::Request::Hello(hello))
+                        if hello.protocol_version == newest
+                            || (also_before && hello.protocol_version + 1 == newest) =>
+                    {
+                        state(hello.protocol_version)
+                    }
+                    Some(to_shim::Request::GetState(_)) => state(newest),
+                    _ => from_shim::Reply::Failed(Failed { message: "not spoken here".to_owned(), fatal: false }),
+                };
+                frame::write(&mut stream, &FromShim { reply: Some(reply) }).unwrap();
+            }
+        });
+        (directory, path)
+    }
+
+    #[test]
+    fn a_shim_of_the_version_before_is_gone_on_with() {
+        let (_directory, path) = shim_of(SHIM_VERSION - 1, false);
+        let (mut client, state) = ShimClient::connect(&path, GREETING_LIMIT).unwrap();
+        assert_eq!((client.version(), state.protocol_version), (SHIM_VERSION - 1, SHIM_VERSION - 1));
+        client.state().unwrap();
+        // What it does not know is not asked of it; the connection stays good.
+        assert!(matches!(client.finish(), Err(ShimError::Failed(_))));
+        client.state().unwrap();
+    }
+
+    #[test]
+    fn the_newest_version_that_both_speak_is_taken() {
+        let (_directory, path) = shim_of(SHIM_VERSION, true);
+        assert_eq!(ShimClient::connect(&path, GREETING_LIMIT).unwrap().0.version(), SHIM_VERSION);
+        // A newer shim, which speaks the version before its own: this one.
+        let (_directory, path) = shim_of(SHIM_VERSION + 1, true);
+        assert_eq!(ShimClient::connect(&path, GREETING_LIMIT).unwrap().0.version(), SHIM_VERSION);
+    }
+
+    #[test]
+    fn a_shim_of_any_other_version_is_refused_by_name() {
+        for newest in [SHIM_VERSION + 2, SHIM_VERSION_MIN.wrapping_sub(1)] {
+            let (_directory, path) = shim_of(newest, false);
+            let error = ShimClient::connect(&path, GREETING_LIMIT).unwrap_err().to_string();
+            assert!(error.contains("none of the protocols") && error.contains("not spoken here"), "{error}");
+        }
+    }
 }

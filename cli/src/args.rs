@@ -19,7 +19,7 @@ Protects running libvirt/KVM guests against the loss of a site. On the protected
 checkpoint of the whole guest (memory, devices, disks) many times a second and streams it to a receiver at the backup
 site, which can resume the guest from the newest one: same processes, same memory, same disks.
 
-On the protected host:  doctor, prepare, protect, status, hold, release, unprotect.
+On the protected host:  doctor, prepare, protect, status, hold, release, suspend, resume, unprotect.
 At the backup site:     status, points, activate, forget.";
 
 const EXAMPLES: &str = "\
@@ -150,6 +150,29 @@ pub enum Command {
     /// guest runs there.
     #[command(verbatim_doc_comment, after_help = "Example:\n  vmdr release web1")]
     Release {
+        /// Name or UUID
+        domain: Domain,
+    },
+    /// Take protection off for a while, for what libvirt refuses meanwhile
+    ///
+    /// For live migration within the site, snapshots, resizing disks, and whatever else is refused while block jobs run. The guest
+    /// runs on, and nothing of vmdr is left at it. The newest recovery point stays at the receiver, where it can be
+    /// activated and grows older; `vmdr status` shows since when. It stays so until `vmdr resume`, also when the agent or
+    /// the host is restarted.
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Example:\n  vmdr suspend web1\n  virsh snapshot-create-as web1 before-upgrade\n  vmdr resume web1"
+    )]
+    Suspend {
+        /// Name or UUID
+        domain: Domain,
+    },
+    /// Put suspended protection back on
+    ///
+    /// Ends when that has begun. Memory and disks are compared with what the receiver has, and only what differs is
+    /// sent; until that is whole (state `resync`) the recovery point from before stays.
+    #[command(verbatim_doc_comment, after_help = "Example:\n  vmdr resume web1")]
+    Resume {
         /// Name or UUID
         domain: Domain,
     },

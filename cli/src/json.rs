@@ -112,6 +112,26 @@ pub struct Release {
     pub held: bool,
 }
 
+/// `suspend`.
+#[derive(Serialize)]
+pub struct Suspend {
+    /// As typed.
+    pub domain: String,
+    /// Always true: otherwise there is no document.
+    pub suspended: bool,
+    /// The recovery point that stays at the receiver.
+    pub epoch: u64,
+}
+
+/// `resume`.
+#[derive(Serialize)]
+pub struct Resume {
+    /// As typed.
+    pub domain: String,
+    /// Always false: otherwise there is no document.
+    pub suspended: bool,
+}
+
 /// `unprotect`.
 #[derive(Serialize)]
 pub struct Unprotect {
@@ -138,6 +158,7 @@ pub struct DomainStatus {
     uuid: String,
     role: String,
     state: String,
+    since: Option<String>,
     generation: u64,
     epoch: u64,
     durable_epoch: u64,
@@ -151,6 +172,9 @@ pub struct DomainStatus {
     link_bytes_per_second: Option<f64>,
     interval_ms: Option<u32>,
     monitor: Option<String>,
+    limited_by: Option<String>,
+    guest_tools: Option<String>,
+    guest_clock_offset_seconds: Option<f64>,
     peer: Option<String>,
     stored_bytes: Option<u64>,
     last_error: Option<String>,
@@ -166,7 +190,7 @@ pub fn has_rpo(status: &control::DomainStatus) -> bool {
 impl DomainStatus {
     /// What a daemon says, with "does not apply" told apart from 0.
     pub fn new(daemon: Daemon, status: &control::DomainStatus) -> DomainStatus {
-        let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+        let word = |text: &str| (!text.is_empty()).then(|| text.to_owned());
         let rpo = |seconds: f64| has_rpo(status).then_some(seconds).filter(|s| s.is_finite());
         // Only the protected side pauses a guest, and only after its first cut is there a figure.
         let cutting = |value: f64| (status.pause_p50_seconds > 0.0).then_some(value).filter(|v| v.is_finite());
@@ -179,6 +203,7 @@ impl DomainStatus {
             uuid: status.uuid.clone(),
             role: status.role.clone(),
             state: status.state.clone(),
+            since: text::instant(status.since_unix_ns),
             generation: status.generation,
             epoch: status.epoch,
             durable_epoch: status.durable_epoch,
@@ -191,11 +216,14 @@ impl DomainStatus {
             bytes_per_epoch: (status.role != "active").then_some(status.bytes_per_epoch),
             link_bytes_per_second: (status.role != "active").then_some(status.link_bytes_per_second),
             interval_ms: (status.interval_ms > 0).then_some(status.interval_ms),
-            monitor: text(&status.monitor),
-            peer: text(&status.peer),
+            monitor: word(&status.monitor),
+            limited_by: word(&status.limited_by),
+            guest_tools: word(&status.guest_tools),
+            guest_clock_offset_seconds: status.guest_clock_offset_seconds,
+            peer: word(&status.peer),
             stored_bytes: (daemon == Daemon::Receiver).then_some(status.stored_bytes),
-            last_error: text(&status.last_error),
-            advice: text(&status.advice),
+            last_error: word(&status.last_error),
+            advice: word(&status.advice),
         }
     }
 }

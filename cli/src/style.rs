@@ -23,8 +23,10 @@ impl Tone {
     pub fn of_state(state: &str) -> Tone {
         match state {
             "protected" | "ready" | "active" => Tone::Good,
-            "starting" | "seeding" | "resync" | "behind" | "held" | "paused" => Tone::Care,
-            "disconnected" | "failed" | "fenced" => Tone::Bad,
+            "starting" | "seeding" | "resync" | "behind" | "stalled" | "held" | "paused" | "suspended" | "shut off" => {
+                Tone::Care
+            }
+            "disconnected" | "failed" | "fenced" | "crashed" => Tone::Bad,
             _ => Tone::Plain,
         }
     }

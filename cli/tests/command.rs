@@ -21,12 +21,14 @@ fn golden(name: &str, text: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn json_keeps_its_shape() {
     let host = Host::with_both();
-    let cases: [(&str, &[&str]); 11] = [
+    let cases: [(&str, &[&str]); 13] = [
         ("doctor.json", &["doctor", "web1"]),
         ("prepare.json", &["prepare", "web1"]),
         ("protect.json", &["protect", "web1"]),
         ("hold.json", &["hold", "web1"]),
         ("release.json", &["release", "web1"]),
+        ("suspend.json", &["suspend", "web1"]),
+        ("resume.json", &["resume", "web1"]),
         ("unprotect.json", &["unprotect", "web1"]),
         ("status.json", &["status"]),
         ("points.json", &["points", "web1"]),
@@ -43,12 +45,14 @@ async fn json_keeps_its_shape() {
 #[tokio::test(flavor = "multi_thread")]
 async fn tables_keep_their_shape() {
     let host = Host::with_both();
-    let cases: [(&str, &[&str]); 8] = [
+    let cases: [(&str, &[&str]); 10] = [
         ("doctor.txt", &["doctor", "web1"]),
         ("prepare.txt", &["prepare", "web1"]),
         ("protect.txt", &["protect", "web1"]),
         ("hold.txt", &["hold", "web1"]),
         ("release.txt", &["release", "web1"]),
+        ("suspend.txt", &["suspend", "web1"]),
+        ("resume.txt", &["resume", "web1"]),
         ("status.txt", &["status"]),
         ("activate-plan.txt", &["activate", "web1", "--dry-run"]),
         ("activate.txt", &["activate", "web1", "--yes"]),
@@ -84,7 +88,7 @@ async fn each_refusal_has_its_exit_code_and_one_line() {
             assert_eq!(ran.stdout, "", "{domain}");
         }
     }
-    for command in ["doctor", "prepare", "hold", "release", "unprotect", "points", "status"] {
+    for command in ["doctor", "prepare", "hold", "release", "suspend", "resume", "unprotect", "points", "status"] {
         host.run(&[command, "unknown"]).await.failed(4);
     }
     for command in ["activate", "forget"] {

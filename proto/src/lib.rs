@@ -25,7 +25,10 @@ pub mod shim {
 /// The version of the agent-receiver protocol spoken here (history in `replication.proto`).
 pub const REPLICATION_VERSION: u32 = 1;
 /// The version of the agent-shim protocol spoken here (history in `shim.proto`).
-pub const SHIM_VERSION: u32 = 1;
+pub const SHIM_VERSION: u32 = 2;
+/// The oldest version of the agent-shim protocol that is still spoken: the one before, because a shim outlives the agent
+/// that started it.
+pub const SHIM_VERSION_MIN: u32 = SHIM_VERSION - 1;
 
 /// Bytes of a page of guest memory, the unit of the dirty log and of RAM records, whatever the host maps it with.
 pub const PAGE_BYTES: usize = 4096;

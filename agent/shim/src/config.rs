@@ -32,6 +32,10 @@ pub struct Config {
     pub domain_name: String,
     /// The domain's UUID.
     pub domain_uuid: String,
+    /// A UUID of the protection itself, made at `protect`: names what is left in QEMU for a successor of this shim.
+    /// Empty: nothing is left.
+    #[serde(default)]
+    pub protection: String,
     /// The process whose memory is watched.
     pub qemu_pid: i32,
     /// The user that QEMU runs as: it must be able to open the NBD sockets.

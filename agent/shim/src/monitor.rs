@@ -110,6 +110,14 @@ impl Monitor {
         }
     }
 
+    /// Takes the events that were read already: also those that came before the connection ended.
+    pub fn read_events(&mut self) -> Vec<Event> {
+        match self {
+            Self::Direct(qmp) => qmp.read_events(),
+            Self::Passthrough(passthrough) => passthrough.events.drain(..).collect(),
+        }
+    }
+
     /// Takes the first event called `name`, waiting for it until `limit` has passed.
     pub fn wait_event(&mut self, name: &str, limit: Duration) -> Result<Option<Event>, QmpError> {
         match self {

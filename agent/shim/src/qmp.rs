@@ -194,6 +194,11 @@ impl Qmp {
         Ok(self.events.drain(..).collect())
     }
 
+    /// Takes the events that were read already: also those that came before the connection ended.
+    pub fn read_events(&mut self) -> Vec<Event> {
+        self.events.drain(..).collect()
+    }
+
     /// Takes the first event called `name`, waiting for it until `limit` has passed.
     pub fn wait_event(&mut self, name: &str, limit: Duration) -> Result<Option<Event>, QmpError> {
         let deadline = Instant::now() + limit;

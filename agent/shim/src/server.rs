@@ -9,13 +9,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use vmdr_proto::SHIM_VERSION;
 use vmdr_proto::frame::{self, FrameError};
 use vmdr_proto::shim::{Failed, FromShim, NoPart, NoPartReason, Passed, ToShim, from_shim, to_shim};
+use vmdr_proto::{SHIM_VERSION, SHIM_VERSION_MIN};
 
 use crate::arena::Arena;
 use crate::capture::{Capture, CaptureError, NoCut, Whole};
@@ -30,6 +30,9 @@ pub const HEARTBEAT: Duration = Duration::from_millis(50);
 const IDLE: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
 /// An agent that stops reading in the middle of an answer is dropped after this time.
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long what a guest wrote last is kept for an agent that is not there (it is being restarted, or was ended).
+const GONE_LIMIT: Duration = Duration::from_secs(600);
 
 /// How a shim ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,10 +104,17 @@ fn listen(path: &Path) -> anyhow::Result<UnixListener> {
 }
 
 fn serve(listener: &UnixListener, capture: &mut Capture) -> anyhow::Result<End> {
+    let mut alone = Instant::now();
     loop {
         if !readable(listener)? {
-            if let Err(error) = capture.idle() {
+            if let Err(error) = capture.idle()
+                && !outlives(capture, &error)
+            {
                 return ended(&error);
+            }
+            if capture.is_gone() && alone.elapsed() > GONE_LIMIT {
+                tracing::warn!("the guest is gone, and no agent has asked for what it wrote last");
+                return Ok(End::GuestGone);
             }
             continue;
         }
@@ -115,27 +125,48 @@ fn serve(listener: &UnixListener, capture: &mut Capture) -> anyhow::Result<End> 
             Ok(end) => return Ok(end),
             Err(error) => tracing::info!("the agent is gone: {error}"),
         }
+        alone = Instant::now();
     }
+}
+
+/// Whether a shim whose guest cannot be talked to any more has a reason to stay: QEMU is gone, and what the guest wrote
+/// to its disks last is here.
+fn outlives(capture: &mut Capture, error: &CaptureError) -> bool {
+    error.is_fatal() && capture.guest_gone()
 }
 
 /// Serves one connection; an error means that it is over, not the shim.
 fn converse(stream: &UnixStream, capture: &mut Capture) -> Result<End, FrameError> {
     let (mut from, mut to) = (stream, stream);
-    let mut greeted = false;
+    // Of the agent's protocol, once it has said one that is spoken here.
+    let mut version = None;
     loop {
         if !readable(stream)? {
-            if let Err(error) = capture.idle() {
+            if let Err(error) = capture.idle()
+                && !outlives(capture, &error)
+            {
                 tracing::error!("{error}");
                 return Ok(End::GuestGone);
             }
             continue;
         }
         let request = frame::read::<ToShim>(&mut from)?.request;
-        greeted |= matches!(request, Some(to_shim::Request::Hello(_)));
-        let (reply, next) = match request {
-            Some(request) if greeted => answer(capture, request),
-            _ => (failed("a request before hello", false), Next::Goes),
+        if let Some(to_shim::Request::Hello(hello)) = &request
+            && (SHIM_VERSION_MIN..=SHIM_VERSION).contains(&hello.protocol_version)
+        {
+            version = Some(hello.protocol_version);
+        }
+        let (mut reply, next) = match request {
+            Some(to_shim::Request::Hello(hello)) if version != Some(hello.protocol_version) => {
+                let spoken = format!("shim protocols {SHIM_VERSION_MIN} to {SHIM_VERSION} are spoken here");
+                (failed(&format!("{spoken}, not {}", hello.protocol_version), false), Next::Goes)
+            }
+            Some(request) if version.is_some() => answer(capture, request),
+            _ => (failed("a request before hello, or one that is not known here", false), Next::Goes),
         };
+        if let (from_shim::Reply::State(state), Some(version)) = (&mut reply, version) {
+            state.protocol_version = version;
+        }
         let written = frame::write(&mut to, &FromShim { reply: Some(reply) });
         if let Next::Ends(end) = next {
             return Ok(end);
@@ -147,10 +178,6 @@ fn converse(stream: &UnixStream, capture: &mut Capture) -> Result<End, FrameErro
 fn answer(capture: &mut Capture, request: to_shim::Request) -> (from_shim::Reply, Next) {
     use to_shim::Request;
     let result = match request {
-        Request::Hello(hello) if hello.protocol_version != SHIM_VERSION => Err(CaptureError::Refused(format!(
-            "shim protocol {SHIM_VERSION} is spoken here, not {}",
-            hello.protocol_version
-        ))),
         Request::Hello(_) | Request::GetState(_) => capture.state().map(from_shim::Reply::State),
         Request::Arm(arm) => {
             capture.arm(arm.generation, arm.epoch, Whole::of(arm.seed, arm.resync)).and_then(|()| state(capture))
@@ -182,8 +209,13 @@ fn answer(capture: &mut Capture, request: to_shim::Request) -> (from_shim::Reply
             Ok(from_shim::Reply::State(capture.own_state()))
         }
         Request::Resend(resend) => capture.resend(resend.epoch, resend.part).map(from_shim::Reply::Part),
+        Request::Finish(_) => capture.last_epoch().map(|outcome| match outcome {
+            Ok(part) => from_shim::Reply::Part(part),
+            Err(no) => no_part(no),
+        }),
         Request::Fence(_) => capture.fence().and_then(|()| state(capture)),
-        Request::Detach(_) => {
+        Request::Detach(detach) => {
+            capture.keep_bitmaps(detach.suspend);
             return (
                 state(capture).unwrap_or_else(|error| failed(&error.to_string(), false)),
                 Next::Ends(End::Detached),
@@ -198,7 +230,8 @@ fn answer(capture: &mut Capture, request: to_shim::Request) -> (from_shim::Reply
         }
         Err(error) => {
             tracing::warn!("{error}");
-            let next = if error.is_fatal() { Next::Ends(End::GuestGone) } else { Next::Goes };
+            let ends = error.is_fatal() && !capture.guest_gone();
+            let next = if ends { Next::Ends(End::GuestGone) } else { Next::Goes };
             (failed(&error.to_string(), error.is_fatal()), next)
         }
     }

@@ -11,13 +11,15 @@ use vmdr_proto::shim::{NoPart, NoPartReason, Part};
 use vmdr_shim::capture::Whole;
 
 use super::attach::{self, Attached};
+use super::ended::Ended;
 use super::resume::{Resume, resume};
 use super::{Answer, Input, Phase, RETRY, Stop, Worker};
 use crate::encode::{Extras, PartEncoder};
-use crate::link::LinkEvent;
+use crate::link::{Closed, LinkEvent, send};
 use crate::resync::Resync;
 use std::path::PathBuf;
 use vmdr_hypervisor::domain_xml::DomainXml;
+use vmdr_hypervisor::xml::Element;
 use vmdr_shim::monitor::Address;
 
 /// Parts that may be on their way before the next cut waits.
@@ -29,7 +31,9 @@ const REST_PAGES: u64 = 4096;
 /// Passes after which a guest that dirties faster than it is copied gets a longer pause instead of another pass.
 const ROUNDS_MAX: u32 = 8;
 /// How often state is looked at when nothing else happens.
-const LOOK: Duration = Duration::from_millis(200);
+pub(super) const LOOK: Duration = Duration::from_millis(200);
+/// How often a guest without cuts (there is no link) is looked at.
+const GUEST_LOOK: Duration = Duration::from_secs(1);
 /// How often the domain's XML is compared with what the receiver has.
 const XML_LOOK: Duration = Duration::from_secs(30);
 /// A disk that has had no mirror for this long gets a new one.
@@ -50,11 +54,13 @@ struct InFlight {
     part: u32,
     last: bool,
     cut_unix_ns: u64,
+    /// When it was handed to the link.
+    begun: Instant,
 }
 
 /// A hold that was asked for.
-struct Hold {
-    answer: Answer<u64>,
+pub(super) struct Hold {
+    pub(super) answer: Answer<u64>,
     /// The epoch that the guest was paused with.
     epoch: Option<u64>,
 }
@@ -62,14 +68,16 @@ struct Hold {
 /// A session with a shim.
 pub(super) struct Active<'a> {
     pub(super) worker: &'a mut Worker,
-    attached: Attached,
+    pub(super) attached: Attached,
     encoder: PartEncoder,
-    sender: Option<tokio::sync::mpsc::Sender<ToReceiver>>,
+    pub(super) sender: Option<tokio::sync::mpsc::Sender<ToReceiver>>,
     mode: Mode,
     in_flight: VecDeque<InFlight>,
-    next_cut: Instant,
+    pub(super) next_cut: Instant,
     /// Asked for and not answered yet.
-    hold: Option<Hold>,
+    pub(super) hold: Option<Hold>,
+    /// QEMU is gone.
+    pub(super) ended: Option<Ended>,
     /// The open epoch is a resync.
     resync: Option<Resync>,
     /// The receiver did not take differences: send everything.
@@ -81,6 +89,14 @@ pub(super) struct Active<'a> {
     xml_looked: Instant,
     /// Since when mirrors have been out of order.
     mirrors_bad: Option<Instant>,
+    /// A mirror is gone: begun anew, with a resync, as soon as nothing is on its way.
+    mirror_gone: bool,
+    /// When a guest without cuts was last looked at.
+    guest_looked: Instant,
+    /// What has stopped the guest: an I/O error of a disk.
+    io_error: String,
+    /// The state to go back to when the guest's storage answers again.
+    before_stall: Option<Phase>,
 }
 
 pub(super) enum Never {}
@@ -103,6 +119,11 @@ impl<'a> Active<'a> {
             xml_changed: true,
             xml_looked: Instant::now(),
             mirrors_bad: None,
+            mirror_gone: false,
+            guest_looked: Instant::now(),
+            io_error: String::new(),
+            ended: None,
+            before_stall: None,
         }
     }
 
@@ -112,41 +133,66 @@ impl<'a> Active<'a> {
             return Err(Stop::Fenced("another site owns this guest".to_owned()));
         }
         self.worker.shared.status().monitor = self.attached.monitor.kind();
+        self.worker.open_channel(&self.attached.domain);
         let held = self.attached.state.held;
         self.worker.set_phase(if held { Phase::Held } else { Phase::Disconnected });
         loop {
             let wait = self.next_cut.saturating_duration_since(Instant::now()).min(LOOK);
-            match self.worker.received.recv_timeout(wait) {
-                Ok(input) => self.hear(input)?,
-                Err(RecvTimeoutError::Timeout) => {}
+            let heard = match self.worker.received.recv_timeout(wait) {
+                Ok(input) => self.hear(input),
+                Err(RecvTimeoutError::Timeout) => Ok(()),
                 Err(RecvTimeoutError::Disconnected) => return Err(Stop::Shutdown),
-            }
+            };
+            self.unless_gone(heard)?;
             self.worker.shared.status().figures.observe_rpo();
             if Instant::now() >= self.next_cut {
-                self.act()?;
+                let acted = match self.ended {
+                    Some(ended) => self.end_step(ended),
+                    None => self.act(),
+                };
+                self.worker.shared.limits.worked(self.attached.state.pid);
+                self.unless_gone(acted)?;
             }
         }
     }
 
+    /// That QEMU is gone is no reason to stop: what the guest wrote last is still here.
+    fn unless_gone(&mut self, result: Result<(), Stop>) -> Result<(), Stop> {
+        match result {
+            Err(Stop::GuestGone(message)) if self.ended.is_none() => self.guest_gone(&message),
+            other => other,
+        }
+    }
+
     pub(super) fn finish(&mut self, stop: &Stop, first: bool) {
-        let ends = match stop {
-            Stop::Unprotect => true,
-            Stop::Again(_) => first,
-            Stop::Shutdown | Stop::Fenced(_) => false,
+        let (ends, suspend) = match stop {
+            Stop::Unprotect => (true, false),
+            Stop::Again(_) | Stop::GuestGone(_) | Stop::FoundOff(_) => (first, false),
+            Stop::Shutdown | Stop::Fenced(_) => (false, false),
+            // Durably said before anything is taken off. If it cannot be, all stays as it is.
+            Stop::Suspend(_) => (self.worker.record_suspended().is_ok(), true),
+            Stop::Off(_) => {
+                // There are no mirrors any more, and what else the shim had was in QEMU.
+                if let Err(error) = self.attached.shim.detach(false) {
+                    tracing::debug!(domain = self.worker.protection.name, "end the shim: {error}");
+                }
+                return;
+            }
         };
         if !ends {
             return;
         }
-        if let Err(error) = attach::detach(&self.attached.domain, &self.attached.disks, &mut self.attached.shim) {
+        let (domain, disks) = (&self.attached.domain, &self.attached.disks);
+        if let Err(error) = attach::detach(domain, disks, &mut self.attached.shim, suspend) {
             tracing::warn!(domain = self.worker.protection.name, "end the protection: {error:#}");
-            self.worker.remove();
+            self.worker.remove(suspend);
         }
     }
 
     fn hear(&mut self, input: Input) -> Result<(), Stop> {
         match input {
             Input::Hold(answer) => {
-                let phase = self.worker.shared.status().phase;
+                let phase = self.worker.shared.status().shown_phase();
                 if phase == Phase::Protected && self.hold.is_none() {
                     self.hold = Some(Hold { answer, epoch: None });
                     self.next_cut = Instant::now();
@@ -165,8 +211,24 @@ impl<'a> Active<'a> {
                 let _ = answer.send(Ok(()));
                 Ok(())
             }
+            Input::Suspend(answer) => match self.worker.suspend_refused() {
+                Some(why) => {
+                    let _ = answer.send(Err(why));
+                    Ok(())
+                }
+                None => Err(Stop::Suspend(answer)),
+            },
+            Input::Resume(answer) => {
+                let _ = answer.send(Err("the protection is not suspended".to_owned()));
+                Ok(())
+            }
             Input::Unprotect => Err(Stop::Unprotect),
             Input::Shutdown => Err(Stop::Shutdown),
+            Input::IoError(what) => {
+                self.io_error = what;
+                Ok(())
+            }
+            Input::DevicesChanged if self.ended.is_some() => Ok(()),
             Input::DevicesChanged => {
                 self.xml_changed = true;
                 self.look_at_devices()
@@ -203,7 +265,7 @@ impl<'a> Active<'a> {
             Input::Link(LinkEvent::Down(reason)) => {
                 self.sender = None;
                 self.worker.set_error(reason);
-                if self.worker.shared.status().phase != Phase::Held {
+                if self.worker.shared.status().phase != Phase::Held && self.ended.is_none() {
                     self.worker.set_phase(Phase::Disconnected);
                 }
                 Ok(())
@@ -243,6 +305,7 @@ impl<'a> Active<'a> {
             let mut status = self.worker.shared.status();
             status.generation = self.worker.protection.generation;
             status.durable_epoch = position.epoch;
+            status.waiting_since = None;
         }
         self.xml_changed = true;
         self.sent_xml.clear();
@@ -266,26 +329,40 @@ impl<'a> Active<'a> {
                         Err(no) => return Err(anyhow!("a held part is gone: {}", no.message).into()),
                     }
                 }
+                if self.ended.is_some() {
+                    return Ok(());
+                }
                 let copying = state.next_part > 0 || state.seed;
                 self.set_mode(if copying { Mode::Copy { round: 0, need_pass: true } } else { Mode::Cuts }, state.seed);
             }
+            Resume::Seed { .. } if self.ended.is_some() => {
+                let what = "what the guest wrote last does not join what the receiver has";
+                return Err(Stop::Off(Some(what.to_owned())));
+            }
             Resume::Seed { epoch } => {
-                self.in_flight.clear();
-                self.resync = self.compare_with(position);
-                let whole = if self.resync.is_some() { Whole::Resync } else { Whole::Seed };
-                self.attached.shim.arm(self.worker.protection.generation, epoch, whole)?;
+                self.copy_whole(position, epoch)?;
                 if !self.attached.adopted || !state.armed {
                     self.start_mirrors()?;
                     self.attached.adopted = true;
                 }
-                tracing::info!(domain = self.worker.protection.name, epoch, ?whole, "copying the whole guest");
-                self.set_mode(Mode::Copy { round: 0, need_pass: true }, true);
             }
         }
         if state.held {
             self.worker.set_phase(Phase::Held);
         }
         self.next_cut = Instant::now();
+        Ok(())
+    }
+
+    /// Begins `epoch` with the whole guest. Of what the receiver has at `position`, only what differs will be sent.
+    fn copy_whole(&mut self, position: &Position, epoch: u64) -> Result<(), Stop> {
+        self.in_flight.clear();
+        self.sent_layout = None;
+        self.resync = self.compare_with(position);
+        let whole = if self.resync.is_some() { Whole::Resync } else { Whole::Seed };
+        self.attached.shim.arm(self.worker.protection.generation, epoch, whole)?;
+        tracing::info!(domain = self.worker.protection.name, epoch, ?whole, "copying the whole guest");
+        self.set_mode(Mode::Copy { round: 0, need_pass: true }, true);
         Ok(())
     }
 
@@ -338,6 +415,7 @@ impl<'a> Active<'a> {
             }
             self.in_flight.pop_front();
         }
+        status.waiting_since = self.in_flight.front().map(|sent| sent.begun);
         drop(status);
         if self.hold.as_ref().is_some_and(|hold| hold.epoch.is_some_and(|held| held <= epoch))
             && let Some(hold) = self.hold.take()
@@ -351,7 +429,7 @@ impl<'a> Active<'a> {
     fn act(&mut self) -> Result<(), Stop> {
         if self.worker.shared.status().phase == Phase::Held {
             // Perhaps somebody else has resumed the guest.
-            if self.attached.shim.state()?.held {
+            if self.look_at_guest()? {
                 self.next_cut = Instant::now() + LOOK;
             } else {
                 self.hold_ended();
@@ -360,7 +438,13 @@ impl<'a> Active<'a> {
         }
         if self.sender.is_none() {
             self.next_cut = Instant::now() + LOOK;
+            if self.guest_looked.elapsed() >= GUEST_LOOK {
+                self.look_at_guest()?;
+            }
             return Ok(());
+        }
+        if self.mirror_gone {
+            return self.begin_mirrors_anew();
         }
         // Nobody waits for it any more.
         if self.hold.as_ref().is_some_and(|hold| hold.answer.is_closed()) {
@@ -371,10 +455,17 @@ impl<'a> Active<'a> {
             self.next_cut = Instant::now() + Duration::from_millis(5);
             return Ok(());
         }
+        let limits = self.worker.shared.limits.clone();
+        let rest = limits.rest();
+        if !rest.is_zero() && self.hold.is_none() {
+            self.next_cut = Instant::now() + rest.min(LOOK);
+            return Ok(());
+        }
         match self.mode {
             Mode::Cuts => self.cut(0),
-            Mode::Copy { round, need_pass: true } => match self.attached.shim.pass()? {
+            Mode::Copy { round, need_pass: true } => match limits.seat.turn(|| self.attached.shim.pass())? {
                 Ok(passed) => {
+                    self.storage_answers();
                     self.worker.shared.status().figures.pause(&passed.timing.unwrap_or_default());
                     if passed.pending_pages <= REST_PAGES || round >= ROUNDS_MAX {
                         // The longest pause is twice as long with each round beyond the limit.
@@ -401,6 +492,13 @@ impl<'a> Active<'a> {
         }
     }
 
+    /// Whether the guest is held; an error if its QEMU is gone.
+    fn look_at_guest(&mut self) -> Result<bool, Stop> {
+        self.guest_looked = Instant::now();
+        let state = self.attached.shim.state()?;
+        if state.gone { Err(Stop::GuestGone("QEMU ended".to_owned())) } else { Ok(state.held) }
+    }
+
     /// The guest runs again after a hold.
     fn hold_ended(&mut self) {
         self.next_cut = Instant::now();
@@ -418,7 +516,8 @@ impl<'a> Active<'a> {
         let interval = Duration::from_millis(u64::from(self.worker.protection.interval_ms));
         let started = Instant::now();
         let hold = self.hold.is_some() && self.mode == Mode::Cuts;
-        match self.attached.shim.cut(pages_max, hold)? {
+        let limits = self.worker.shared.limits.clone();
+        match limits.seat.turn(|| self.attached.shim.cut(pages_max, hold))? {
             Ok(part) if !part.last => {
                 // Something has changed under the cut: its data is sent, and the next one ends the epoch.
                 self.worker.shared.status().figures.pause(&part.timing.unwrap_or_default());
@@ -427,8 +526,10 @@ impl<'a> Active<'a> {
                 Ok(())
             }
             Ok(part) => {
-                self.next_cut = (self.next_cut + interval).max(started);
+                self.next_cut = limits.seat.aim(self.next_cut + interval, interval).max(started);
                 self.mirrors_bad = None;
+                self.io_error.clear();
+                self.before_stall = None;
                 let (epoch, timing, pages) = (part.epoch, part.timing.unwrap_or_default(), part.dirty_pages);
                 let bytes = self.ship(part)?;
                 let mut status = self.worker.shared.status();
@@ -454,6 +555,9 @@ impl<'a> Active<'a> {
             self.worker.shared.status().figures.pause(timing);
         }
         let mut again = LOOK;
+        if no.reason() != NoPartReason::Storage {
+            self.storage_answers();
+        }
         match no.reason() {
             NoPartReason::Pending => {
                 let round = if let Mode::Copy { round, .. } = self.mode { round } else { 0 };
@@ -462,7 +566,8 @@ impl<'a> Active<'a> {
                 again = Duration::ZERO;
             }
             NoPartReason::NotRunning => {
-                self.worker.set_error(no.message.clone());
+                let why = if self.io_error.is_empty() { "" } else { " - " };
+                self.worker.set_error(format!("{}{why}{}", no.message, self.io_error));
                 self.worker.set_phase(Phase::Paused);
             }
             NoPartReason::Mirror => self.mend_mirrors(&no.message)?,
@@ -471,10 +576,26 @@ impl<'a> Active<'a> {
                 self.worker.set_error(no.message.clone());
                 again = RETRY;
             }
+            NoPartReason::Storage => {
+                self.worker.set_error(no.message.clone());
+                let phase = self.worker.shared.status().phase;
+                if phase != Phase::Stalled {
+                    self.before_stall = Some(phase);
+                }
+                self.worker.set_phase(Phase::Stalled);
+            }
             NoPartReason::Nothing | NoPartReason::Unspecified => {}
         }
         self.next_cut = Instant::now() + again;
         Ok(())
+    }
+
+    /// The guest's storage is not silent, or no longer.
+    fn storage_answers(&mut self) {
+        let Some(before) = self.before_stall.take() else { return };
+        if self.worker.shared.status().phase == Phase::Stalled {
+            self.worker.set_phase(before);
+        }
     }
 
     /// Mirrors that are not ready: what they bring is copied meanwhile. One that is gone is begun anew.
@@ -495,14 +616,38 @@ impl<'a> Active<'a> {
                     "the mirror is gone, a new one begins: {message}"
                 );
                 self.worker.set_error(format!("disk {}: the mirror had to be begun anew", disk.target));
-                attach::mirror(&self.worker.config, &self.attached.domain, &self.worker.uuid, &disk.target)?;
+                self.mirror_gone = true;
             }
         }
         Ok(())
     }
 
+    /// Begins the mirrors anew that are gone. What the guest wrote past them is found by comparing with the recovery point,
+    /// so that a disk that has not changed does not cross the wire; without a recovery point, all of it does.
+    fn begin_mirrors_anew(&mut self) -> Result<(), Stop> {
+        if !self.in_flight.is_empty() {
+            // Acknowledgements of parts that are given up would be taken for those of their successors.
+            self.next_cut = Instant::now() + LOOK;
+            return Ok(());
+        }
+        self.mirror_gone = false;
+        let generation = self.worker.protection.generation;
+        let durable = self.worker.shared.status().durable_epoch;
+        if durable > 0 {
+            let position = Position { generation, epoch: durable, ..Position::default() };
+            self.copy_whole(&position, durable + 1)?;
+        }
+        for disk in &self.attached.disks {
+            if self.attached.domain.block_job(&disk.target).map_err(anyhow::Error::from)?.is_none() {
+                attach::mirror(&self.worker.config, &self.attached.domain, &self.worker.uuid, &disk.target)?;
+            }
+        }
+        self.next_cut = Instant::now();
+        Ok(())
+    }
+
     /// Encodes a part and queues it. A link that went down meanwhile is no error: the part is sent again later.
-    fn ship(&mut self, mut part: Part) -> Result<u64, Stop> {
+    pub(super) fn ship(&mut self, mut part: Part) -> Result<u64, Stop> {
         let Some(sender) = self.sender.clone() else { return Ok(0) };
         let layout = self.layout(&part);
         self.resync.take_if(|resync| resync.open_epoch() != part.epoch);
@@ -525,10 +670,14 @@ impl<'a> Active<'a> {
             }
         }
         let layout = (self.sent_layout.as_ref() != Some(&layout)).then_some(layout);
-        let xml = if part.last { self.new_xml(part.seed)? } else { None };
+        // A guest that is gone has the definition that the receiver knows.
+        let xml = if part.last && self.ended.is_none() { self.new_xml(part.seed)? } else { None };
         let extras = Extras { domain_xml: xml.as_deref(), layout: layout.as_ref() };
+        let begun = Instant::now();
+        let worker = &self.worker;
+        worker.shared.status().waiting_since.get_or_insert(begun);
         let encoded = self.encoder.encode(&part, &self.attached.arena, &extras, |message| {
-            sender.blocking_send(message).map_err(|_| Unsent::LinkDown)
+            send(&worker.runtime, &sender, message, || worker.shared.is_ending()).map_err(|Closed| Unsent::LinkDown)
         });
         let bytes = match encoded {
             Ok(bytes) => bytes,
@@ -550,6 +699,7 @@ impl<'a> Active<'a> {
             part: part.part,
             last: part.last,
             cut_unix_ns: part.cut_unix_ns,
+            begun,
         });
         Ok(bytes)
     }
@@ -563,6 +713,18 @@ impl<'a> Active<'a> {
         Layout { machine: self.attached.machine.clone(), ram: ram.collect(), disks: self.attached.disks.clone() }
     }
 
+    /// A recovery point whose definition has a disk that is not mirrored is not one.
+    fn same_disks(&self, xml: &Element) -> anyhow::Result<()> {
+        let xml = DomainXml::from_element(xml)?;
+        let defined = xml.disks.iter().filter(|disk| disk.is_writable()).map(|disk| &disk.target);
+        anyhow::ensure!(
+            defined.eq(self.attached.disks.iter().map(|disk| &disk.target)),
+            "the disks of domain {} have changed",
+            xml.name
+        );
+        Ok(())
+    }
+
     /// The domain's XML, if it is not what the receiver has.
     fn new_xml(&mut self, needed: bool) -> anyhow::Result<Option<String>> {
         if !self.xml_changed && self.xml_looked.elapsed() < XML_LOOK {
@@ -570,7 +732,10 @@ impl<'a> Active<'a> {
         }
         self.xml_looked = Instant::now();
         let xml = match self.attached.domain.migratable_xml() {
-            Ok(xml) => xml.to_string(),
+            Ok(xml) => {
+                self.same_disks(&xml)?;
+                xml.to_string()
+            }
             Err(error) if needed && self.sent_xml.is_empty() => return Err(error.into()),
             Err(error) => {
                 // libvirtd being away is no reason to be without epochs: the receiver has an XML.

@@ -7,16 +7,18 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use uuid::Uuid;
 use vmdr_codec::Disk;
 use vmdr_hypervisor::domain_xml::{DomainXml, own_qmp_socket};
 use vmdr_hypervisor::libvirt::{Connection, Domain, DomainState};
 use vmdr_hypervisor::xml::Element;
 use vmdr_proto::shim::State;
+use vmdr_shim::capture::{bitmaps, exports};
 use vmdr_shim::config::{self as shim_config, Config as ShimConfig, DiskConfig};
 use vmdr_shim::monitor::Address;
 
+use super::off::{NotRunning, Off};
 use crate::arena_map::ArenaMap;
 use crate::config::Config;
 use crate::guard::{self, Guard};
@@ -32,6 +34,8 @@ const ADOPT_LIMIT: Duration = Duration::from_millis(500);
 pub struct Attached {
     /// Of libvirt.
     pub domain: Domain,
+    /// Its QEMU.
+    pub qemu_pid: u32,
     /// Its machine type, with version.
     pub machine: String,
     /// How its QEMU is talked to.
@@ -55,12 +59,20 @@ pub fn directory(config: &Config, uuid: &Uuid) -> PathBuf {
     config.runtime_dir.join(uuid.to_string())
 }
 
-/// See the module. The guest must be running.
-pub fn attach(config: &Config, connection: &Connection, uuid: &Uuid) -> anyhow::Result<Attached> {
-    let domain = connection.domain_by_uuid(uuid)?;
-    let (state, _) = domain.state()?;
-    if !state.is_active() {
-        bail!("domain {} is not running", domain.name());
+/// See the module. The guest must be running, or have ended with a shim beside it that has what it wrote last; otherwise
+/// the error is [`NotRunning`]. `protection`: the id of the protection.
+pub fn attach(config: &Config, connection: &Connection, uuid: &Uuid, protection: &str) -> anyhow::Result<Attached> {
+    let domain = match connection.domain_by_uuid(uuid) {
+        Ok(domain) => domain,
+        Err(error) if error.is_no_such_domain() => {
+            return Err(NotRunning { name: uuid.to_string(), off: Off::Undefined }.into());
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let (state, reason) = domain.state()?;
+    if let Some(off) = Off::of(state, reason) {
+        let name = domain.name().to_owned();
+        return adopt_ended(config, domain, uuid).ok_or_else(|| NotRunning { name, off }.into());
     }
     let live = domain.live_xml()?;
     let monitor = monitor_of(config, &domain, &live);
@@ -70,29 +82,30 @@ pub fn attach(config: &Config, connection: &Connection, uuid: &Uuid) -> anyhow::
     let disks = mirrored_disks(&domain, &xml)?;
     let directory = directory(config, uuid);
     let page = shim_config::state_page(&directory);
-    if let Some((shim, state)) = adopt(&directory, &disks, domain.qemu_pid()?) {
+    let qemu_pid = domain.qemu_pid()?;
+    if let Some((shim, state)) = adopt(&directory, &disks, qemu_pid) {
         let arena = ArenaMap::open(state.pid, state.arena_fd, state.arena_bytes)?;
         let guard = Guard::watch(domain.name().to_owned(), page, monitor.clone()).context("watch the shim")?;
         tracing::info!(domain = domain.name(), pid = state.pid, "going on with the shim that runs");
-        return Ok(Attached { domain, machine, monitor, disks, shim, state, arena, guard, adopted: true });
+        return Ok(Attached { domain, qemu_pid, machine, monitor, disks, shim, state, arena, guard, adopted: true });
     }
-    clear(&domain, &directory, &monitor, &disks)?;
+    clear(&domain, &live, &directory, &monitor, &disks)?;
     if state != DomainState::Running {
         bail!("domain {} is {state:?}: it has to be running to be protected", domain.name());
     }
-    let pid = domain.qemu_pid()?;
     let shim_settings = ShimConfig {
         domain_name: domain.name().to_owned(),
         domain_uuid: uuid.to_string(),
-        qemu_pid: pid as i32,
-        qemu_uid: std::fs::metadata(format!("/proc/{pid}")).context("find QEMU's user")?.uid(),
+        protection: protection.to_owned(),
+        qemu_pid: qemu_pid as i32,
+        qemu_uid: std::fs::metadata(format!("/proc/{qemu_pid}")).context("find QEMU's user")?.uid(),
         monitor: monitor.clone(),
         directory: directory.clone(),
         disks: disks
             .iter()
             .map(|disk| DiskConfig { target: disk.target.clone(), size_bytes: disk.size_bytes })
             .collect(),
-        arena_bytes: config.arena_bytes,
+        arena_bytes: config.arena_bytes_of(domain.name()),
         cut_pages_max: config.cut_pages_max,
         cut_limit_ms: config.cut_limit_ms,
     };
@@ -107,12 +120,12 @@ pub fn attach(config: &Config, connection: &Connection, uuid: &Uuid) -> anyhow::
     })?;
     let arena = ArenaMap::open(state.pid, state.arena_fd, state.arena_bytes)?;
     let guard = Guard::watch(domain.name().to_owned(), page, monitor.clone()).context("watch the shim")?;
-    Ok(Attached { domain, machine, monitor, disks, shim, state, arena, guard, adopted: false })
+    Ok(Attached { domain, qemu_pid, machine, monitor, disks, shim, state, arena, guard, adopted: false })
 }
 
 /// Devices may have come since `protect`.
 pub fn still_protectable(config: &Config, domain: &Domain, live: &Element) -> anyhow::Result<()> {
-    let options = DomainOptions { arena_bytes: config.arena_bytes, protected: true };
+    let options = DomainOptions { arena_bytes: config.arena_bytes_of(domain.name()), protected: true };
     let findings = preflight::domain::definition(live, &HostFacts::gather(), &options);
     let refused: Vec<String> = preflight::refusals(&findings).map(ToString::to_string).collect();
     if !refused.is_empty() {
@@ -129,24 +142,50 @@ pub fn mirror(config: &Config, domain: &Domain, uuid: &Uuid, target: &str) -> an
 }
 
 /// Ends what protects a domain: mirrors, watch, shim. Does as much as is possible and reports the first failure.
-pub fn detach(domain: &Domain, disks: &[Disk], shim: &mut ShimClient) -> anyhow::Result<()> {
+/// `suspend`: a resync will follow.
+pub fn detach(domain: &Domain, disks: &[Disk], shim: &mut ShimClient, suspend: bool) -> anyhow::Result<()> {
     let mut result = Ok(());
     for disk in disks {
         if let Err(error) = domain.block_job_abort(&disk.target, true) {
             result = result.and(Err(anyhow::Error::from(error)));
         }
     }
-    shim.detach().context("detach the shim")?;
+    shim.detach(suspend).context("detach the shim")?;
     result
 }
 
-/// Ends a protection of which no session has the shim.
-pub fn remove(config: &Config, connection: &Connection, uuid: &Uuid) -> anyhow::Result<()> {
+/// Ends a protection of which no session has the shim. `suspend`: a resync will follow, so that QEMU goes on noting what is
+/// written to the disks.
+pub fn remove(
+    config: &Config,
+    connection: &Connection,
+    uuid: &Uuid,
+    protection: &str,
+    suspend: bool,
+) -> anyhow::Result<()> {
     let domain = connection.domain_by_uuid(uuid)?;
+    let directory = directory(config, uuid);
+    if !domain.state()?.0.is_active() {
+        // What was in QEMU went with it.
+        if let Ok((mut shim, _)) = ShimClient::connect(&shim_config::control_socket(&directory), ADOPT_LIMIT) {
+            let _ = shim.detach(false);
+        }
+        let _ = std::fs::remove_dir_all(&directory);
+        return Ok(());
+    }
     let live = domain.live_xml()?;
-    let disks = mirrored_disks(&domain, &DomainXml::from_element(&live)?)?;
     let monitor = monitor_of(config, &domain, &live);
-    clear(&domain, &directory(config, uuid), &monitor, &disks)
+    let disks = mirrored_disks(&domain, &DomainXml::from_element(&live)?)?;
+    if let Some((mut shim, _)) = adopt(&directory, &disks, domain.qemu_pid()?)
+        && detach(&domain, &disks, &mut shim, suspend).is_ok()
+    {
+        return Ok(());
+    }
+    clear(&domain, &live, &directory, &monitor, &disks)?;
+    if !suspend {
+        bitmaps::remove_all(&monitor, protection).context("take vmdr's dirty bitmaps out of QEMU")?;
+    }
+    Ok(())
 }
 
 /// A running domain's own QMP socket; libvirt where it has none.
@@ -197,13 +236,76 @@ fn adopt(directory: &Path, disks: &[Disk], qemu_pid: u32) -> Option<(ShimClient,
     same.then_some((shim, state))
 }
 
+/// The shim of a guest that has shut down, if it still has what the guest wrote last.
+fn adopt_ended(config: &Config, domain: Domain, uuid: &Uuid) -> Option<Attached> {
+    let directory = directory(config, uuid);
+    let settings = ShimConfig::read(&directory.join(CONFIG)).ok()?;
+    let (mut shim, state) = ShimClient::connect(&shim_config::control_socket(&directory), ADOPT_LIMIT).ok()?;
+    if shim.version() < 2 || !state.gone {
+        return None;
+    }
+    let attached = || -> anyhow::Result<_> {
+        let arena = ArenaMap::open(state.pid, state.arena_fd, state.arena_bytes)?;
+        let page = shim_config::state_page(&directory);
+        let guard = Guard::watch(domain.name().to_owned(), page, settings.monitor.clone()).context("watch the shim")?;
+        Ok((DomainXml::from_element(&domain.live_xml()?)?.machine, arena, guard))
+    };
+    let (machine, arena, guard) = match attached() {
+        Ok(found) => found,
+        Err(error) => {
+            tracing::warn!(domain = domain.name(), "what the guest wrote last cannot be had: {error:#}");
+            let _ = shim.detach(false);
+            return None;
+        }
+    };
+    let disks = state.disks.iter().map(|disk| Disk { target: disk.target.clone(), size_bytes: disk.size_bytes });
+    Some(Attached {
+        qemu_pid: settings.qemu_pid as u32,
+        monitor: settings.monitor,
+        disks: disks.collect(),
+        domain,
+        machine,
+        shim,
+        state,
+        arena,
+        guard,
+        adopted: true,
+    })
+}
+
+/// A block job that is not vmdr's is left alone: it has to end before the disk can be mirrored.
+fn refuse_foreign_jobs(domain: &Domain, live: &Element, directory: &Path) -> anyhow::Result<()> {
+    for disk in live.find_all("devices/disk") {
+        let Some(mirror) = disk.find("mirror") else { continue };
+        let socket = mirror.attribute_at("source/host", "socket").unwrap_or_default();
+        ensure!(
+            Path::new(socket).starts_with(directory),
+            "a block job ({}) runs on disk {} of domain {}: wait for it, or end it (virsh blockjob)",
+            mirror.attribute("job").unwrap_or("of another kind"),
+            disk.attribute_at("target", "dev").unwrap_or_default(),
+            domain.name()
+        );
+    }
+    Ok(())
+}
+
 /// Removes what a shim that is dead or unusable left behind.
-fn clear(domain: &Domain, directory: &Path, monitor: &Address, disks: &[Disk]) -> anyhow::Result<()> {
+fn clear(
+    domain: &Domain,
+    live: &Element,
+    directory: &Path,
+    monitor: &Address,
+    disks: &[Disk],
+) -> anyhow::Result<()> {
+    refuse_foreign_jobs(domain, live, directory)?;
     let page = shim_config::state_page(directory);
     if let Ok(state) = vmdr_shim::state_page::StatePage::open(&page) {
         kill_shim(state.pid(), directory);
         if !guard::resume_if_left_paused(domain.name(), &page, monitor) {
             bail!("domain {} was left paused by a shim and cannot be resumed yet", domain.name());
+        }
+        if let Err(error) = exports::end_leftovers(monitor) {
+            tracing::warn!(domain = domain.name(), "end the exports that a shim has left in QEMU: {error}");
         }
     }
     for disk in disks {

@@ -84,6 +84,11 @@ impl Figures {
         self.durable_cut_unix_ns = cut_unix_ns;
     }
 
+    /// The wall clock at the newest recovery point's cut; 0: none is known.
+    pub fn durable_cut_unix_ns(&self) -> u64 {
+        self.durable_cut_unix_ns
+    }
+
     /// Looks at the RPO now, for the worst of the hour. Call it at least every second.
     pub fn observe_rpo(&mut self) {
         let Some(rpo) = self.rpo_seconds() else { return };

@@ -6,6 +6,9 @@
 //!     ^                   ^                    ^    <------------------------|       | a cut each interval
 //!     |  shim lost        |  link down         |     too much is dirty               |
 //!     +-------------------+--------------------+-------------------------------------+
+//!     |                                                                              |
+//!     +-- resume ---- suspended (nothing is attached) <------------------ suspend ---+
+//!     +-- it runs --- shut off, crashed <----------- last epoch ------ QEMU is gone -+
 //! ```
 //!
 //! Nothing is kept here that cannot be asked for again: what was captured is in the shim until the receiver says that
@@ -13,29 +16,38 @@
 
 mod active;
 pub mod attach;
+mod ended;
 pub mod figures;
+pub mod off;
 mod resume;
+mod suspend;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use uuid::Uuid;
-use vmdr_hypervisor::libvirt::Connection;
+use vmdr_hypervisor::libvirt::{Connection, Domain};
 
 use self::active::Active;
 use self::attach::Attached;
 use self::figures::Figures;
+use self::off::{NotRunning, Off};
 use crate::config::Config;
 use crate::guard;
+use crate::guest_channel::{self, GuestChannel};
+use crate::limits;
 use crate::link::{self, LinkEvent, Target};
 use crate::registry::{Protection, Registry};
 use crate::shim_client::ShimError;
 
 /// Rest before another attempt.
 const RETRY: Duration = Duration::from_secs(1);
+/// A part that is not acknowledged for this long is a link, or a receiver, that does not keep up.
+const BEHIND_AFTER: Duration = Duration::from_secs(2);
 
 /// Where a protection stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,10 +64,18 @@ pub enum Phase {
     Protected,
     /// More is dirty than an epoch takes: it is being copied in parts.
     Behind,
+    /// The guest's storage does not answer: no cuts, because stopping the guest would wait for it.
+    Stalled,
     /// Paused on request, the standby level with the guest.
     Held,
     /// Somebody else stopped the guest.
     Paused,
+    /// Taken off for a while, on request.
+    Suspended,
+    /// The guest was ended by itself or by somebody.
+    ShutOff,
+    /// The guest's QEMU crashed or was killed.
+    Crashed,
     /// It cannot go on by itself.
     Failed,
     /// Another site owns the guest.
@@ -72,8 +92,12 @@ impl Phase {
             Self::Resync => "resync",
             Self::Protected => "protected",
             Self::Behind => "behind",
+            Self::Stalled => "stalled",
             Self::Held => "held",
             Self::Paused => "paused",
+            Self::Suspended => "suspended",
+            Self::ShutOff => "shut off",
+            Self::Crashed => "crashed",
             Self::Failed => "failed",
             Self::Fenced => "fenced",
         }
@@ -85,6 +109,10 @@ impl Phase {
 pub struct Status {
     /// Where it stands.
     pub phase: Phase,
+    /// Since when, wall clock.
+    pub since_unix_ns: u64,
+    /// When the oldest part was handed to the link that is not durable yet.
+    pub waiting_since: Option<Instant>,
     /// Newest epoch cut.
     pub epoch: u64,
     /// Newest epoch that is durable.
@@ -101,16 +129,39 @@ pub struct Status {
     pub figures: Figures,
 }
 
+impl Status {
+    /// Where it stands, as an operator is told: what the receiver does not acknowledge for [`BEHIND_AFTER`] is behind.
+    pub fn shown_phase(&self) -> Phase {
+        let waiting = self.waiting_since.is_some_and(|since| since.elapsed() > BEHIND_AFTER);
+        if self.phase == Phase::Protected && waiting { Phase::Behind } else { self.phase }
+    }
+}
+
 /// Shared between the session's thread and whoever asks.
 #[derive(Debug)]
 pub struct Shared {
     status: Mutex<Status>,
+    /// The session is told to end: nothing more is sent.
+    ending: AtomicBool,
+    /// What it may take of this host.
+    pub limits: Arc<limits::Guest>,
+    tools: Mutex<Option<GuestChannel>>,
 }
 
 impl Shared {
     /// The status; held only for reading or writing fields.
     pub fn status(&self) -> MutexGuard<'_, Status> {
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The channel to the guest's tools, while there is one; held only for a look at it.
+    pub fn tools(&self) -> MutexGuard<'_, Option<GuestChannel>> {
+        self.tools.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the session is told to end.
+    pub fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Relaxed)
     }
 }
 
@@ -124,6 +175,12 @@ pub enum Input {
     Link(LinkEvent),
     /// The domain's devices have changed.
     DevicesChanged,
+    /// An I/O error has stopped the guest: of which disk, and why.
+    IoError(String),
+    /// Take mirrors, watch and shim off; answered with the epoch of the recovery point that stays.
+    Suspend(Answer<u64>),
+    /// Put them back on; answered when that begins.
+    Resume(Answer<()>),
     /// Pause the guest with a cut; answered when that is durable.
     Hold(Answer<u64>),
     /// End a hold.
@@ -150,6 +207,7 @@ impl Session {
     pub fn start(
         config: Arc<Config>,
         registry: Registry,
+        limits: Arc<limits::Guest>,
         protection: Protection,
         first: bool,
         runtime: tokio::runtime::Handle,
@@ -157,14 +215,19 @@ impl Session {
         let shared = Arc::new(Shared {
             status: Mutex::new(Status {
                 phase: Phase::Starting,
+                since_unix_ns: unix_ns(),
                 epoch: 0,
                 durable_epoch: 0,
                 monitor: "",
                 generation: protection.generation,
                 last_error: String::new(),
                 pending_bytes: 0,
+                waiting_since: None,
                 figures: Figures::default(),
             }),
+            ending: AtomicBool::new(false),
+            limits,
+            tools: Mutex::default(),
         });
         let (inputs, received) = channel();
         let uuid = protection.uuid.parse().context("the domain's UUID")?;
@@ -192,6 +255,7 @@ impl Session {
 
     /// Ends it and waits for that. Blocks.
     pub fn end(&mut self, input: Input) {
+        self.shared.ending.store(true, Ordering::Relaxed);
         self.tell(input);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
@@ -211,6 +275,14 @@ enum Stop {
     Again(anyhow::Error),
     /// Another site owns the guest.
     Fenced(String),
+    /// The protection is suspended; whoever asked for it waits.
+    Suspend(Answer<u64>),
+    /// QEMU is gone.
+    GuestGone(String),
+    /// The guest does not run any more; why there is no last epoch of its disks, if there is none.
+    Off(Option<String>),
+    /// The guest did not run in the first place.
+    FoundOff(Off),
 }
 
 impl From<anyhow::Error> for Stop {
@@ -221,7 +293,10 @@ impl From<anyhow::Error> for Stop {
 
 impl From<ShimError> for Stop {
     fn from(error: ShimError) -> Self {
-        Self::Again(error.into())
+        match error {
+            ShimError::GuestGone(message) => Self::GuestGone(message),
+            other => Self::Again(other.into()),
+        }
     }
 }
 
@@ -243,6 +318,17 @@ impl Worker {
             self.set_phase(Phase::Fenced);
         }
         loop {
+            if let Some(suspended) = self.protection.suspended {
+                first = false;
+                match self.stay_suspended(suspended) {
+                    None => {}
+                    Some(Stop::Unprotect) => {
+                        self.remove(false);
+                        return;
+                    }
+                    Some(_) => return,
+                }
+            }
             let stop = match self.attach() {
                 Ok(attached) => {
                     let link = self.link();
@@ -257,12 +343,16 @@ impl Worker {
                     active.finish(&stop, first);
                     let (page, monitor) = active.rescue();
                     drop(active);
+                    *self.shared.tools() = None;
                     if matches!(stop, Stop::Again(_)) && !guard::alive(&page) {
                         guard::resume_if_left_paused(&self.protection.name, &page, &monitor);
                     }
                     stop
                 }
-                Err(error) => Stop::Again(error),
+                Err(error) => match error.downcast_ref::<NotRunning>() {
+                    Some(found) if !first => Stop::FoundOff(found.off),
+                    _ => Stop::Again(error),
+                },
             };
             match stop {
                 Stop::Unprotect | Stop::Shutdown => return,
@@ -270,37 +360,68 @@ impl Worker {
                     self.fail(&error);
                     return;
                 }
+                Stop::Off(_) | Stop::GuestGone(_) if first => {
+                    self.fail(&anyhow::anyhow!("the guest ended: {}", self.how_it_ended()));
+                    return;
+                }
                 Stop::Again(error) => {
                     tracing::warn!(domain = self.protection.name, "{error:#}");
                     self.set_error(format!("{error:#}"));
                     self.set_phase(if self.protection.fenced { Phase::Fenced } else { Phase::Starting });
                 }
+                Stop::GuestGone(message) => self.set_off(self.how_it_ended(), Some(message)),
+                Stop::Off(note) => self.set_off(self.how_it_ended(), note),
+                Stop::FoundOff(off) => self.found_off(off),
                 Stop::Fenced(message) => self.record_fence(message),
+                Stop::Suspend(answer) => {
+                    self.suspend(answer);
+                    continue;
+                }
             }
             match self.rest() {
                 Some(Stop::Unprotect) => {
-                    self.remove();
+                    self.remove(false);
                     return;
                 }
+                Some(Stop::Suspend(answer)) => self.suspend(answer),
                 Some(_) => return,
                 None => {}
             }
         }
     }
 
-    /// Ends what a lost shim left of a protection.
-    fn remove(&self) {
+    /// Answers that the protection is suspended, which it has to be for good before.
+    fn suspend(&mut self, answer: Answer<u64>) {
+        let recorded = match self.protection.suspended {
+            Some(suspended) => Ok(suspended.epoch),
+            None => self.record_suspended(),
+        };
+        let _ = answer.send(recorded.map_err(|error| format!("{error:#}")));
+    }
+
+    /// Ends what a lost shim left of a protection; all of it, unless a resync will follow (`suspend`).
+    fn remove(&self, suspend: bool) {
         let removed = Connection::open(&self.config.libvirt_uri)
             .map_err(anyhow::Error::from)
-            .and_then(|connection| attach::remove(&self.config, &connection, &self.uuid));
+            .and_then(|connection| attach::remove(&self.config, &connection, &self.uuid, &self.protection.id, suspend));
         if let Err(error) = removed {
             tracing::warn!(domain = self.protection.name, "end the protection: {error:#}");
         }
     }
 
+    /// Talks to the guest's tools from now on, if the domain has a channel to them.
+    fn open_channel(&self, domain: &Domain) {
+        let socket = domain.live_xml().ok().as_ref().and_then(guest_channel::socket);
+        let opened = socket.map(|socket| GuestChannel::open(domain.name(), socket, self.config.guest_clock)).transpose();
+        *self.shared.tools() = opened.unwrap_or_else(|error| {
+            tracing::warn!(domain = domain.name(), "talk to the guest's tools: {error}");
+            None
+        });
+    }
+
     fn attach(&self) -> anyhow::Result<Attached> {
         let connection = Connection::open(&self.config.libvirt_uri)?;
-        attach::attach(&self.config, &connection, &self.uuid)
+        attach::attach(&self.config, &connection, &self.uuid, &self.protection.id)
     }
 
     fn link(&self) -> tokio::task::JoinHandle<()> {
@@ -309,6 +430,7 @@ impl Worker {
             domain_uuid: self.protection.uuid.clone(),
             domain_name: self.protection.name.clone(),
             generation: self.protection.generation,
+            limits: self.shared.limits.clone(),
         };
         self.runtime.spawn(link::run(target, self.inputs.clone(), Input::Link))
     }
@@ -320,6 +442,15 @@ impl Worker {
             match self.received.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 Ok(Input::Unprotect) => return Some(Stop::Unprotect),
                 Ok(Input::Shutdown) | Err(RecvTimeoutError::Disconnected) => return Some(Stop::Shutdown),
+                Ok(Input::Suspend(answer)) => match self.suspend_refused() {
+                    Some(why) => {
+                        let _ = answer.send(Err(why));
+                    }
+                    None => return Some(Stop::Suspend(answer)),
+                },
+                Ok(Input::Resume(answer)) => {
+                    let _ = answer.send(Err("the protection is not suspended".to_owned()));
+                }
                 Ok(_) => {}
                 Err(RecvTimeoutError::Timeout) => return None,
             }
@@ -346,10 +477,15 @@ impl Worker {
         if status.phase != phase {
             tracing::info!(domain = self.protection.name, from = status.phase.name(), to = phase.name(), "state");
             status.phase = phase;
+            status.since_unix_ns = unix_ns();
         }
     }
 
     fn set_error(&self, error: String) {
         self.shared.status().last_error = error;
     }
+}
+
+fn unix_ns() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64
 }

@@ -26,6 +26,8 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
         }
         Command::Hold { domain } => protected_side::hold(common, out, domain).await,
         Command::Release { domain } => protected_side::release(common, out, domain).await,
+        Command::Suspend { domain } => protected_side::suspend(common, out, domain).await,
+        Command::Resume { domain } => protected_side::resume(common, out, domain).await,
         Command::Unprotect { domain } => protected_side::unprotect(common, out, domain).await,
         Command::Status { domain } => status::status(common, out, domain.as_ref()).await,
         Command::Points { domain } => backup_side::points(common, out, domain).await,

@@ -1,4 +1,4 @@
-//! Commands to the agent: `doctor`, `prepare`, `protect`, `hold`, `release`, `unprotect`.
+//! Commands to the agent: `doctor`, `prepare`, `protect`, `hold`, `release`, `suspend`, `resume`, `unprotect`.
 
 use vmdr_proto::control::{DoctorRequest, DomainRequest, ProtectRequest};
 
@@ -125,6 +125,37 @@ pub async fn release(common: &Common, out: Out, domain: &Domain) -> Result<(), F
         "release",
         || json::Release { domain: domain.0.clone(), held: false },
         || format!("{}\n", out.paint(Tone::Good, &format!("{} runs again", text::one_line(&domain.0)))),
+    )
+}
+
+/// Takes protection off for a while.
+pub async fn suspend(common: &Common, out: Out, domain: &Domain) -> Result<(), Failure> {
+    let request = DomainRequest { domain: domain.0.clone() };
+    let reply = answer(Daemon::Agent, "suspend", client::agent(common).await?.suspend(request)).await?;
+    out.result(
+        "suspend",
+        || json::Suspend { domain: domain.0.clone(), suspended: true, epoch: reply.epoch },
+        || {
+            let name = text::one_line(&domain.0);
+            let line = format!("{name} is not protected for now; the recovery point of epoch {} stays", reply.epoch);
+            format!("{}\n", out.paint(Tone::Care, &line))
+                + &text::wrapped("", &format!("`vmdr resume {name}` goes on, with what changed meanwhile."))
+        },
+    )
+}
+
+/// Puts it back on.
+pub async fn resume(common: &Common, out: Out, domain: &Domain) -> Result<(), Failure> {
+    let request = DomainRequest { domain: domain.0.clone() };
+    answer(Daemon::Agent, "resume", client::agent(common).await?.resume(request)).await?;
+    out.result(
+        "resume",
+        || json::Resume { domain: domain.0.clone(), suspended: false },
+        || {
+            let name = text::one_line(&domain.0);
+            format!("{}\n", out.paint(Tone::Good, &format!("protection of {name} goes on")))
+                + &text::wrapped("", "What changed meanwhile is sent first: `vmdr status` shows when it is protected again.")
+        },
     )
 }
 

@@ -17,6 +17,9 @@ use crate::{json, text};
 /// The longest name shown whole.
 const NAME_COLUMNS: usize = 18;
 
+/// States that last, and in which nothing happens: since when is worth a line.
+const QUIET: [&str; 7] = ["suspended", "shut off", "crashed", "paused", "held", "failed", "fenced"];
+
 type Rows = Vec<(Daemon, control::DomainStatus)>;
 
 /// Asks, merges, shows.
@@ -90,7 +93,15 @@ fn table(out: Out, rows: &Rows) -> String {
     ]);
     for (daemon, status) in rows {
         let mut below = String::new();
-        for (label, sentence) in [("  last error: ", &status.last_error), ("  advice: ", &status.advice)] {
+        if status.since_unix_ns > 0 && QUIET.contains(&status.state.as_str()) {
+            below.push_str(&format!("  since: {}\n", text::instant_short(status.since_unix_ns)));
+        }
+        let sentences = [
+            ("  limited by: ", &status.limited_by),
+            ("  last error: ", &status.last_error),
+            ("  advice: ", &status.advice),
+        ];
+        for (label, sentence) in sentences {
             if !sentence.is_empty() {
                 below.push_str(&text::wrapped(label, &text::one_line(sentence)));
             }

@@ -276,6 +276,16 @@ impl Agent for Daemon {
         Ok(Response::new(ReleaseReply {}))
     }
 
+    async fn suspend(&self, request: Request<DomainRequest>) -> Result<Response<SuspendReply>, Status> {
+        self.asked("suspend", &request.into_inner().domain)?;
+        Ok(Response::new(SuspendReply { epoch: 1000 }))
+    }
+
+    async fn resume(&self, request: Request<DomainRequest>) -> Result<Response<ResumeReply>, Status> {
+        self.asked("resume", &request.into_inner().domain)?;
+        Ok(Response::new(ResumeReply {}))
+    }
+
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
         let domain = request.into_inner().domain;
         self.asked("status", &domain)?;

@@ -50,7 +50,15 @@ pub struct Layout {
     pub disks: Vec<Disk>,
 }
 
+/// What the names of RAM blocks begin with that outlast a guest's power: flash, with firmware and UEFI variables.
+const FLASH: &str = "system.flash";
+
 impl Layout {
+    /// Whether this is a guest that does not run: it has shut down and has disks, but no memory.
+    pub fn is_off(&self) -> bool {
+        self.ram.iter().all(|block| block.used_bytes == 0 || block.name.starts_with(FLASH))
+    }
+
     /// Checks bounds, names and that no name is there twice.
     pub fn check(&self) -> Result<(), CodecError> {
         bound("RAM blocks", self.ram.len() as u64, 0, BLOCKS_MAX as u64)?;
@@ -141,4 +149,18 @@ pub(crate) fn bound(what: &'static str, value: u64, min: u64, max: u64) -> Resul
 fn string(to: &mut Vec<u8>, text: &str) {
     to.extend_from_slice(&(text.len() as u16).to_le_bytes());
     to.extend_from_slice(text.as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_without_memory_is_off() {
+        let block = |name: &str, used_bytes| RamBlock { name: name.to_owned(), used_bytes, page_bytes: 4096 };
+        let layout = |ram| Layout { ram, ..Layout::default() };
+        assert!(layout(vec![]).is_off());
+        assert!(layout(vec![block("pc.ram", 0), block("system.flash1", 4096)]).is_off());
+        assert!(!layout(vec![block("pc.ram", 4096), block("system.flash1", 4096)]).is_off());
+    }
 }

@@ -150,8 +150,7 @@ fn check_files(xml: &Element, host: &dyn Host, found: &mut Vec<Finding>) {
             found.push(refused(what, &format!("{file} is not on this host"), &remedy));
         }
     }
-    let nvram = xml.text_at("os/nvram").unwrap_or_default();
-    let mut made: Vec<(String, String)> = vec![("UEFI variables".to_owned(), nvram)];
+    let mut made: Vec<(String, String)> = Vec::new();
     for device in xml.find("devices").into_iter().flat_map(Element::elements) {
         let kind = device.attribute("type").unwrap_or_default();
         let name = device.name.as_str();

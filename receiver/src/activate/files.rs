@@ -5,8 +5,8 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, Permissions};
-use std::io;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::io::{self, Read};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -123,6 +123,20 @@ pub fn give_to_read(file: &Path, owner: Option<(u32, u32)>) -> Result<(), FileEr
     fs::set_permissions(file, Permissions::from_mode(0o400)).map_err(failed("set the mode of", file))
 }
 
+/// Writes the guest's UEFI variables, for QEMU's user alone: a copy, since QEMU writes to it.
+pub fn copy_variables(from: &Path, to: &Path, bytes: u64, owner: Option<(u32, u32)>) -> Result<(), FileError> {
+    let mut image = fs::File::open(from).map_err(failed("open", from))?.take(bytes);
+    let mut file =
+        fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(to).map_err(failed("create", to))?;
+    io::copy(&mut image, &mut file).map_err(failed("write", to))?;
+    // The image may end early: what lies beyond its end is zero.
+    file.set_len(bytes).map_err(failed("size", to))?;
+    if let Some((user, group)) = owner {
+        chown(to, Some(user), Some(group)).map_err(failed("change the owner of", to))?;
+    }
+    file.sync_all().map_err(failed("sync", to))
+}
+
 /// Removes a directory of an attempt, if it is there.
 pub fn remove_directory(path: &Path) -> Result<(), FileError> {
     match fs::remove_dir_all(path) {
@@ -155,6 +169,17 @@ mod tests {
         assert!(written.status.success(), "{written:?}");
         assert!(!is_pristine(&overlay).unwrap());
         assert_eq!(fs::read(&base).unwrap(), vec![7; 1 << 20]);
+    }
+
+    #[test]
+    fn variables_are_a_copy_of_the_flash_of_its_length() {
+        let dir = tempfile::tempdir().unwrap();
+        let (image, copy) = (dir.path().join("2.img"), dir.path().join("variables.fd"));
+        fs::write(&image, vec![7; 6000]).unwrap();
+        copy_variables(&image, &copy, 8192, None).unwrap();
+        assert_eq!(mode(&copy), 0o600);
+        assert_eq!(fs::read(&copy).unwrap(), [vec![7; 6000], vec![0; 2192]].concat());
+        assert!(copy_variables(&image, &copy, 8192, None).is_err(), "nothing that is there is overwritten");
     }
 
     #[test]

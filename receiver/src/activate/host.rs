@@ -78,6 +78,8 @@ pub trait Host: Send + Sync {
     fn uuid_of(&self, name: &str) -> Result<Option<Uuid>, Error>;
     /// Starts a guest from a save image.
     fn restore(&self, image: &Path) -> Result<(), Error>;
+    /// Starts a guest anew, transient as a restored one is.
+    fn boot(&self, xml: &Element) -> Result<(), Error>;
     /// Lets a paused guest go on.
     fn resume(&self, uuid: Uuid) -> Result<(), Error>;
     /// Defines a domain persistently, not to be started with the host.
@@ -201,6 +203,10 @@ impl Host for LocalHost {
 
     fn restore(&self, image: &Path) -> Result<(), Error> {
         self.connection.restore(image, None, RestoreState::Running)
+    }
+
+    fn boot(&self, xml: &Element) -> Result<(), Error> {
+        self.connection.create(xml, false).map(drop)
     }
 
     fn resume(&self, uuid: Uuid) -> Result<(), Error> {

@@ -1,9 +1,11 @@
-//! Which of the checkpoint's RAM blocks is the guest's main memory, and how it comes into the restored guest.
+//! Which of the checkpoint's RAM blocks is the guest's main memory, and how it comes into the restored guest; which one is
+//! the flash with its UEFI variables.
 //!
 //! One block holds all of an ordinary guest's memory: it is mapped from the RAM image, so that activation takes no longer
 //! for a large guest than for a small one. A guest with NUMA cells or memory devices has several, which QEMU does not take
 //! from `memory-backend`: all its memory goes through the stream, which is slower (about a second per GiB) and right.
 
+use vmdr_codec::{Layout, RamBlock};
 use vmdr_hypervisor::domain_xml::DomainXml;
 
 use super::xml::RAM_BACKEND;
@@ -13,11 +15,16 @@ use crate::store::RamImage;
 /// before 4.0 use, and after an earlier activation.
 const MAIN_NAMES: [&str; 4] = ["pc.ram", "/objects/pc.ram", RAM_BACKEND, "/objects/vmdr-ram"];
 
+/// The flash with the UEFI variables, as QEMU names it on every machine type that vmdr protects. Its content is the file's.
+const VARIABLES_NAME: &str = "system.flash1";
+
 /// How main memory comes into the restored guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Memory {
     /// This block (an index) is mapped from its image.
     Mapped(usize),
+    /// There is none: the guest had shut down, and boots from its disks.
+    Off,
     /// Everything goes through the stream.
     Carried {
         /// Why, for the operator.
@@ -28,9 +35,6 @@ pub enum Memory {
 /// Why the checkpoint's memory does not fit the definition.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MemoryError {
-    /// The checkpoint has no RAM at all.
-    #[error("the recovery point has no RAM block")]
-    NoBlocks,
     /// QEMU would refuse it.
     #[error(
         "the recovery point has {image_bytes} bytes of memory in block {block:?}, but the domain XML says {xml_bytes} bytes: \
@@ -44,12 +48,33 @@ pub enum MemoryError {
         /// What the definition says.
         xml_bytes: u64,
     },
+    /// A guest with UEFI variables, but no flash that holds them.
+    #[error("the domain XML names a file of UEFI variables, but the recovery point has no RAM block {VARIABLES_NAME}")]
+    NoVariables,
+}
+
+/// The block (an index) with the guest's UEFI variables, if it has any.
+pub fn variables(xml: &DomainXml, blocks: &[RamImage]) -> Result<Option<usize>, MemoryError> {
+    if xml.firmware.nvram.is_none() {
+        return Ok(None);
+    }
+    blocks.iter().position(|b| b.name == VARIABLES_NAME).map(Some).ok_or(MemoryError::NoVariables)
+}
+
+/// Whether this is a guest that has shut down: of its RAM only flash is there (`Layout::is_off`).
+fn is_off(blocks: &[RamImage]) -> bool {
+    let block = |block: &RamImage| RamBlock {
+        name: block.name.clone(),
+        used_bytes: block.used_bytes,
+        page_bytes: block.page_bytes,
+    };
+    Layout { ram: blocks.iter().map(block).collect(), ..Layout::default() }.is_off()
 }
 
 /// Decides how the memory of this guest is restored.
 pub fn choose(xml: &DomainXml, blocks: &[RamImage]) -> Result<Memory, MemoryError> {
-    if blocks.is_empty() {
-        return Err(MemoryError::NoBlocks);
+    if is_off(blocks) {
+        return Ok(Memory::Off);
     }
     if !xml.numa_cells.is_empty() {
         let count = xml.numa_cells.len();
@@ -118,6 +143,17 @@ mod tests {
     fn memory_of_another_guest_is_refused() {
         let error = choose(&xml(""), &[block("pc.ram", 8 << 20)]).unwrap_err();
         assert!(error.to_string().contains("8388608") && error.to_string().contains("4194304"), "{error}");
-        assert_eq!(choose(&xml(""), &[]), Err(MemoryError::NoBlocks));
+        assert_eq!(choose(&xml(""), &[]), Ok(Memory::Off));
+        assert_eq!(choose(&xml(""), &[block("system.flash1", 4096)]), Ok(Memory::Off));
+    }
+
+    #[test]
+    fn variables_are_in_the_second_flash() {
+        let blocks = [block("pc.ram", 4 << 20), block("system.flash0", 4096), block("system.flash1", 4096)];
+        let mut uefi = xml("");
+        assert_eq!(variables(&uefi, &blocks), Ok(None));
+        uefi.firmware.nvram = Some("/var/lib/libvirt/qemu/nvram/a_VARS.fd".to_owned());
+        assert_eq!(variables(&uefi, &blocks), Ok(Some(2)));
+        assert_eq!(variables(&uefi, &blocks[..2]), Err(MemoryError::NoVariables));
     }
 }

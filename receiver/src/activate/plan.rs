@@ -15,6 +15,9 @@ use super::xml::{self, PlacedDisk, Placement, RAM_BACKEND, Transformed};
 use super::{ActivateError, Settings};
 use crate::store::RecoveryPoint;
 
+/// The file with the UEFI variables.
+const VARIABLES: &str = "variables.fd";
+
 /// Everything that was decided about an activation.
 #[derive(Debug)]
 pub struct Plan {
@@ -26,6 +29,8 @@ pub struct Plan {
     pub transformed: Transformed,
     /// Disks and their overlays in the attempt's directory.
     pub disks: Vec<PlacedDisk>,
+    /// The RAM block (an index) with the UEFI variables, and the file in the attempt's directory that they go to.
+    pub variables: Option<(usize, PathBuf)>,
     /// What this host lacks and what will be different.
     pub findings: Vec<Finding>,
     /// User and group that QEMU runs as here.
@@ -53,9 +58,15 @@ pub fn make(
         .collect();
     let ram = match memory {
         Memory::Mapped(index) => Some((point.ram[index].path.as_path(), point.ram[index].used_bytes)),
-        Memory::Carried { .. } => None,
+        Memory::Carried { .. } | Memory::Off => None,
     };
-    let placement = Placement { ram, disks: &disks, bridges: &settings.bridges };
+    let variables = memory::variables(&domain, &point.ram)?.map(|index| (index, attempt_directory.join(VARIABLES)));
+    let placement = Placement {
+        ram,
+        disks: &disks,
+        variables: variables.as_ref().map(|(_, file)| file.as_path()),
+        bridges: &settings.bridges,
+    };
     let mut transformed = xml::transform(&point.domain_xml, &placement, host)?;
     let mut found = checks::check(&element, &domain, &settings.bridges, host)?;
     found.append(&mut transformed.findings);
@@ -80,11 +91,18 @@ pub fn make(
             "expect about a second per GiB until the guest runs",
         ));
     }
+    if memory == Memory::Off {
+        found.push(findings::warning(
+            "memory",
+            "the guest was shut down when this recovery point was made: it boots from its disks",
+            "",
+        ));
+    }
     let qemu_owner = match checks::demanded_owner(&element) {
         Some(owner) => Some(owner),
         None => checks::qemu_owner(&host.capabilities()?, &domain.virt_type),
     };
-    Ok(Plan { domain, memory, transformed, disks, findings: found, qemu_owner })
+    Ok(Plan { domain, memory, transformed, disks, variables, findings: found, qemu_owner })
 }
 
 /// The targets of disks come from outside: only letters and digits, which libvirt's are, become part of a file name.
@@ -111,6 +129,10 @@ pub fn steps(plan: &Plan, point: &RecoveryPoint, stored: u64, raised: Option<u64
             image.size_bytes >> 20
         ));
     }
+    if let Some((index, file)) = &plan.variables {
+        let block = &point.ram[*index].name;
+        steps.push(format!("write the UEFI variables ({block}) to {}", file.display()));
+    }
     match &plan.memory {
         Memory::Mapped(index) => {
             let block = &point.ram[*index];
@@ -121,12 +143,16 @@ pub fn steps(plan: &Plan, point: &RecoveryPoint, stored: u64, raised: Option<u64
                 block.path.display()
             ));
         }
+        Memory::Off => {}
         Memory::Carried { reason } => {
             let bytes: u64 = point.ram.iter().map(|b| b.used_bytes).sum();
             steps.push(format!("write {} MiB of memory into the save image ({reason})", bytes >> 20));
         }
     }
-    steps.push(format!("restore {name} through libvirt and see it running"));
+    steps.push(match &plan.memory {
+        Memory::Off => format!("boot {name} from its disks, as it was shut down, and see it running"),
+        _ => format!("restore {name} through libvirt and see it running"),
+    });
     steps.push(format!("define {name} persistently on its overlays, without autostart"));
     steps
 }

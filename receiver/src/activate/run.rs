@@ -140,7 +140,11 @@ impl Activation<'_> {
         progress("restore the guest");
         let step = Step::Restoring { generation, point: id, attempt, overlays };
         active.write(self.uuid, self.name, &step)?;
-        if let Err(source) = self.host.restore(&image) {
+        let restored = match plan.memory {
+            Memory::Off => self.host.boot(&plan.transformed.restore),
+            _ => self.host.restore(&image),
+        };
+        if let Err(source) = restored {
             return self.restore_failed(&active, step, source);
         }
         self.finish(&active, generation, id, &plan, attempt, false)
@@ -261,12 +265,19 @@ impl Activation<'_> {
             files::let_pass(top, &disk.base)?;
             files::give_to_read(&disk.base, plan.qemu_owner)?;
         }
+        if let Some((index, file)) = &plan.variables {
+            let flash = &point.ram[*index];
+            files::let_pass(top, file)?;
+            files::copy_variables(&flash.path, file, flash.used_bytes, plan.qemu_owner)?;
+        }
         if let Memory::Mapped(index) = plan.memory {
             let ram = &point.ram[index].path;
             files::let_pass(top, ram)?;
             files::give_to_read(ram, plan.qemu_owner)?;
         }
-        write_save_image(image, point, plan)?;
+        if plan.memory != Memory::Off {
+            write_save_image(image, point, plan)?;
+        }
         record::sync_directory(&directory).map_err(io("sync", &directory))?;
         Ok(overlays)
     }
@@ -379,7 +390,7 @@ fn write_save_image(path: &Path, point: &RecoveryPoint, plan: &Plan) -> Result<(
     let device_state = read_device_state(&point.device_state)?;
     let mapped = match plan.memory {
         Memory::Mapped(index) => Some(index),
-        Memory::Carried { .. } => None,
+        Memory::Carried { .. } | Memory::Off => None,
     };
     let mut files = Vec::with_capacity(point.ram.len());
     for (index, block) in point.ram.iter().enumerate() {

@@ -1,8 +1,9 @@
 //! Turns the protected guest's domain XML into the one that is activated here.
 //!
 //! The guest must find exactly the devices it had: nothing that it can see is changed. What changes is behind the
-//! devices: disks become overlays over the standby's images, main memory becomes a private mapping of the RAM image,
-//! bridges get their local names, and what belonged to the old host (labels, CPU pinning, memory placement) goes.
+//! devices: disks become overlays over the standby's images, UEFI variables a file of the activation's own, main memory
+//! becomes a private mapping of the RAM image, bridges get their local names, and what belonged to the old host (labels,
+//! CPU pinning, memory placement, huge pages) goes.
 //!
 //! Two definitions come out. The one to restore from has the RAM image on QEMU's command line; the persistent one does
 //! not, so that a guest that shuts down starts again as an ordinary guest, on the disks it left.
@@ -31,6 +32,8 @@ pub struct Placement<'a> {
     pub ram: Option<(&'a Path, u64)>,
     /// One for each disk of the standby.
     pub disks: &'a [PlacedDisk],
+    /// The file with the UEFI variables, for a guest that has any.
+    pub variables: Option<&'a Path>,
     /// Bridges that have another name here: source name to local name.
     pub bridges: &'a BTreeMap<String, String>,
 }
@@ -79,6 +82,9 @@ pub fn transform(source: &str, placement: &Placement<'_>, host: &dyn Host) -> Re
     for devices in root.find_all_mut("devices") {
         devices.remove_where(|e| e.name == "emulator" && !host.exists(Path::new(&e.text())));
     }
+    if let Some(file) = placement.variables {
+        place_variables(&mut root, file)?;
+    }
     for device in root.find_all_mut("devices").into_iter().flat_map(Element::elements_mut) {
         match device.name.as_str() {
             "disk" => place_disk(device, placement, host, &mut findings)?,
@@ -93,15 +99,18 @@ pub fn transform(source: &str, placement: &Placement<'_>, host: &dyn Host) -> Re
     }
     remove_ram_arguments(&mut root);
     let persistent = root.clone();
+    // Carried memory needs no huge pages either, and whether there are enough of them here on the day of the disaster
+    // nobody knows.
+    let huge = root.find("memoryBacking/hugepages").is_some() || root.find("devices/memory/source/pagesize").is_some();
+    if (placement.ram.is_some() || huge) && remove_memory_backing(&mut root) {
+        findings.push(findings::warning(
+            "memory",
+            "the guest's memory backing (hugepages, file, memfd, locked or allocated at once) is left out until the \
+             guest is started anew, because its memory comes from the standby's RAM image",
+            "shut the guest down and start it when there is time for it, if it needs that backing",
+        ));
+    }
     if let Some((image, bytes)) = placement.ram {
-        if remove_memory_backing(&mut root) {
-            findings.push(findings::warning(
-                "memory",
-                "the guest's memory backing (hugepages, file, memfd, locked or allocated at once) is left out until the \
-                 guest is started anew, because its memory is mapped from the standby's RAM image",
-                "shut the guest down and start it when there is time for it, if it needs that backing",
-            ));
-        }
         if root.attribute_at("devices/memballoon", "freePageReporting") == Some("on") {
             findings.push(findings::warning(
                 "memory balloon",
@@ -187,12 +196,24 @@ fn remove_host_bindings(root: &mut Element, findings: &mut Vec<Finding>) {
 
 /// Keeps only whether KSM may merge the guest's pages, which says nothing about where they come from.
 fn remove_memory_backing(root: &mut Element) -> bool {
-    let Some(backing) = root.find_mut("memoryBacking") else { return false };
-    let changed = backing.remove_where(|e| !matches!(e.name.as_str(), "nosharepages" | "discard")) > 0;
+    let mut changed = false;
+    for source in root.find_all_mut("devices/memory/source") {
+        changed |= source.remove_all("pagesize") > 0;
+    }
+    let Some(backing) = root.find_mut("memoryBacking") else { return changed };
+    changed |= backing.remove_where(|e| !matches!(e.name.as_str(), "nosharepages" | "discard")) > 0;
     if backing.elements().next().is_none() {
         root.remove_all("memoryBacking");
     }
     changed
+}
+
+/// Where QEMU keeps the UEFI variables. The template stays: it is for resetting them.
+fn place_variables(root: &mut Element, file: &Path) -> Result<(), TransformError> {
+    let Some(nvram) = root.find_mut("os/nvram") else { return Ok(()) };
+    nvram.remove_attribute("type");
+    nvram.set_text(utf8(file)?);
+    Ok(())
 }
 
 fn map_bridge(interface: &mut Element, bridges: &BTreeMap<String, String>) {

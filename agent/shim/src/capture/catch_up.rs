@@ -4,15 +4,12 @@
 //! are read from the guest's disk through a read-only NBD export of QEMU's own, which works for any format. Applied
 //! in the order *log before that instant, reads, log after it*, the next cut is consistent, whatever raced.
 
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use rustix::fs::{Gid, Uid, chown};
-use serde_json::json;
 use vmdr_proto::shim::{DiskOp, DiskOpKind};
 
-use super::{Capture, Copied, job_prefix, mirror_of};
+use super::{Capture, Copied, mirror_of};
 use crate::arena::CHUNK_BYTES;
 use crate::bitmap::Bitmap;
 use crate::nbd::Client;
@@ -37,6 +34,11 @@ impl CatchUp {
     /// The disk is to be read as a whole, or not at all: what was being read is no longer of interest.
     pub(super) fn forget(&mut self) {
         self.reading = None;
+    }
+
+    /// Lets go of the connection.
+    pub(super) fn disconnect(&mut self) {
+        self.export = None;
     }
 }
 
@@ -64,24 +66,7 @@ impl Capture {
             }
             left = self.read_disk(index, left, copied)?;
         }
-        if self.catch_up.iter().all(|catch_up| catch_up.reading.is_none()) {
-            self.close_exports();
-        }
         Ok(())
-    }
-
-    /// Ends QEMU's exports, if there are any.
-    pub(super) fn close_exports(&mut self) {
-        if !std::mem::take(&mut self.nbd_server) {
-            return;
-        }
-        for (disk, catch_up) in self.disks.iter().zip(&mut self.catch_up) {
-            catch_up.export = None;
-            // Not every disk had one.
-            let id = export_id(disk.target());
-            let _ = self.qmp.execute("block-export-del", Some(&json!({ "id": id, "mode": "hard" })));
-        }
-        let _ = self.qmp.execute("nbd-server-stop", None);
     }
 
     fn mirror_is_ready(&mut self, target: &str) -> anyhow::Result<bool> {
@@ -91,10 +76,21 @@ impl Capture {
     }
 
     fn read_disk(&mut self, index: usize, bytes_max: u64, copied: &mut Copied) -> anyhow::Result<u64> {
+        if self.storage.is_silent() {
+            // It would not come back before the storage does; the next pass says so.
+            return Ok(bytes_max);
+        }
         let target = self.disks[index].target().to_owned();
         let size = self.disks[index].size();
         if self.catch_up[index].export.is_none() {
-            self.catch_up[index].export = Some(self.open_export(&target)?);
+            self.catch_up[index].export = Some(self.open_export(&target, READ_LIMIT)?);
+            // What was remembered one by one was written; of a whole disk QEMU may know what was not.
+            let whole = |reading: &Bitmap| reading.count() == reading.len();
+            if self.catch_up[index].reading.as_ref().is_some_and(whole)
+                && let Some(written) = self.written_since_base(index)
+            {
+                self.catch_up[index].reading = Some(written);
+            }
         }
         let catch_up = &mut self.catch_up[index];
         let (Some(reading), Some(client)) = (&mut catch_up.reading, &mut catch_up.export) else {
@@ -128,44 +124,4 @@ impl Capture {
         }
         Ok(left)
     }
-
-    fn open_export(&mut self, target: &str) -> anyhow::Result<Client> {
-        let jobs = self.qmp.execute("query-block-jobs", None)?;
-        let job = mirror_of(&jobs, target)?;
-        let prefix = job_prefix(target);
-        let node =
-            job["device"].as_str().and_then(|name| name.strip_prefix(&prefix)).context("mirror without a node")?;
-        let path = self.export_socket()?;
-        let id = export_id(target);
-        // Both may be there from an attempt that failed half-way; the connection below tells whether they serve.
-        let address = json!({ "addr": { "type": "unix", "data": { "path": path } } });
-        let mut told = Vec::new();
-        match self.qmp.execute("nbd-server-start", Some(&address)) {
-            Ok(_) => self.nbd_server = true,
-            Err(error) => told.push(error.to_string()),
-        }
-        // A server that runs already may be ours, for another disk or from a predecessor; into anybody else's nothing
-        // is added.
-        if self.nbd_server || std::os::unix::net::UnixStream::connect(&path).is_ok() {
-            self.nbd_server = true;
-            let export = json!({ "type": "nbd", "id": id, "node-name": node, "name": target, "writable": false });
-            if let Err(error) = self.qmp.execute("block-export-add", Some(&export)) {
-                told.push(error.to_string());
-            }
-        }
-        Client::connect(&path, target, READ_LIMIT)
-            .map_err(|error| anyhow!("connect to QEMU's export of disk {target}: {error} ({})", told.join("; ")))
-    }
-
-    fn export_socket(&self) -> anyhow::Result<PathBuf> {
-        let directory: &Path = &self.config.qemu_directory();
-        std::fs::create_dir_all(directory).with_context(|| format!("make {}", directory.display()))?;
-        let owner = Uid::from_raw(self.config.qemu_uid);
-        chown(directory, Some(owner), None::<Gid>).with_context(|| format!("chown {}", directory.display()))?;
-        Ok(directory.join("export.sock"))
-    }
-}
-
-fn export_id(target: &str) -> String {
-    format!("vmdr-{target}")
 }

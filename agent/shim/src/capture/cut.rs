@@ -50,7 +50,7 @@ pub struct NoCut {
 }
 
 impl NoCut {
-    fn new(reason: NoPartReason, message: impl Into<String>) -> Self {
+    pub(super) fn new(reason: NoPartReason, message: impl Into<String>) -> Self {
         Self { reason, message: message.into(), timing: Timing::default() }
     }
 }
@@ -76,6 +76,9 @@ impl Capture {
     /// A short pause: scan and protect again; what was found is pending.
     pub fn pass(&mut self) -> Result<Result<Passed, NoCut>, CaptureError> {
         self.ready_to_stop()?;
+        if let Some(no) = self.storage_hangs()? {
+            return Ok(Err(no));
+        }
         let outcome = self.while_paused(
             false,
             [("human-monitor-command", Some(&ramblock_arguments()))],
@@ -109,6 +112,10 @@ impl Capture {
         if let Some(no) = self.not_now(pages_max) {
             return Ok(Err(no));
         }
+        if let Some(no) = self.storage_hangs()? {
+            return Ok(Err(no));
+        }
+        self.renew_bitmaps();
         seek(&self.device_writer, SeekFrom::Start(0)).context("rewind the device state")?;
         let save = json!({ "filename": format!("/dev/fdset/{DEVICE_FD_SET}"), "live": false });
         let outcome = self.while_paused(hold, [("xen-save-devices-state", Some(&save))], |this, [save], timing| {
@@ -126,6 +133,7 @@ impl Capture {
             // Saving may have written to guest memory: a second, small look.
             let (runs, _) = this.scan_and_protect(timing)?;
             this.copy(&runs, &mut copied)?;
+            this.ending.taking = true;
             for (index, disk) in this.disks.iter().enumerate() {
                 copied.add_log(index, disk.take());
             }
@@ -175,7 +183,11 @@ impl Capture {
         }
         let need = pending * PAGE_BYTES as u64 + CUT_SPARE_BYTES;
         (self.arena.free_bytes() < need).then(|| {
-            NoCut::new(NoPartReason::NoSpace, "the arena is full of parts that are not durable yet".to_owned())
+            if self.unreleased.is_empty() {
+                // No acknowledgement will make room: what is logged has to go out in parts.
+                return NoCut::new(NoPartReason::Pending, "the arena is full of disk writes of the open epoch");
+            }
+            NoCut::new(NoPartReason::NoSpace, "the arena is full of parts that are not durable yet")
         })
     }
 
@@ -343,7 +355,6 @@ impl Capture {
         let blocks = self.qmp.wait(blocks, COMMAND_LIMIT);
         // Until the contrary is shown.
         let list = std::mem::take(&mut self.block_list);
-        self.mirrors_ready = false;
         let before = self.mirror_sessions.clone();
         if let Err(error) = self.check_mirrors(&jobs?) {
             self.block_list = list;
@@ -416,6 +427,7 @@ impl Capture {
             all_sessions.push(sessions);
         }
         self.mirrors_ready = true;
+        self.ending.mirror_lost = false;
         self.mirror_sessions = all_sessions;
         Ok(())
     }
@@ -435,7 +447,17 @@ impl Capture {
 }
 
 fn not_running(state: &str) -> NoCut {
-    NoCut::new(NoPartReason::NotRunning, format!("the guest is {state}, and vmdr did not stop it"))
+    let why = match state {
+        "paused" => "somebody has paused it (`virsh resume` lets it go on)",
+        "io-error" => "an I/O error of a disk has stopped it (`virsh domblkerror`; mend it, then `virsh resume`)",
+        "internal-error" => "QEMU has met an internal error (see its log)",
+        "guest-panicked" => "the guest has panicked",
+        "shutdown" => "it has shut down, and QEMU was told to stay",
+        "suspended" => "it sleeps",
+        "inmigrate" | "postmigrate" | "finish-migrate" => "it is being migrated, or was",
+        _ => "vmdr did not stop it",
+    };
+    NoCut::new(NoPartReason::NotRunning, format!("the guest is {state}, and vmdr did not stop it: {why}"))
 }
 
 fn ramblock_arguments() -> Value {

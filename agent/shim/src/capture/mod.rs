@@ -11,9 +11,13 @@
 //!
 //! A part is made of what was copied; only [`cut`](Capture::cut) makes one that completes its epoch.
 
+pub mod bitmaps;
 mod catch_up;
 mod cut;
+mod ending;
+pub mod exports;
 mod placement;
+mod storage;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -28,8 +32,11 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use vmdr_proto::shim::{DiskOp, DiskOpKind, DiskState, Part, PartId, RamBlock, RamRun, State};
 use vmdr_proto::{PAGE_BYTES, SHIM_VERSION};
 
+use self::bitmaps::Bitmaps;
 use self::catch_up::CatchUp;
+use self::ending::Ending;
 use self::placement::Placement;
+use self::storage::Storage;
 use crate::arena::{Arena, CHUNK_BYTES, Chunk};
 use crate::bitmap::Bitmap;
 use crate::config::Config;
@@ -121,6 +128,7 @@ pub struct Capture {
     /// Per block of the dirty log: pages that were reported and protected again, and are in no part yet.
     pending: Vec<Bitmap>,
     catch_up: Vec<CatchUp>,
+    storage: Storage,
     /// QEMU's NBD server runs for us.
     nbd_server: bool,
     unreleased: VecDeque<Held>,
@@ -132,6 +140,8 @@ pub struct Capture {
     /// A cut has left the guest paused, as it was asked to.
     held: bool,
     last_event: String,
+    ending: Ending,
+    bitmaps: Bitmaps,
     /// Whether the guest ran when last looked at. If not, it is looked at before it is stopped.
     was_running: bool,
     /// When the cut that is under way has to be over.
@@ -171,9 +181,13 @@ impl Capture {
         }
         qmp.add_fd(std::os::fd::AsFd::as_fd(&device_writer), DEVICE_FD_SET).context("pass a descriptor to QEMU")?;
         let catch_up = disks.iter().map(|_| CatchUp::default()).collect();
+        let storage = Storage::new(disks.len());
         let helper = std::env::current_exe().context("find this program's own file")?;
+        let bitmaps = Bitmaps::new(&config.protection);
         let placement = Placement::of(config.qemu_pid).context("find QEMU's main thread")?;
         Ok(Self {
+            ending: Ending::default(),
+            bitmaps,
             config,
             qmp,
             page,
@@ -182,6 +196,7 @@ impl Capture {
             log: None,
             pending: Vec::new(),
             catch_up,
+            storage,
             nbd_server: false,
             unreleased: VecDeque::new(),
             generation: 0,
@@ -261,13 +276,17 @@ impl Capture {
         self.epoch = epoch;
         self.next_part = 0;
         self.seed = whole == Whole::Seed;
+        self.bitmaps.base_epoch = if whole == Whole::Resync { epoch - 1 } else { 0 };
         Ok(())
     }
 
     /// This part and all before it are durable.
     pub fn release(&mut self, epoch: u64, part: u32) {
         while self.unreleased.front().is_some_and(|held| (held.part.epoch, held.part.part) <= (epoch, part)) {
-            self.unreleased.pop_front();
+            let part = self.unreleased.pop_front();
+            if let Some(whole) = part.filter(|held| held.part.last) {
+                self.bitmaps.durable_epoch = whole.part.epoch;
+            }
         }
     }
 
@@ -286,7 +305,7 @@ impl Capture {
         if self.arena.free_bytes() < self.arena.bytes() / 2 && !self.unreleased.is_empty() {
             return Err(CaptureError::NoSpace("half of the arena holds parts that are not durable".to_owned()));
         }
-        let pages_max = bytes_max.min(self.arena.bytes() / 4) / PAGE_BYTES as u64;
+        let pages_max = bytes_max.min(self.arena.bytes() / 4).min(self.arena.free_bytes()) / PAGE_BYTES as u64;
         let mut copied = Copied::default();
         let runs = self.pending_runs(pages_max);
         self.copy(&runs, &mut copied)?;
@@ -325,10 +344,15 @@ impl Capture {
         {
             tracing::error!(domain = self.config.domain_name, "end the hold: {error}");
         }
+        if self.ending.gone {
+            // There is nobody to undo anything at.
+            return true;
+        }
         if let Some(mut log) = self.log.take() {
             log.unwatch();
         }
         self.close_exports();
+        self.remove_bitmaps();
         let _ = self.qmp.execute("remove-fd", Some(&serde_json::json!({ "fdset-id": DEVICE_FD_SET })));
         if let Err(error) = self.end_own_pause() {
             tracing::warn!(domain = self.config.domain_name, "end the pause: {error}; trying a new connection");
@@ -341,6 +365,9 @@ impl Capture {
 
     /// Where things stand, QEMU asked.
     pub fn state(&mut self) -> Result<State, CaptureError> {
+        if self.ending.gone {
+            return Ok(self.own_state());
+        }
         let events = self.qmp.events()?;
         self.note(events);
         let status = self.qmp.execute("query-status", None)?;
@@ -374,18 +401,23 @@ impl Capture {
                 .iter()
                 .map(|held| PartId { epoch: held.part.epoch, part: held.part.part, last: held.part.last })
                 .collect(),
-            armed: self.log.is_some(),
+            armed: self.log.is_some() || self.ending.gone,
             fenced: self.fenced,
             run_state: String::new(),
             disks: self.disks.iter().map(|disk| disk_state(disk)).collect(),
             last_event: self.last_event.clone(),
             held: self.held,
+            gone: self.ending.gone,
+            gone_reason: self.ending.reason.clone(),
         }
     }
 
     /// Looks at QEMU's events, so that a socket that nobody reads does not fill up, and ends a pause that could not be
     /// ended before.
     pub fn idle(&mut self) -> Result<(), CaptureError> {
+        if self.ending.gone {
+            return Ok(());
+        }
         self.end_own_pause()?;
         let events = self.qmp.events()?;
         self.note(events);
@@ -406,6 +438,7 @@ impl Capture {
             tracing::debug!(domain = self.config.domain_name, event = event.name, "QEMU event");
             // Somebody else ended the hold.
             self.held &= event.name != "RESUME";
+            self.ending.note(&event);
             self.last_event = event.name;
         }
     }
@@ -510,7 +543,11 @@ impl Capture {
             .iter()
             .map(|watched| RamBlock {
                 name: watched.block.name.clone(),
-                used_bytes: if watched.present { watched.block.used_bytes } else { 0 },
+                used_bytes: if watched.present && (!self.ending.off || ending::outlasts_power(&watched.block.name)) {
+                    watched.block.used_bytes
+                } else {
+                    0
+                },
                 page_bytes: watched.block.page_bytes as u32,
             })
             .collect()
@@ -531,7 +568,9 @@ impl Capture {
             ..copied.part
         };
         self.unreleased.push_back(Held { part: part.clone(), _chunks: copied.chunks });
+        self.ending.taking = false;
         if last {
+            self.bitmaps.base_epoch = 0;
             self.epoch += 1;
             self.next_part = 0;
             self.seed = false;

@@ -84,7 +84,6 @@ fn networks_devices_and_firmware() {
         "interface 52:54:00:00:00:02: its libvirt network default is not on this host",
         "interface 52:54:00:00:00:03: its network device eno1",
         "firmware: /usr/share/OVMF/OVMF_CODE_4M.ms.fd",
-        "UEFI variables: the directory of /var/lib/libvirt/qemu/nvram/rich_VARS.fd",
         "serial: the directory of /var/log/guests/rich.log",
         "rng: /dev/urandom",
     ] {

@@ -88,6 +88,39 @@ fn xml_of(image: &Path) -> Element {
     Element::parse(std::str::from_utf8(&bytes[92..92 + end]).unwrap()).unwrap()
 }
 
+/// What `restores` has of a guest that was started anew.
+pub const BOOT: &str = "boot";
+
+impl FakeHost {
+    /// A guest is there, or not, as the test wants.
+    fn come_up(&self, from: PathBuf, xml: &Element) -> Result<(), Error> {
+        let what = self.on_restore.lock().unwrap().clone();
+        let mut libvirt = self.libvirt.lock().unwrap();
+        assert!(libvirt.guest.as_ref().is_none_or(|g| !g.state.is_active()), "a second guest");
+        libvirt.restores.push(from);
+        let state = match what {
+            OnRestore::Refuse => return Err(libvirt_error("unable to execute QEMU command")),
+            OnRestore::KilledBefore => {
+                drop(libvirt);
+                panic!("killed before the restore");
+            }
+            OnRestore::Pause => DomainState::Paused,
+            _ => DomainState::Running,
+        };
+        let disk_files =
+            xml.find_all("devices/disk/source").iter().map(|s| s.attribute("file").unwrap().into()).collect();
+        libvirt.guest = Some(Guest { state, persistent: false, disk_files });
+        match what {
+            OnRestore::LoseConnection => Err(libvirt_error("End of file while reading data: client socket is closed")),
+            OnRestore::Killed => {
+                drop(libvirt);
+                panic!("killed during the restore");
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 impl Host for FakeHost {
     fn exists(&self, path: &Path) -> bool {
         self.files.contains(path)
@@ -129,31 +162,10 @@ impl Host for FakeHost {
         Ok(self.names.get(name).copied())
     }
     fn restore(&self, image: &Path) -> Result<(), Error> {
-        let what = self.on_restore.lock().unwrap().clone();
-        let mut libvirt = self.libvirt.lock().unwrap();
-        assert!(libvirt.guest.as_ref().is_none_or(|g| !g.state.is_active()), "a second guest");
-        libvirt.restores.push(image.to_owned());
-        let state = match what {
-            OnRestore::Refuse => return Err(libvirt_error("unable to execute QEMU command")),
-            OnRestore::KilledBefore => {
-                drop(libvirt);
-                panic!("killed before the restore");
-            }
-            OnRestore::Pause => DomainState::Paused,
-            _ => DomainState::Running,
-        };
-        let disks = xml_of(image);
-        let disk_files =
-            disks.find_all("devices/disk/source").iter().map(|s| s.attribute("file").unwrap().into()).collect();
-        libvirt.guest = Some(Guest { state, persistent: false, disk_files });
-        match what {
-            OnRestore::LoseConnection => Err(libvirt_error("End of file while reading data: client socket is closed")),
-            OnRestore::Killed => {
-                drop(libvirt);
-                panic!("killed during the restore");
-            }
-            _ => Ok(()),
-        }
+        self.come_up(image.to_owned(), &xml_of(image))
+    }
+    fn boot(&self, xml: &Element) -> Result<(), Error> {
+        self.come_up(PathBuf::from(BOOT), xml)
     }
     fn resume(&self, _: Uuid) -> Result<(), Error> {
         let mut libvirt = self.libvirt.lock().unwrap();

@@ -4,7 +4,7 @@ use std::sync::Mutex;
 
 use tempfile::TempDir;
 
-use super::super::host::fake::{FakeHost, OnRestore};
+use super::super::host::fake::{BOOT, FakeHost, OnRestore};
 use super::*;
 use crate::store::{DiskImage, RamImage};
 
@@ -189,6 +189,22 @@ fn a_guest_is_brought_up_and_reported() {
     assert_eq!((again.was_active, again.rto, again.lost_seconds), (true, None, 2.5));
     assert_eq!(f.restores(), 1);
     f.assert_running_once();
+}
+
+#[test]
+fn a_guest_that_was_shut_down_boots_from_its_disks() {
+    let mut f = fixture();
+    f.standby.point.ram.clear();
+    // What is there is of an older epoch, and of no use.
+    std::fs::remove_file(&f.standby.point.device_state).unwrap();
+    f.on_restore(OnRestore::Refuse);
+    assert!(f.run().is_err());
+    assert_eq!(f.attempts(), Vec::<String>::new());
+    f.on_restore(OnRestore::Run);
+    assert!(!f.run().unwrap().was_active);
+    f.assert_running_once();
+    assert_eq!(f.host.libvirt.lock().unwrap().restores, [PathBuf::from(BOOT), PathBuf::from(BOOT)]);
+    assert!(f.run().unwrap().was_active);
 }
 
 #[test]

@@ -25,7 +25,7 @@ fn make(xml: &str, targets: &[&str], ram: Option<(&str, u64)>, host: &FakeHost) 
     let disks = placed(targets);
     let bridges = BTreeMap::from([("br0".to_owned(), "br-dr".to_owned())]);
     let ram = ram.map(|(path, bytes)| (Path::new(path), bytes));
-    transform(xml, &Placement { ram, disks: &disks, bridges: &bridges }, host).unwrap()
+    transform(xml, &Placement { ram, disks: &disks, variables: None, bridges: &bridges }, host).unwrap()
 }
 
 fn disk<'a>(root: &'a Element, target: &str) -> &'a Element {
@@ -190,16 +190,39 @@ fn a_disk_that_the_standby_lacks_is_refused_even_if_its_file_is_here() {
 }
 
 #[test]
-fn memory_that_is_carried_keeps_its_backing() {
+fn memory_that_is_carried_needs_no_huge_pages_until_the_guest_is_started_anew() {
     let made = make(NUMA, &["hda"], None, &host(&["/images/shared-tools.raw"]));
-    assert!(made.restore.find("memoryBacking/hugepages").is_some());
+    assert!(made.restore.find("memoryBacking/hugepages").is_none());
+    assert!(made.persistent.find("memoryBacking/hugepages").is_some());
     assert!(made.restore.find("numatune").is_none());
+    assert_eq!(made.findings.iter().filter(|f| f.subject == "memory").count(), 1);
+    let memfd = NUMA.replace("<hugepages/>", "<source type='memfd'/>");
+    let made = make(&memfd, &["hda"], None, &host(&["/images/shared-tools.raw"]));
+    assert!(made.restore.find("memoryBacking/source").is_some());
     assert_eq!(made.restore, made.persistent);
 }
 
 #[test]
+fn uefi_variables_are_a_file_of_the_activation() {
+    let bridges = BTreeMap::new();
+    let variables = Some(Path::new("/s/active/attempt-1/variables.fd"));
+    let disks = placed(&["vda", "sdb"]);
+    let in_source = RICH.replace("format='raw'>/var/lib/libvirt/qemu/nvram/rich_VARS.fd<", "type='file'><source file='/v'/><");
+    for xml in [RICH, &in_source] {
+        let placement = Placement { ram: None, disks: &disks, variables, bridges: &bridges };
+        let made = transform(xml, &placement, &host(&[])).unwrap();
+        for root in [&made.restore, &made.persistent] {
+            assert_eq!(root.text_at("os/nvram").as_deref(), Some("/s/active/attempt-1/variables.fd"));
+            let nvram = root.find("os/nvram").unwrap();
+            assert!(nvram.elements().next().is_none() && nvram.attribute("type").is_none());
+            assert_eq!(nvram.attribute("template"), Some("/usr/share/OVMF/OVMF_VARS_4M.ms.fd"));
+        }
+    }
+}
+
+#[test]
 fn what_is_no_definition_is_refused() {
-    let placement = Placement { ram: None, disks: &[], bridges: &BTreeMap::new() };
+    let placement = Placement { ram: None, disks: &[], variables: None, bridges: &BTreeMap::new() };
     for xml in ["", "<domain", "<network/>", "<domain type='kvm'><name>x</name></domain>"] {
         assert!(matches!(transform(xml, &placement, &host(&[])), Err(TransformError::Read(_))), "{xml:?}");
     }

@@ -1,0 +1,315 @@
+//! The host's end of the channel to a guest's tools: tells them the time.
+//!
+//! Where a domain's definition has a virtio channel named [`vmdr_guest_channel::PORT`], QEMU listens on a unix socket for
+//! whoever wants to talk to the guest. While a domain is protected, a thread of the agent's does. It answers: the guest asks for
+//! the time and steers its own clock; nothing that the guest sends makes the agent do anything but answer, and show two
+//! figures that the guest claims. So a guest without tools, one that talks nonsense and one that floods the channel are
+//! all the same to protection: what is read is limited in speed ([`PACE`]) and in size, what cannot be sent at once is
+//! dropped, and the guest asks again.
+
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use vmdr_guest_channel::{Decoder, Frame, Hello, Message, PORT, features};
+use vmdr_hypervisor::xml::Element;
+
+/// How often QEMU's socket is tried.
+const RETRY: Duration = Duration::from_secs(2);
+/// How often the guest is greeted until it answers.
+const GREET: Duration = Duration::from_secs(2);
+/// How often the thread looks whether it should end.
+const LOOK: Duration = Duration::from_millis(100);
+/// How long a guest that does not read may keep an answer waiting.
+const SEND_LIMIT: Duration = Duration::from_millis(50);
+/// Bytes read at once: more than a guest's questions of a second...
+const READ_BYTES: usize = 2048;
+/// ...and the rest after that many (less after less): 40 KB/s is what a guest can make us read.
+const PACE: Duration = Duration::from_millis(50);
+/// A guest that has not asked for this long does not steer its clock.
+const SILENCE: Duration = Duration::from_secs(5);
+
+/// What the guest's tools say of themselves. Claims of the guest.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tools {
+    /// Name and version, printable.
+    pub software: String,
+    /// How far its clock was behind when it last looked, in seconds; nothing while it does not ask.
+    pub clock_offset_seconds: Option<f64>,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    tools: Option<String>,
+    asked: Option<(Instant, i64)>,
+}
+
+/// A channel that is kept open. Dropping it closes it.
+#[derive(Debug)]
+pub struct GuestChannel {
+    stop: Arc<AtomicBool>,
+    seen: Arc<Mutex<Seen>>,
+}
+
+/// The socket of a running domain's channel to vmdr's tools, if it has one.
+pub fn socket(live: &Element) -> Option<PathBuf> {
+    let devices = live.find("devices")?;
+    let channel = devices.elements().find(|device| {
+        device.name == "channel"
+            && device.attribute("type") == Some("unix")
+            && device.attribute_at("target", "name") == Some(PORT)
+    })?;
+    channel.attribute_at("source", "path").map(PathBuf::from)
+}
+
+impl GuestChannel {
+    /// Talks to the guest behind `socket` from now on. `tell_time`: its clock may be steered.
+    pub fn open(domain: &str, socket: PathBuf, tell_time: bool) -> std::io::Result<Self> {
+        let (stop, seen) = (Arc::new(AtomicBool::new(false)), Arc::default());
+        let talk = Talk { domain: domain.to_owned(), tell_time, stop: stop.clone(), seen: Arc::clone(&seen) };
+        std::thread::Builder::new().name(format!("guest {domain}")).spawn(move || talk.run(&socket))?;
+        Ok(Self { stop, seen })
+    }
+
+    /// What the guest's tools say, if there are any.
+    pub fn tools(&self) -> Option<Tools> {
+        let seen = lock(&self.seen);
+        let software = seen.tools.clone()?;
+        let asked = seen.asked.filter(|(at, _)| at.elapsed() < SILENCE);
+        Some(Tools { software, clock_offset_seconds: asked.map(|(_, offset_ns)| offset_ns as f64 / 1e9) })
+    }
+}
+
+impl Drop for GuestChannel {
+    fn drop(&mut self) {
+        // The thread sees it within LOOK. QEMU has a successor wait until its socket is free.
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+fn lock(seen: &Mutex<Seen>) -> MutexGuard<'_, Seen> {
+    // Two independent values: valid after a panic.
+    seen.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+struct Talk {
+    domain: String,
+    tell_time: bool,
+    stop: Arc<AtomicBool>,
+    seen: Arc<Mutex<Seen>>,
+}
+
+impl Talk {
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    fn run(&self, socket: &Path) {
+        while !self.stopped() {
+            // Another program may have the socket, or the guest may be ending: both are tried again without a word.
+            if let Ok(stream) = UnixStream::connect(socket) {
+                let ended = self.converse(&stream);
+                *lock(&self.seen) = Seen::default();
+                if let Err(error) = ended {
+                    tracing::debug!(domain = self.domain, "the channel to the guest's tools: {error}");
+                }
+            }
+            let until = Instant::now() + RETRY;
+            while !self.stopped() && Instant::now() < until {
+                std::thread::sleep(LOOK);
+            }
+        }
+    }
+
+    /// Talks until the other end is gone or this one is told to stop.
+    fn converse(&self, stream: &UnixStream) -> std::io::Result<()> {
+        stream.set_read_timeout(Some(LOOK))?;
+        stream.set_write_timeout(Some(SEND_LIMIT))?;
+        let mut from = stream;
+        let mut decoder = Decoder::default();
+        let mut greet = Instant::now();
+        while !self.stopped() {
+            if lock(&self.seen).tools.is_none() && Instant::now() >= greet {
+                greet = Instant::now() + GREET;
+                send(stream, &Frame { number: 0, message: Message::Hello(self.hello(true)) })?;
+            }
+            let mut buffer = [0; READ_BYTES];
+            let bytes = match from.read(&mut buffer) {
+                Ok(0) => return Ok(()),
+                Ok(bytes) => bytes,
+                Err(error) if is_wait(&error) => continue,
+                Err(error) => return Err(error),
+            };
+            let mut rest = &buffer[..bytes];
+            while let Some(frame) = decoder.next(&mut rest) {
+                // One that does not read gets no further answers to what it has asked at once.
+                if let Some(message) = self.answer(frame.message)
+                    && !send(stream, &Frame { number: frame.number, message })?
+                {
+                    break;
+                }
+            }
+            std::thread::sleep(PACE.mul_f64(bytes as f64 / READ_BYTES as f64));
+        }
+        Ok(())
+    }
+
+    fn hello(&self, answer: bool) -> Hello {
+        let clock = if self.tell_time { features::CLOCK } else { 0 };
+        Hello::own(clock, answer, concat!("vmdr-agent ", env!("CARGO_PKG_VERSION")))
+    }
+
+    fn answer(&self, message: Message) -> Option<Message> {
+        match message {
+            Message::Hello(hello) => {
+                let mut seen = lock(&self.seen);
+                if hello.common_version().is_none() && seen.tools.is_none() {
+                    tracing::warn!(
+                        domain = self.domain,
+                        "the guest's tools speak versions {} to {} of the guest protocol, not {}",
+                        hello.oldest,
+                        hello.newest,
+                        vmdr_guest_channel::VERSION
+                    );
+                }
+                seen.tools = Some(printable(&hello.software));
+                hello.answer.then(|| Message::Hello(self.hello(false)))
+            }
+            Message::ClockAsk { offset_ns, .. } if self.tell_time => {
+                lock(&self.seen).asked = Some((Instant::now(), offset_ns));
+                let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                Some(Message::ClockIs { host_unix_ns: since.as_nanos() as u64 })
+            }
+            Message::Unsupported(_) => None,
+            other => Some(Message::Unsupported(other.kind())),
+        }
+    }
+}
+
+/// Sends what the other end takes at once, and says whether it took anything. Half a frame is found to be none.
+fn send(mut stream: &UnixStream, frame: &Frame) -> std::io::Result<bool> {
+    match stream.write(&frame.encode()) {
+        Ok(_) => Ok(true),
+        Err(error) if is_wait(&error) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn is_wait(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted)
+}
+
+/// The guest chose it: no control characters get into a terminal or a log.
+fn printable(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    /// A channel to a "guest" that is this test.
+    fn guest(tell_time: bool) -> (GuestChannel, UnixStream, tempfile::TempDir) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("port");
+        let listener = UnixListener::bind(&path).unwrap();
+        let channel = GuestChannel::open("web1", path, tell_time).unwrap();
+        let stream = listener.accept().unwrap().0;
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        (channel, stream, directory)
+    }
+
+    fn next(stream: &mut UnixStream) -> Frame {
+        let mut decoder = Decoder::default();
+        loop {
+            let mut byte = [0];
+            stream.read_exact(&mut byte).unwrap();
+            if let Some(frame) = decoder.next(&mut &byte[..]) {
+                return frame;
+            }
+        }
+    }
+
+    fn say(stream: &mut UnixStream, number: u32, message: Message) {
+        stream.write_all(&Frame { number, message }.encode()).unwrap();
+    }
+
+    const ASK: Message = Message::ClockAsk { guest_unix_ns: 1, offset_ns: 7_000_000, rate_ppm: 0 };
+
+    #[test]
+    fn a_guest_is_greeted_and_told_the_time() {
+        let (channel, mut stream, _directory) = guest(true);
+        let Message::Hello(hello) = next(&mut stream).message else { panic!("no hello") };
+        assert!(hello.answer && hello.features == features::CLOCK);
+        assert_eq!(channel.tools(), None);
+        say(&mut stream, 5, Message::Hello(Hello::own(features::CLOCK, true, "tools\u{1b}[2J 9")));
+        let answer = next(&mut stream);
+        assert!(answer.number == 5 && matches!(answer.message, Message::Hello(Hello { answer: false, .. })));
+        say(&mut stream, 6, ASK);
+        let Frame { number: 6, message: Message::ClockIs { host_unix_ns } } = next(&mut stream) else {
+            panic!("no time")
+        };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
+        assert!(now >= host_unix_ns && now - host_unix_ns < 20_000_000_000);
+        let tools = Tools { software: "tools[2J 9".to_owned(), clock_offset_seconds: Some(0.007) };
+        assert_eq!(channel.tools(), Some(tools));
+        say(&mut stream, 7, Message::Unknown(999));
+        assert_eq!(next(&mut stream), Frame { number: 7, message: Message::Unsupported(999) });
+    }
+
+    #[test]
+    fn a_clock_that_is_not_to_be_steered_is_not() {
+        let (channel, mut stream, _directory) = guest(false);
+        let Message::Hello(hello) = next(&mut stream).message else { panic!("no hello") };
+        assert_eq!(hello.features, 0);
+        say(&mut stream, 1, Message::Hello(Hello::own(0, false, "tools")));
+        say(&mut stream, 2, ASK);
+        assert_eq!(next(&mut stream), Frame { number: 2, message: Message::Unsupported(ASK.kind()) });
+        assert_eq!(channel.tools().unwrap().clock_offset_seconds, None);
+    }
+
+    #[test]
+    fn a_guest_that_floods_and_never_reads_holds_nobody_up() {
+        let (channel, stream, _directory) = guest(true);
+        stream.set_nonblocking(true).unwrap();
+        let flood: Vec<u8> = (0..200).flat_map(|number| Frame { number, message: ASK }.encode()).collect();
+        let noise = [0xa5; 4096];
+        let mut taken = 0;
+        let until = Instant::now() + Duration::from_millis(600);
+        while Instant::now() < until {
+            for bytes in [&flood[..], &noise[..]] {
+                taken += (&stream).write(bytes).unwrap_or(0);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // What the kernel's buffers hold, and what the pace lets through in that time.
+        assert!(taken < 2_000_000, "{taken} bytes were taken");
+        let stop = channel.stop.clone();
+        drop(channel);
+        let gone = || Arc::strong_count(&stop) == 1;
+        let until = Instant::now() + Duration::from_secs(20);
+        while !gone() && Instant::now() < until {
+            std::thread::sleep(LOOK);
+        }
+        assert!(gone(), "the thread goes on");
+    }
+
+    #[test]
+    fn the_socket_is_found_by_the_channels_name() {
+        let domain = |name: &str| {
+            let text = format!(
+                "<domain><devices><channel type='unix'><source mode='bind' path='/run/other'/>\
+                 <target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
+                 <channel type='unix'><source mode='bind' path='/run/port'/><target type='virtio' name='{name}'/></channel>\
+                 </devices></domain>"
+            );
+            Element::parse(&text).unwrap()
+        };
+        assert_eq!(socket(&domain(PORT)), Some(PathBuf::from("/run/port")));
+        assert_eq!(socket(&domain("something.else")), None);
+    }
+}
