@@ -48,17 +48,14 @@ impl Bucket {
         state
     }
 
-    /// What is there now, at most `want`; if that is nothing, how long until there is `grain` or `want`.
-    pub fn available(&self, rate: f64, want: f64, grain: f64, now: Instant) -> Result<f64, Duration> {
-        let state = self.filled(rate, now);
-        let least = grain.min(want);
-        if state.tokens >= least {
-            return Ok(state.tokens.min(want));
-        }
-        Err(Duration::from_secs_f64((least - state.tokens) / rate).clamp(WAIT_MIN, WAIT_MAX))
+    /// Takes tokens, whether or not they are there, and says after how long they are: whoever comes first goes first.
+    pub fn reserve(&self, rate: f64, amount: f64, now: Instant) -> Duration {
+        let mut state = self.filled(rate, now);
+        state.tokens -= amount;
+        Duration::from_secs_f64((-state.tokens / rate).max(0.0))
     }
 
-    /// Takes tokens, or gives them back, whether or not they are there.
+    /// Takes tokens, whether or not they are there.
     pub fn charge(&self, rate: f64, amount: f64, now: Instant) {
         self.filled(rate, now).tokens -= amount;
     }
@@ -76,24 +73,20 @@ mod tests {
 
     #[test]
     fn over_any_time_the_rate_is_kept_and_used() {
-        let bucket = Bucket::new(0.1, 1000.0, 1.0);
+        let bucket = Bucket::new(0.1, 1000.0, 10.0);
         let begun = Instant::now();
         let (mut passed, mut taken) = (Duration::ZERO, 0.0);
         let rate = 50_000.0;
         while passed < Duration::from_secs(10) {
-            match bucket.available(rate, 16_000.0, 1000.0, begun + passed) {
-                Ok(amount) => {
-                    bucket.charge(rate, amount, begun + passed);
-                    taken += amount;
-                }
-                Err(wait) => passed += wait,
-            }
+            passed += bucket.reserve(rate, 4_000.0, begun + passed);
+            taken += 4_000.0;
             assert!(taken <= rate * (passed.as_secs_f64() + 0.1) + 1.0, "{taken} after {passed:?}");
         }
         assert!(taken > rate * 9.9, "{taken}");
         // Idle for a minute: no more than the burst has gathered.
         let later = begun + passed + Duration::from_secs(60);
-        assert_eq!(bucket.available(rate, 1e9, 1000.0, later), Ok(rate * 0.1));
+        assert_eq!(bucket.reserve(rate, 5_000.0, later), Duration::ZERO);
+        assert_eq!(bucket.reserve(rate, 50_000.0, later), Duration::from_secs(1));
     }
 
     #[test]
@@ -113,10 +106,11 @@ mod tests {
     fn a_rate_may_change_and_time_stand_still() {
         let bucket = Bucket::new(0.1, 0.0, 1.0);
         let now = Instant::now();
-        bucket.charge(1e6, 1e5, now);
-        assert!(bucket.available(1e6, 1e6, 1.0, now).is_err());
-        assert_eq!(bucket.available(1e6, 1e6, 1.0, now + Duration::from_secs(1)), Ok(1e5));
-        assert_eq!(bucket.available(1e3, 1e6, 1.0, now + Duration::from_secs(2)), Ok(1e2));
-        assert_eq!(bucket.available(1e3, 1e6, 1.0, now), Ok(1e2));
+        assert_eq!(bucket.reserve(1e6, 1e5, now), Duration::ZERO);
+        assert_eq!(bucket.reserve(1e6, 1e5, now), Duration::from_millis(100));
+        // What is owed is kept within what the rate that holds now pays back in a second.
+        assert_eq!(bucket.reserve(1e3, 0.0, now), Duration::from_secs(1));
+        assert_eq!(bucket.reserve(1e3, 0.0, now + Duration::from_secs(2)), Duration::ZERO);
+        assert_eq!(bucket.reserve(1e3, 200.0, now), Duration::from_millis(100));
     }
 }

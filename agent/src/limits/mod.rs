@@ -35,8 +35,10 @@ use self::slots::{Seat, Slots};
 const SEND_BURST_SECONDS: f64 = 0.1;
 /// ...and a frame of HTTP/2 at least.
 const SEND_BURST_MIN: f64 = 16_384.0;
-/// Less is not worth a system call.
-const SEND_GRAIN: f64 = 4_096.0;
+/// What is sent in one turn, where guests share a link: a frame, or what comes in this time.
+const SEND_TURN_SECONDS: f64 = 0.02;
+/// What can be waited for at most: with 16 KiB each, 60 guests on the slowest link.
+const SEND_DEBT_SECONDS: f64 = 10.0;
 /// Processor time that may be used at once after a rest...
 const CPU_BURST_SECONDS: f64 = 0.2;
 /// ...and what one step can owe at most: a large pass may take seconds of a small share.
@@ -53,7 +55,7 @@ struct Link {
 
 impl Link {
     fn new(schedule: Schedule) -> Self {
-        let bucket = Bucket::new(SEND_BURST_SECONDS, SEND_BURST_MIN, 1.0);
+        let bucket = Bucket::new(SEND_BURST_SECONDS, SEND_BURST_MIN, SEND_DEBT_SECONDS);
         Self { bucket, schedule: Mutex::new((schedule, None)) }
     }
 
@@ -242,30 +244,28 @@ impl Guest {
         self.cpu.set(caps.cpu_percent);
     }
 
-    /// How many of `want` bytes may be sent now, or how long none may. Say [`Guest::sent`] when they are.
-    fn may_send(&self, want: usize, now: Instant) -> Result<usize, Duration> {
-        let mut bytes = want as f64;
-        for (index, link) in [&self.link, &self.host.shared.link].into_iter().enumerate() {
-            let Some(rate) = link.rate(now) else { continue };
-            match link.bucket.available(rate as f64, bytes, SEND_GRAIN, now) {
-                Ok(available) => bytes = available,
-                Err(wait) => {
-                    lock(&self.strain).link[index].waited(wait, now);
-                    return Err(wait);
-                }
+    /// How many of `want` bytes may be sent next, and after how long. They count as sent.
+    fn reserve(&self, want: usize, now: Instant) -> (usize, Duration) {
+        let links = [&self.link, &self.host.shared.link];
+        let rates = links.map(|link| link.rate(now).map(|rate| rate as f64));
+        // No more than that at once, so that all who share a link have their turns.
+        let turn = |rate: &f64| (rate * SEND_TURN_SECONDS).max(SEND_BURST_MIN) as usize;
+        let bytes = rates.iter().flatten().map(turn).fold(want, usize::min);
+        let mut longest = (Duration::ZERO, 0);
+        for (index, (link, rate)) in links.into_iter().zip(rates).enumerate() {
+            if let Some(rate) = rate {
+                longest = longest.max((link.bucket.reserve(rate, bytes as f64, now), index));
             }
         }
-        // At least one: zero bytes written would be an end of file. What is overdrawn is made up for.
-        Ok((bytes as usize).max(1).min(want))
+        let (wait, index) = longest;
+        if !wait.is_zero() {
+            lock(&self.strain).link[index].waited(wait, now);
+        }
+        (bytes, wait)
     }
 
-    fn sent(&self, bytes: usize, now: Instant) {
+    fn sent(&self, bytes: usize) {
         self.sent_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        for link in [&self.link, &self.host.shared.link] {
-            if let Some(rate) = link.rate(now) {
-                link.bucket.charge(rate as f64, bytes as f64, now);
-            }
-        }
     }
 
     /// Bytes written to the receiver's connection, HTTP/2's own included.

@@ -21,28 +21,35 @@ use super::Guest;
 pub struct Throttled {
     stream: TcpStream,
     guest: Arc<Guest>,
-    /// While nothing may be written.
+    /// Bytes that may be written...
+    granted: usize,
+    /// ...after this.
     rest: Option<Pin<Box<Sleep>>>,
 }
 
 impl Throttled {
     /// Of this guest.
     pub fn new(stream: TcpStream, guest: Arc<Guest>) -> Self {
-        Self { stream, guest, rest: None }
+        Self { stream, guest, granted: 0, rest: None }
     }
 
-    /// How many bytes may be written now.
+    /// How many of `want` bytes (one at least) may be written now.
     fn allowed(&mut self, context: &mut Context<'_>, want: usize) -> Poll<usize> {
-        loop {
-            if let Some(rest) = &mut self.rest {
-                std::task::ready!(rest.as_mut().poll(context));
-                self.rest = None;
-            }
-            match self.guest.may_send(want, Instant::now()) {
-                Ok(bytes) => return Poll::Ready(bytes),
-                Err(wait) => self.rest = Some(Box::pin(tokio::time::sleep(wait))),
-            }
+        if self.granted == 0 {
+            let (bytes, wait) = self.guest.reserve(want, Instant::now());
+            self.granted = bytes;
+            self.rest = (!wait.is_zero()).then(|| Box::pin(tokio::time::sleep(wait)));
         }
+        if let Some(rest) = &mut self.rest {
+            std::task::ready!(rest.as_mut().poll(context));
+            self.rest = None;
+        }
+        Poll::Ready(self.granted.min(want))
+    }
+
+    fn wrote(&mut self, bytes: usize) {
+        self.granted = self.granted.saturating_sub(bytes);
+        self.guest.sent(bytes);
     }
 }
 
@@ -51,7 +58,7 @@ impl AsyncWrite for Throttled {
         let this = self.get_mut();
         let allowed = std::task::ready!(this.allowed(context, bytes.len()));
         let written = std::task::ready!(Pin::new(&mut this.stream).poll_write(context, &bytes[..allowed]))?;
-        this.guest.sent(written, Instant::now());
+        this.wrote(written);
         Poll::Ready(Ok(written))
     }
 
@@ -72,7 +79,7 @@ impl AsyncWrite for Throttled {
             stream.poll_write(context, &first[..allowed.min(first.len())])
         };
         let written = std::task::ready!(written)?;
-        this.guest.sent(written, Instant::now());
+        this.wrote(written);
         Poll::Ready(Ok(written))
     }
 
