@@ -35,6 +35,9 @@ const ANSWER: Duration = Duration::from_secs(20);
 const PASSES_MAX: usize = 6;
 /// Bytes of a part that is copied while the guest runs.
 const FILL_BYTES: u64 = 16 << 20;
+/// As libvirt names the job, and a name for its target.
+const MIRROR_JOB: &str = "copy-vda-disk0";
+const MIRROR_NODE: &str = "target";
 /// Not /tmp, which may be memory: the guest's disk belongs on a disk.
 const DIRECTORY: &str = "/var/tmp";
 
@@ -43,6 +46,8 @@ const DIRECTORY: &str = "/var/tmp";
 pub enum Runs {
     /// Linux with these options of the workload.
     Linux(String),
+    /// Linux with these options of the job.
+    Job(String),
     /// The guest without an operating system, which spins so often after every page it writes.
     BareMetal(u32),
 }
@@ -91,9 +96,10 @@ impl Machine {
             command.args(["-qmp", &format!("unix:{},server=on,wait=off", at(monitor))]);
         }
         match &spec.runs {
-            Runs::Linux(workload) => {
-                let options = workload.split_whitespace().collect::<Vec<_>>().join(",");
-                let line = format!("console=ttyS0 quiet panic=1 vmdr.ip=10.0.2.15/24 vmdr.workload={options}");
+            Runs::Linux(options) | Runs::Job(options) => {
+                let what = if matches!(spec.runs, Runs::Job(_)) { "job" } else { "workload" };
+                let options = options.split_whitespace().collect::<Vec<_>>().join(",");
+                let line = format!("console=ttyS0 quiet panic=1 vmdr.ip=10.0.2.15/24 vmdr.{what}={options}");
                 command
                     .arg("-kernel")
                     .arg(images.kernel())
@@ -121,6 +127,7 @@ impl Machine {
     fn wait_ready(&mut self) -> Result<()> {
         let line = match self.spec.runs {
             Runs::Linux(_) => "workload ready",
+            Runs::Job(_) => "job ready",
             Runs::BareMetal(_) => "pages ",
         };
         let serial = self.path("serial");
@@ -142,6 +149,11 @@ impl Machine {
         self.qemu.id() as i32
     }
 
+    /// Its serial port, so far.
+    pub fn serial(&self) -> PathBuf {
+        self.path("serial")
+    }
+
     /// The monitor that the capture does not use.
     pub fn monitor(&self) -> Result<Qmp> {
         Qmp::connect(&self.path("floor.qmp"), ANSWER).context("connect to the floor's monitor")
@@ -157,6 +169,7 @@ impl Machine {
         let config = Config {
             domain_name: "bench".to_owned(),
             domain_uuid: "00000000-0000-4000-8000-000000000000".to_owned(),
+            protection: String::new(),
             qemu_pid: self.pid(),
             qemu_uid: 0,
             monitor: Address::Socket(self.path("capture.qmp")),
@@ -184,6 +197,21 @@ impl Machine {
             mirror(monitor, &socket)?;
         }
         Ok(Protected { capture, arena_fd, disks, _server: server })
+    }
+
+    /// Ends that: memory unwatched, the mirror gone.
+    pub fn unprotect(&self, monitor: &mut Qmp, mut protected: Protected) -> Result<()> {
+        if self.spec.devices {
+            monitor.execute("block-job-cancel", Some(&json!({ "device": MIRROR_JOB }))).context("end the mirror")?;
+            wait_for("the end of the mirror", MIRROR, || {
+                let jobs = monitor.execute("query-block-jobs", None)?;
+                Ok(jobs.as_array().is_some_and(Vec::is_empty).then_some(()))
+            })?;
+            monitor.execute("blockdev-del", Some(&json!({ "node-name": MIRROR_NODE }))).context("remove its target")?;
+        }
+        ensure!(protected.capture.detach(), "the guest was left paused");
+        drop(protected);
+        fs::remove_dir_all(self.path("shim")).context("remove the shim's directory")
     }
 }
 
@@ -267,10 +295,10 @@ fn libvirt_devices(disk: &str) -> Vec<String> {
 fn mirror(monitor: &mut Qmp, socket: &Path) -> Result<()> {
     let server = json!({ "type": "unix", "path": socket });
     let target =
-        json!({ "driver": "nbd", "node-name": "target", "server": server, "export": "vda", "discard": "unmap" });
+        json!({ "driver": "nbd", "node-name": MIRROR_NODE, "server": server, "export": "vda", "discard": "unmap" });
     monitor.execute("blockdev-add", Some(&target)).context("add the mirror's target")?;
     let job = json!({
-        "job-id": "copy-vda-disk0", "device": "disk0", "target": "target", "sync": "full", "copy-mode": "write-blocking"
+        "job-id": MIRROR_JOB, "device": "disk0", "target": MIRROR_NODE, "sync": "full", "copy-mode": "write-blocking"
     });
     monitor.execute("blockdev-mirror", Some(&job)).context("start the mirror")?;
     Ok(())

@@ -5,6 +5,7 @@
 
 mod figures;
 mod machine;
+mod overhead;
 mod pause;
 mod pipeline;
 mod report;
@@ -44,6 +45,8 @@ enum Benchmark {
     Pipeline(pipeline::Options),
     /// How long a lost guest is away, against a cold start.
     Rto(rto::Options),
+    /// How much longer a guest takes for the same work, against the same guest unprotected, and what of that the pauses are.
+    Overhead(overhead::Options),
 }
 
 fn main() -> ExitCode {
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Benchmark::Pause(options) => pause::run(options),
         Benchmark::Pipeline(options) => pipeline::run(options),
         Benchmark::Rto(options) => rto::run(options),
+        Benchmark::Overhead(options) => overhead::run(options),
     };
     match measured.and_then(|report| print(&report, &arguments.common)) {
         Ok(code) => code,

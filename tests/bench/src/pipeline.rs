@@ -231,6 +231,7 @@ impl Shipper {
             domain_uuid: uuid::Uuid::new_v4().to_string(),
             domain_name: "bench".to_owned(),
             generation: 1,
+            limits: vmdr_agent::limits::Guest::unlimited(),
         };
         runtime.spawn(link::run(target, to, |event| event));
         let sender = match events.recv_timeout(LIMIT).context("no word from the receiver")? {
