@@ -394,22 +394,25 @@ impl Domain {
     }
 
     fn run(&self) {
-        while let Some(due) = self.wait_for_work() {
-            let result = if due { self.batch() } else { Ok(()) };
+        while self.wait_for_batch() {
+            let result = self.batch();
             let full = matches!(result, Err(StoreError::Full { .. }));
+            if full {
+                // What is not asked for any more, or the oldest points: it may be enough.
+                self.thin(true);
+            }
             self.settle(result);
-            self.thin(full);
+            self.thin(false);
         }
     }
 
-    /// Waits until there is enough to apply, or it has waited long enough, or somebody wants it: true. Or until there may be
-    /// something to thin out: false. Nothing: stop.
-    fn wait_for_work(&self) -> Option<bool> {
+    /// Waits until there is enough to apply, or it has waited long enough, or somebody wants it; false: stop.
+    fn wait_for_batch(&self) -> bool {
         let mut since = Instant::now();
         let mut shared = self.shared();
         loop {
             if shared.closing || shared.failed.is_some() {
-                return None;
+                return false;
             }
             let idle = shared.backlog.is_empty();
             if idle {
@@ -420,10 +423,7 @@ impl Domain {
                 || shared.backlog_bytes >= self.options.apply_bytes
                 || since.elapsed() >= self.options.apply_interval;
             if due && !idle {
-                return Some(true);
-            }
-            if std::mem::take(&mut shared.thin_wanted) {
-                return Some(false);
+                return true;
             }
             let left = self.options.apply_interval.saturating_sub(since.elapsed());
             shared = if idle { self.wait(shared) } else { self.wait_at_most(shared, left) };

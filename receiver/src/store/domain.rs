@@ -119,8 +119,6 @@ pub(super) struct Shared {
     pub synced: u64,
     /// Somebody waits for `synced` to reach the newest durable epoch.
     pub sync_wanted: bool,
-    /// There may be something to thin out.
-    pub thin_wanted: bool,
     /// The history is near its budget, or the disk nearly full.
     pub alarm: Option<String>,
     /// Nothing more can go, and it is still too much: nothing more is accepted.

@@ -374,20 +374,15 @@ impl Domain {
             what: format!("no point has the name {name:?}; `vmdr points` lists them"),
         })?;
         self.change_control(|control| control.pins.retain(|pin| pin.name != name))?;
-        self.want_thinning();
+        self.thin(false);
         Ok(PointId { generation: pin.generation, epoch: pin.epoch })
     }
 
     /// A policy of this domain's own, or again that of all.
     pub fn set_retention(&self, retention: Option<Retention>) -> Result<(), StoreError> {
         self.change_control(|control| control.retention = retention.map(|r| (r.budget_bytes, r.tiers)))?;
-        self.want_thinning();
+        self.thin(false);
         Ok(())
-    }
-
-    pub fn want_thinning(&self) {
-        self.shared().thin_wanted = true;
-        self.changed.notify_all();
     }
 
     pub fn note_verified(&self, id: PointId, unix_ns: u64) -> Result<(), StoreError> {

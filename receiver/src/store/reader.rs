@@ -494,7 +494,7 @@ impl Drop for PointReader {
             let_go(&mut catalog, PointId { generation: self.id.generation, epoch });
         }
         drop(catalog);
-        self.domain.want_thinning();
+        self.domain.remove_doomed();
     }
 }
 

@@ -111,7 +111,6 @@ impl Domain {
         let chains: Vec<u64> = domain.control().chains.iter().map(|chain| chain.standby.dir).collect();
         chains.into_iter().for_each(|dir| domain.measure_chain(dir));
         domain.remove_doomed();
-        domain.shared().thin_wanted = true;
         domain.start()?;
         Ok(domain)
     }

@@ -90,8 +90,9 @@ fn kept(points: &[Held], policy: &Retention, now_ns: u64) -> Vec<bool> {
     kept
 }
 
-/// What the policy asks for next: `points[i]` is what `sets[i]` takes back to, and one more is the standby itself.
-pub fn next(sets: &[Set], points: &[Held], policy: &Retention, now_ns: u64) -> Option<Step> {
+/// What the policy asks for next: `points[i]` is what `sets[i]` takes back to, and one more is the standby itself, which is
+/// in use or (`ended`) not any more.
+pub fn next(sets: &[Set], points: &[Held], ended: bool, policy: &Retention, now_ns: u64) -> Option<Step> {
     let kept = kept(points, policy, now_ns);
     let oldest = kept.iter().position(|keep| *keep).unwrap_or(0);
     if oldest > 0 {
@@ -109,7 +110,7 @@ pub fn next(sets: &[Set], points: &[Held], policy: &Retention, now_ns: u64) -> O
             let settled = policy
                 .stretch(points[start].cut_ns, now_ns)
                 .is_some_and(|(every, stretch)| points[end].cut_ns / every.max(1) != stretch);
-            if end + 1 < points.len() && (settled || points[end].protected) {
+            if ended || (end + 1 < points.len() && (settled || points[end].protected)) {
                 return Some(Step::Merge(start, (end - start).min(MERGE_SETS)));
             }
         }

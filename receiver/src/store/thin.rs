@@ -80,7 +80,7 @@ impl Domain {
             let next = all.clone().find_map(|(index, chain)| {
                 let points = chain.held(protected);
                 let current = catalog.current && index + 1 == catalog.chains.len();
-                let step = retention::next(&chain.sets, &points, &policy, now_ns).map(Work::Step);
+                let step = retention::next(&chain.sets, &points, !current, &policy, now_ns).map(Work::Step);
                 let expired = || {
                     let kept = points.iter().any(|point| point.protected || policy.keeps(point.cut_ns, now_ns));
                     (!current && !kept).then_some(Work::Drop)

@@ -2,6 +2,7 @@
 
 mod crash;
 mod fault;
+mod history;
 mod refuse;
 mod round_trip;
 mod sim;
@@ -16,6 +17,8 @@ use vmdr_codec::{Digest, Disk as DiskLayout, Encoder, Layout, PAGE_BYTES, RamBlo
 use super::*;
 
 pub const UUID: &str = "6c0d4a3e-1111-4222-8333-abcdefabcdef";
+
+pub const SECOND_NS: u64 = 1_000_000_000;
 
 /// Numbers that a seed reproduces (SplitMix64).
 #[derive(Debug, Clone)]
@@ -70,6 +73,8 @@ pub struct Guest {
     pub device: Vec<u8>,
     pub xml: String,
     pub cut: u64,
+    /// Wall clock at the last cut, if cuts go by a clock.
+    pub clock: Option<u64>,
 }
 
 /// A part, ready to be sent.
@@ -89,6 +94,7 @@ impl Guest {
             device: Vec::new(),
             xml: "<domain/>".to_owned(),
             cut: 0,
+            clock: None,
         };
         for (name, pages) in [("pc.ram", 48), ("/rom@etc/acpi/tables", 3), ("vga.vram", 9)] {
             guest.add_block(name, pages);
@@ -178,7 +184,8 @@ impl Guest {
                     let most = if random.below(20) == 0 { 600_000 } else { 20_000 };
                     self.device = vec![0; 1 + random.below(most) as usize];
                     random.fill(&mut self.device);
-                    self.cut = random.next();
+                    self.clock = self.clock.map(|clock| clock + SECOND_NS);
+                    self.cut = self.clock.unwrap_or_else(|| random.next());
                     encoder.device_state(&self.device).unwrap();
                     if random.below(4) == 0 {
                         self.xml = format!("<domain><!-- {} --></domain>", random.next());
@@ -215,6 +222,40 @@ impl Guest {
                     self.layout.disks[1].size_bytes = grown as u64;
                     self.disks[1].resize(grown, 0);
                 }
+            }
+        }
+    }
+
+    /// Asserts that a point is this guest, byte for byte.
+    pub fn assert_read(&self, reader: &PointReader, context: &str) {
+        let context = format!("{context}: point {}", reader.id());
+        assert_eq!(reader.layout(), &self.layout, "{context}");
+        assert_eq!(reader.cut_unix_ns(), self.cut, "{context}");
+        assert_eq!(reader.application(), self.cut % 3 == 1, "{context}");
+        assert_eq!(reader.domain_xml(), self.xml, "{context}");
+        assert!(reader.device_state() == self.device, "{context}: device state");
+        let mut arrays = Vec::new();
+        for (n, bytes) in self.ram.iter().enumerate().filter(|(n, _)| self.layout.ram[*n].used_bytes > 0) {
+            arrays.push((Array::Ram(n as u16), bytes));
+        }
+        for (n, bytes) in self.disks.iter().enumerate() {
+            arrays.push((Array::Disk(n as u16), bytes));
+        }
+        assert_eq!(reader.arrays().collect::<Vec<_>>(), arrays.iter().map(|(a, _)| *a).collect::<Vec<_>>());
+        for (array, bytes) in arrays {
+            assert_eq!(reader.length(array), bytes.len() as u64, "{context}: {array:?}");
+            let mut read = vec![0xee; bytes.len()];
+            for (i, piece) in read.chunks_mut(7000).enumerate() {
+                reader.read(array, i as u64 * 7000, piece).unwrap_or_else(|e| panic!("{context}: {e}"));
+            }
+            let wrong = read.iter().zip(bytes).position(|(a, b)| a != b);
+            assert_eq!(wrong, None, "{context}: {array:?}");
+            let mut at = 0;
+            while at < bytes.len() as u64 {
+                let data = reader.data_from(array, at).unwrap_or_else(|e| panic!("{context}: {e}"));
+                assert!(data >= at && data <= bytes.len() as u64, "{context}: {array:?} at {at}: {data}");
+                assert!(bytes[at as usize..data as usize].iter().all(|b| *b == 0), "{context}: {array:?} at {at}");
+                at = (data / 4096 + 1) * 4096;
             }
         }
     }
@@ -295,6 +336,8 @@ pub struct Host {
     /// Parts acknowledged of the epoch being sent.
     pub parts: u32,
     pub seeded: bool,
+    /// Remember all of the past.
+    pub keep: bool,
 }
 
 impl Host {
@@ -307,6 +350,7 @@ impl Host {
             acknowledged: 0,
             parts: 0,
             seeded: false,
+            keep: false,
         }
     }
 
@@ -340,7 +384,9 @@ impl Host {
         self.acknowledged = epoch;
         self.sending = None;
         self.seeded = true;
-        self.past = self.past.split_off(&epoch);
+        if !self.keep {
+            self.past = self.past.split_off(&epoch);
+        }
     }
 
     /// After a reconnect: checks that nothing acknowledged is lost, and returns the part to go on with.

@@ -1,0 +1,368 @@
+//! Points in time: every one that is offered is exactly what the guest was, whatever happened to the disk.
+
+use super::sim::{Fault, SimDisk};
+use super::*;
+
+/// Schedules of the usual run, and of one with VMDR_SOAK.
+const SCHEDULES: (u64, u64) = (60, 2_400);
+/// Each crash in turn, in so many steps.
+const STEPS: u64 = 26;
+
+/// Tiers that have something to do within some ten epochs of a second each.
+fn tiers() -> Retention {
+    let tier = |every, up_to| Tier { every_ns: every * SECOND_NS, for_ns: up_to * SECOND_NS };
+    Retention { budget_bytes: 1 << 30, tiers: vec![tier(0, 8), tier(5, 25), tier(15, 90)] }
+}
+
+/// Nothing is done but what the test does: so that a seed gives the same operations each time.
+fn by_hand() -> StoreOptions {
+    StoreOptions { retention: tiers(), history_segment_bytes: 60_000, ..lazy() }
+}
+
+fn open(disk: &SimDisk) -> Result<Store, StoreError> {
+    Store::open_on(Arc::new(disk.clone()), Path::new("/state"), by_hand())
+}
+
+fn host(seed: u64) -> Host {
+    let mut host = Host::new(seed);
+    host.keep = true;
+    host.guest.clock = Some(1_000 * SECOND_NS);
+    host
+}
+
+/// Epochs come, are applied, thinned out, pinned and read, until the disk dies.
+fn life(store: &Store, host: &mut Host, context: &str) -> Result<(), StoreError> {
+    let mut ingest = store.open_stream(UUID, "gast", 0)?;
+    let domain = store.domain(UUID)?;
+    let from = host.reconnected(ingest.position(), context);
+    host.send(&mut ingest, from)?;
+    for step in 0..STEPS {
+        host.cut();
+        host.send(&mut ingest, 0)?;
+        match host.random.below(8) {
+            0..=2 => domain.batch()?,
+            3 | 4 => {
+                domain.apply_all()?;
+                domain.thin(false);
+            }
+            5 => {
+                domain.apply_all()?;
+                let name = format!("pin-{step}-{}", host.acknowledged);
+                store.pin(UUID, &name, None)?;
+            }
+            6 => {
+                let names: Vec<_> = domain.control().pins.iter().map(|pin| pin.name.clone()).collect();
+                if let Some(name) = names.first() {
+                    store.release(UUID, name)?;
+                }
+            }
+            _ => {
+                let points = store.points(UUID)?;
+                let point = points[host.random.below(points.len() as u64) as usize].id();
+                if domain.catalog().find(point).is_some() {
+                    let reader = store.read_point(UUID, Some(point))?;
+                    host.past[&point.epoch].assert_read(&reader, context);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Everything that is offered is what it was, and everything is offered that must be.
+fn check(store: &Store, host: &Host, context: &str) {
+    let domain = store.domain(UUID).unwrap_or_else(|e| panic!("{context}: {e}"));
+    assert_eq!(store.domains()[0].trouble, None, "{context}");
+    let position = store.position(UUID).unwrap();
+    assert!(position.epoch >= host.acknowledged, "{context}: {position:?}, acknowledged {}", host.acknowledged);
+    domain.apply_all().unwrap_or_else(|e| panic!("{context}: {e}"));
+    let points = store.points(UUID).unwrap();
+    if position.epoch == 0 {
+        assert!(points.is_empty(), "{context}");
+        return;
+    }
+    assert_eq!((points[0].epoch, points[0].newest), (position.epoch, true), "{context}");
+    for point in &points {
+        assert!(!point.damaged, "{context}: {point:?}");
+        let guest = host.past.get(&point.epoch).unwrap_or_else(|| panic!("{context}: {point:?}"));
+        let reader = store.read_point(UUID, Some(point.id())).unwrap_or_else(|e| panic!("{context}: {e}"));
+        guest.assert_read(&reader, context);
+    }
+    host.past[&position.epoch].assert_stored(store, position.epoch, context);
+    let there: Vec<u64> = points.iter().map(|point| point.epoch).collect();
+    for pin in &domain.control().pins {
+        assert!(there.contains(&pin.epoch), "{context}: {pin:?} of {there:?}");
+    }
+    // The finest tier keeps every epoch; what was sent before the first seed does not count.
+    let now = host.past[&position.epoch].cut;
+    let recent = host.past.range(..=position.epoch).filter(|(_, guest)| now - guest.cut <= 8 * SECOND_NS);
+    for (epoch, _) in recent {
+        assert!(there.contains(epoch), "{context}: epoch {epoch} of {there:?}, {position:?}");
+    }
+}
+
+fn seeds(usual: u64, soak: u64) -> std::ops::Range<u64> {
+    let given = std::env::var("VMDR_SEEDS").ok();
+    if let Some((from, to)) = given.as_deref().and_then(|text| text.split_once("..")) {
+        return from.parse().unwrap()..to.parse().unwrap();
+    }
+    0..if std::env::var_os("VMDR_SOAK").is_some() { soak } else { usual }
+}
+
+#[test]
+fn every_point_is_what_it_was_after_a_crash_at_any_operation() {
+    // How many operations a schedule has; crashes are spread over all of them.
+    for seed in seeds(SCHEDULES.0, SCHEDULES.1) {
+        let context = format!(
+            "replay: VMDR_SEEDS={seed}..{} cargo nextest run -p vmdr-receiver --lib history::every_point; seed {seed}",
+            seed + 1
+        );
+        let mut host = host(seed % 16);
+        let mut random = Random(seed ^ 0x5eed);
+        let mut disk = SimDisk::new();
+        for life_number in 0..3 {
+            // All sixteen guests, each stopped elsewhere: with enough seeds at every operation there is.
+            let after = match life_number {
+                0 => 1 + (seed / 16) * 9 % 1_300 + random.below(9),
+                _ => 1 + random.below(700),
+            };
+            disk.fail(after, Fault::Crash);
+            if let Ok(store) = open(&disk) {
+                let _ = life(&store, &mut host, &context);
+            }
+            disk = disk.crashed(&mut random);
+            if random.below(3) == 0 {
+                // The next life ends while it looks what is there.
+                disk.fail(1 + random.below(60), Fault::Crash);
+                let _ = open(&disk).and_then(|store| store.domain(UUID)?.apply_all());
+                disk = disk.crashed(&mut random);
+            }
+            let store = open(&disk).unwrap_or_else(|e| panic!("{context}: {e}"));
+            if !store.domains().is_empty() {
+                check(&store, &host, &context);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_quiet_life_is_thinned_out_as_the_policy_says() {
+    let disk = SimDisk::new();
+    let mut host = host(3);
+    let store = open(&disk).unwrap();
+    let domain = store.domain(UUID);
+    assert!(matches!(domain, Err(StoreError::Unknown(_))));
+    let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
+    let domain = store.domain(UUID).unwrap();
+    host.seeded = false;
+    for n in 0..130 {
+        host.cut();
+        host.send(&mut ingest, 0).unwrap();
+        if n % 3 == 0 {
+            domain.apply_all().unwrap();
+            domain.thin(false);
+        }
+        if n == 60 {
+            assert_eq!(store.pin(UUID, "before-upgrade", None).unwrap().epoch, host.acknowledged);
+        }
+    }
+    domain.apply_all().unwrap();
+    domain.thin(false);
+    check(&store, &host, "quiet");
+    let points = store.points(UUID).unwrap();
+    let now = points[0].cut_unix_ns;
+    let named: Vec<_> = points.iter().filter(|point| !point.names.is_empty()).collect();
+    assert_eq!((named.len(), named[0].names[0].as_str()), (1, "before-upgrade"));
+    // What no tier asks for is gone but for the pinned one and those that wait to be merged.
+    let old = points.iter().filter(|point| now - point.cut_unix_ns > 90 * SECOND_NS && point.names.is_empty());
+    assert_eq!(old.filter(|point| point.epoch > named[0].epoch).count(), 0, "{points:?}");
+    let coarse = points.iter().filter(|point| (30..85).contains(&((now - point.cut_unix_ns) / SECOND_NS)));
+    assert!(coarse.count() <= 10, "{points:#?}");
+    assert!(points.len() < 40, "{}", points.len());
+    let error = store.pin(UUID, "before-upgrade", None).unwrap_err().to_string();
+    assert!(error.contains("already"), "{error}");
+    for name in ["", "-x", "a b", "../x", &"x".repeat(65), "ä"] {
+        assert!(matches!(store.pin(UUID, name, None), Err(StoreError::Refused { .. })), "{name:?}");
+    }
+    store.release(UUID, "before-upgrade").unwrap();
+    assert!(store.points(UUID).unwrap().iter().all(|point| point.names.is_empty()));
+    assert!(matches!(store.release(UUID, "before-upgrade"), Err(StoreError::Refused { .. })));
+    let gone = PointId { generation: 1, epoch: 2 };
+    assert!(matches!(store.read_point(UUID, Some(gone)), Err(StoreError::NoSuchPoint { .. })));
+}
+
+#[test]
+fn a_reader_sees_its_point_whatever_happens_meanwhile() {
+    for seed in 0..4 {
+        let disk = SimDisk::new();
+        let mut host = host(seed);
+        let store = open(&disk).unwrap();
+        let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
+        let domain = store.domain(UUID).unwrap();
+        let mut readers = Vec::new();
+        for n in 0..70 {
+            host.cut();
+            host.send(&mut ingest, 0).unwrap();
+            if n % 2 == 0 {
+                domain.apply_all().unwrap();
+                domain.thin(false);
+            }
+            if n % 10 == 4 {
+                readers.push(store.read_point(UUID, None).unwrap());
+            }
+            if n % 7 == 0 {
+                for reader in &readers {
+                    host.past[&reader.id().epoch].assert_read(reader, &format!("seed {seed} epoch {n}"));
+                }
+            }
+        }
+        let (older, newer) = (readers[4].id(), &readers[5]);
+        if let Ok(changes) = newer.changed_since(older) {
+            // What is not among the changes is the same.
+            let (old, new) = (&host.past[&older.epoch], &host.past[&newer.id().epoch]);
+            for n in 0..old.disks.len().min(new.disks.len()) {
+                for (unit, (a, b)) in old.disks[n].chunks(4096).zip(new.disks[n].chunks(4096)).enumerate() {
+                    let at = unit as u64 * 4096;
+                    let told = changes.iter().any(|change| {
+                        change.array == Array::Disk(n as u16)
+                            && (change.offset..change.offset + change.bytes).contains(&at)
+                    });
+                    assert!(told || a == &b[..a.len()], "seed {seed}: disk {n} at {at}");
+                }
+            }
+        }
+        drop(readers);
+        domain.thin(false);
+        check(&store, &host, &format!("seed {seed}"));
+    }
+}
+
+#[test]
+fn what_does_not_fit_goes_from_the_oldest_on_and_pinned_points_stay() {
+    let disk = SimDisk::new();
+    let mut host = host(5);
+    let store = open(&disk).unwrap();
+    let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
+    let domain = store.domain(UUID).unwrap();
+    let budget = 900_000;
+    let all = Tier { every_ns: 0, for_ns: u64::MAX };
+    let policy = Retention { budget_bytes: budget, tiers: vec![all] };
+    store.set_retention(UUID, Some(policy.clone())).unwrap();
+    host.cut();
+    host.send(&mut ingest, 0).unwrap();
+    host.seeded = true;
+    let mut pinned = None;
+    let mut alarmed = false;
+    for n in 0..60 {
+        // Deltas only.
+        let epoch = host.acknowledged + 1;
+        for part in host.guest.epoch(&mut host.random, 1, epoch, Kind::Delta) {
+            part.send(&mut ingest).unwrap();
+        }
+        host.past.insert(epoch, host.guest.clone());
+        host.acknowledged = epoch;
+        domain.apply_all().unwrap();
+        domain.thin(false);
+        if n == 5 {
+            pinned = Some(store.pin(UUID, "keep", None).unwrap().epoch);
+        }
+        let summary = &store.domains()[0];
+        assert!(summary.history_bytes <= budget, "{n}: {}", summary.history_bytes);
+        alarmed |= summary.alarm.is_some();
+    }
+    assert!(alarmed);
+    let points = store.points(UUID).unwrap();
+    let oldest = points.last().unwrap();
+    assert_eq!(Some(oldest.epoch), pinned);
+    assert!(points.len() > 3 && points.len() < 55, "{}", points.len());
+    // The rest is the newest, without a gap.
+    let rest: Vec<u64> = points.iter().map(|point| point.epoch).filter(|e| Some(*e) != pinned).collect();
+    assert_eq!(rest.first().unwrap() - rest.last().unwrap() + 1, rest.len() as u64, "{rest:?}");
+    for point in &points {
+        let reader = store.read_point(UUID, Some(point.id())).unwrap();
+        host.past[&point.epoch].assert_read(&reader, "budget");
+    }
+    // With nothing left that may go, nothing more is taken; a release helps.
+    store.set_retention(UUID, Some(Retention { budget_bytes: 1000, ..policy.clone() })).unwrap();
+    let parts = host.guest.epoch(&mut host.random, 1, host.acknowledged + 1, Kind::Delta);
+    let error = parts[0].send(&mut ingest).unwrap_err();
+    assert!(matches!(error, StoreError::Full { .. }) && error.to_string().contains("release"), "{error}");
+    assert_eq!(store.points(UUID).unwrap().len(), 2);
+    store.release(UUID, "keep").unwrap();
+    for part in &parts {
+        part.send(&mut ingest).unwrap();
+    }
+    assert_eq!(store.retention(UUID).unwrap().budget_bytes, 1000);
+    store.set_retention(UUID, None).unwrap();
+    assert_eq!(store.retention(UUID).unwrap(), tiers());
+}
+
+#[test]
+fn one_flipped_bit_anywhere_in_the_history_is_noticed() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut host = host(11);
+    {
+        let store = Store::open(dir.path(), by_hand()).unwrap();
+        let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
+        let domain = store.domain(UUID).unwrap();
+        host.cut();
+        host.send(&mut ingest, 0).unwrap();
+        for epoch in 2..=14 {
+            for part in host.guest.epoch(&mut host.random, 1, epoch, Kind::Delta) {
+                part.send(&mut ingest).unwrap();
+            }
+            host.past.insert(epoch, host.guest.clone());
+            if epoch % 3 == 0 {
+                domain.apply_all().unwrap();
+                domain.thin(false);
+            }
+        }
+        domain.apply_all().unwrap();
+    }
+    let baseline = Store::open(dir.path(), by_hand()).unwrap().points(UUID).unwrap().len();
+    assert!(baseline > 8, "{baseline}");
+    let history = dir.path().join(UUID).join("standby.1/history");
+    let mut segments: Vec<_> = std::fs::read_dir(&history).unwrap().map(|e| e.unwrap().path()).collect();
+    segments.sort();
+    assert!(segments.len() > 1);
+    let (mut flips, mut by_scan) = (0, 0);
+    for segment in &segments {
+        let whole = std::fs::read(segment).unwrap();
+        let name = segment.strip_prefix(dir.path()).unwrap();
+        // Every record's header and the first bytes of its body, and places all over.
+        let magic = whole.windows(4).enumerate().filter(|(_, w)| *w == b"VJR1").map(|(at, _)| at);
+        let mut places: Vec<usize> = magic.flat_map(|at| [at, at + 5, at + 20, at + 45, at + 58]).collect();
+        places.extend((0..12).map(|_| host.random.below(whole.len() as u64) as usize));
+        places.extend([3, 20, 40, 60]);
+        let step = (places.len() / 30).max(1);
+        for at in places.into_iter().step_by(step).filter(|at| *at < whole.len()) {
+            // Between the header's fields there are bytes that mean nothing; they are in a checksum all the same.
+            let copy = tempfile::tempdir().unwrap();
+            super::crash::copy_dir(dir.path(), copy.path());
+            let mut bytes = whole.clone();
+            bytes[at] ^= 1 << host.random.below(8);
+            std::fs::write(copy.path().join(name), bytes).unwrap();
+            let context = format!("{} byte {at} of {}", name.display(), whole.len());
+            let store = Store::open(copy.path(), by_hand()).unwrap();
+            let points = store.points(UUID).unwrap();
+            assert_eq!(points[0].epoch, 14, "{context}");
+            let noticed = store.domains()[0].trouble.is_some();
+            by_scan += usize::from(noticed);
+            assert_eq!(noticed, points.len() < baseline, "{context}: {:?}", store.domains()[0].trouble);
+            let mut lost = baseline - points.len();
+            for point in &points {
+                match store.read_point(UUID, Some(point.id())) {
+                    Ok(reader) => host.past[&point.epoch].assert_read(&reader, &context),
+                    Err(StoreError::Damaged { .. }) => lost += 1,
+                    Err(other) => panic!("{context}: {other}"),
+                }
+            }
+            assert!(lost > 0, "{context}: not noticed");
+            assert!(store.domains()[0].trouble.is_some(), "{context}");
+            let offered = store.points(UUID).unwrap().iter().filter(|point| !point.damaged).count();
+            assert_eq!(offered, baseline - lost, "{context}");
+            flips += 1;
+        }
+    }
+    assert!(flips > 40 && by_scan > 10 && by_scan < flips, "{flips} {by_scan}");
+}
