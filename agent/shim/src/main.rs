@@ -31,6 +31,12 @@ enum Command {
         /// QEMU's process.
         pid: i32,
     },
+    /// Make the process PID close the userfaultfd that `inject` has made there.
+    #[command(hide = true)]
+    Unwatch {
+        /// QEMU's process.
+        pid: i32,
+    },
     /// Serve a raw file over NBD with the server that mirrors are made to.
     Nbd {
         /// The file.
@@ -83,6 +89,10 @@ fn execute(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Inject { pid } => {
             println!("{}", inject::inject(pid)?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Unwatch { pid } => {
+            inject::close(pid)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Nbd { file, socket, name, read_only } => {

@@ -16,6 +16,7 @@ use vmdr_hypervisor::xml::Element;
 use vmdr_proto::shim::State;
 use vmdr_shim::capture::{bitmaps, exports};
 use vmdr_shim::config::{self as shim_config, Config as ShimConfig, DiskConfig};
+use vmdr_shim::inject;
 use vmdr_shim::monitor::Address;
 
 use super::off::{NotRunning, Off};
@@ -182,6 +183,7 @@ pub fn remove(
         return Ok(());
     }
     clear(&domain, &live, &directory, &monitor, &disks)?;
+    inject::unwatch(domain.qemu_pid()? as i32, &config.shim_program()?)?;
     if !suspend {
         bitmaps::remove_all(&monitor, protection).context("take vmdr's dirty bitmaps out of QEMU")?;
     }

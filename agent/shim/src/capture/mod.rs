@@ -42,7 +42,7 @@ use crate::bitmap::Bitmap;
 use crate::config::Config;
 use crate::dirty_log::{DirtyLog, Run};
 use crate::disk::{Disk, Op, Taken};
-use crate::inject::Origin;
+use crate::inject::{self, Origin};
 use crate::monitor::Monitor;
 use crate::qmp::{COMMAND_LIMIT, Event, QmpError};
 use crate::ramblock;
@@ -350,6 +350,9 @@ impl Capture {
         }
         if let Some(mut log) = self.log.take() {
             log.unwatch();
+            if let Err(error) = inject::unwatch(self.config.qemu_pid, &self.helper) {
+                tracing::warn!(domain = self.config.domain_name, "{error:#}");
+            }
         }
         self.close_exports();
         self.remove_bitmaps();

@@ -71,6 +71,38 @@ pub fn inject(pid: i32) -> anyhow::Result<i32> {
     Ok(number as i32)
 }
 
+/// Closes vmdr's userfaultfd in `pid` with `helper unwatch PID`, if there is one: with it all that it watched is watched no more,
+/// and nothing of vmdr is left in QEMU.
+pub fn unwatch(pid: i32, helper: &Path) -> anyhow::Result<()> {
+    if ours(pid)?.is_none() {
+        return Ok(());
+    }
+    let output = Command::new(helper)
+        .args(["unwatch", &pid.to_string()])
+        .output()
+        .with_context(|| format!("run {} unwatch", helper.display()))?;
+    if !output.status.success() {
+        bail!("close the userfaultfd of QEMU (pid {pid}): {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(())
+}
+
+/// The child's side of [`unwatch`].
+pub fn close(pid: i32) -> anyhow::Result<()> {
+    block_signals()?;
+    let Some(number) = ours(pid)? else { return Ok(()) };
+    let result = x86_64::call(pid, libc::SYS_close, [number as u64, 0]).with_context(|| format!("trace pid {pid}"))?;
+    if result < 0 {
+        bail!("close(2) inside QEMU (pid {pid}): {}", io::Error::from_raw_os_error(-result as i32));
+    }
+    Ok(())
+}
+
+/// The userfaultfd that vmdr has made in `pid`; QEMU's own has other features.
+fn ours(pid: i32) -> anyhow::Result<Option<i32>> {
+    Ok(find(pid)?.filter(|(_, features)| Uffd::suffices(*features)).map(|(number, _)| number))
+}
+
 /// A userfaultfd that is open in `pid`, and its features (0: no handshake was done).
 fn find(pid: i32) -> anyhow::Result<Option<(i32, u64)>> {
     let directory = format!("/proc/{pid}/fd");
