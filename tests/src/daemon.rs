@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use rustix::process::Signal;
 use serde_json::Value;
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Output;
 use std::time::Duration;
@@ -93,7 +94,8 @@ impl Daemon {
                 let tail: Vec<&str> = log.lines().rev().take(5).collect();
                 bail!("{} ended at once; its log ends with {tail:?} (newest first)", program.name());
             }
-            Ok(socket.exists().then_some(()))
+            // A socket is there a moment before somebody listens.
+            Ok(UnixStream::connect(&socket).is_ok().then_some(()))
         })?;
         Ok(daemon)
     }
