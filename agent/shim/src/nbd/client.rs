@@ -256,9 +256,7 @@ impl Client {
                 let reply = read_reply(&mut stream, self.cookie, offset, &mut bytes, self.terms.structured);
                 reply.map_err(|wire| wire.during("read"))?.err()
             }
-            Question::Flush => {
-                flush_reply(&mut stream, self.cookie).map_err(|wire| wire.during("flush"))?.err()
-            }
+            Question::Flush => flush_reply(&mut stream, self.cookie).map_err(|wire| wire.during("flush"))?.err(),
         };
         self.broken = false;
         Ok(true)

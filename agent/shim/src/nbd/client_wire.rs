@@ -11,8 +11,8 @@ use super::message::{
     encode_option,
 };
 use super::proto::{
-    BLOCK_BYTES_MIN_MAX, ErrorCode, NAME_BYTES_MAX, OPTION_BYTES_MAX, PAYLOAD_BYTES_MAX,
-    STATE_HOLE, STATE_ZERO, chunk, client_flag, handshake_flag, info, option, reply,
+    BLOCK_BYTES_MIN_MAX, ErrorCode, NAME_BYTES_MAX, OPTION_BYTES_MAX, PAYLOAD_BYTES_MAX, STATE_HOLE, STATE_ZERO, chunk,
+    client_flag, handshake_flag, info, option, reply,
 };
 use super::stream::DeadlineStream;
 use std::collections::BTreeMap;
@@ -75,11 +75,7 @@ pub(super) struct Terms {
     pub(super) payload_bytes_max: u32,
 }
 
-pub(super) fn negotiate(
-    stream: &mut DeadlineStream<'_>,
-    name: &str,
-    context_name: &str,
-) -> Result<Terms, ClientError> {
+pub(super) fn negotiate(stream: &mut DeadlineStream<'_>, name: &str, context_name: &str) -> Result<Terms, ClientError> {
     const DOING: &str = "negotiation";
     let refused = |reply: OptionError| match reply {
         OptionError::Refused { kind, text } => ClientError::Export { name: name.to_owned(), kind, text },
