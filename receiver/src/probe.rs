@@ -4,7 +4,7 @@
 //! what would fail on the day of the disaster is refused now.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use tonic::Status;
 use uuid::Uuid;
@@ -199,7 +199,8 @@ fn check_guest(
             base: PathBuf::from("/base"),
         })
         .collect();
-    let placement = Placement { ram: None, disks: &disks, bridges };
+    let variables = domain.firmware.nvram.is_some().then_some(Path::new("/variables"));
+    let placement = Placement { ram: None, disks: &disks, variables, bridges };
     match transform(&request.domain_xml, &placement, host) {
         Ok(made) => found.extend(made.findings),
         Err(error) => found.push(refused("domain XML", &error.to_string(), "report this")),

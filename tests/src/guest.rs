@@ -34,6 +34,56 @@ pub enum Kind {
     },
 }
 
+/// What a disk hangs on. (Debian's cloud kernel, which the guests boot, knows no AHCI and no USB.)
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Bus {
+    /// virtio-blk.
+    #[default]
+    Virtio,
+    /// virtio-scsi.
+    Scsi,
+    /// IDE, on machine type pc only.
+    Ide,
+}
+
+/// What a disk lies in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Store {
+    /// A raw file.
+    #[default]
+    Raw,
+    /// A qcow2 file over another over another, the lowest of which holds the file system.
+    Chain,
+    /// An NBD server at [`GuestSpec::nbd_socket`], which somebody else runs on the disk's file.
+    Nbd,
+}
+
+/// How a disk is made; unless said otherwise a raw file on virtio-blk.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DiskShape {
+    /// Its bus.
+    pub bus: Bus,
+    /// Its store.
+    pub store: Store,
+    /// The guest's TRIM is passed on to the store, and zeros that it writes become holes there.
+    pub discard: bool,
+}
+
+impl DiskShape {
+    /// On this bus, with TRIM.
+    pub fn on(bus: Bus) -> Self {
+        Self { bus, discard: true, ..Self::default() }
+    }
+
+    /// In this store.
+    pub fn in_store(store: Store) -> Self {
+        Self { store, ..Self::default() }
+    }
+}
+
+/// Firmware and variables of [`GuestSpec::uefi`], from Debian's package `ovmf`.
+const OVMF: [&str; 2] = ["/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"];
+
 /// What a guest is made of.
 #[derive(Clone, Debug)]
 pub struct GuestSpec {
@@ -49,6 +99,14 @@ pub struct GuestSpec {
     pub machine: &'static str,
     /// The sizes of its disks; the first holds the workload's records.
     pub disks_mib: Vec<u64>,
+    /// How they are made, as far as it is not the usual way.
+    pub disk_shapes: Vec<DiskShape>,
+    /// Whether it boots with UEFI, with variables in a file of its own.
+    pub uefi: bool,
+    /// Further words for its kernel.
+    pub kernel_words: String,
+    /// Its <memballoon>.
+    pub balloon: &'static str,
     /// Whether it has a QMP socket for vmdr alone, or only libvirt's monitor.
     pub own_qmp: bool,
     /// Its address.
@@ -57,7 +115,8 @@ pub struct GuestSpec {
     pub extra_devices: String,
     /// Elements to put beside its <devices>.
     pub extra_elements: String,
-    uuid: uuid::Uuid,
+    /// Its UUID, a new one for each that is made.
+    pub uuid: uuid::Uuid,
 }
 
 impl GuestSpec {
@@ -70,6 +129,10 @@ impl GuestSpec {
             vcpus: 1,
             machine: "q35",
             disks_mib: vec![64],
+            disk_shapes: Vec::new(),
+            uefi: false,
+            kernel_words: String::new(),
+            balloon: "<memballoon model='virtio'/>",
             own_qmp: true,
             address: Ipv4Addr::new(10, 78, 0, 10),
             extra_devices: String::new(),
@@ -99,6 +162,13 @@ impl GuestSpec {
         Self { extra_devices: devices.to_owned(), extra_elements: elements.to_owned(), ..self }
     }
 
+    /// The same with vmdr's tools in it, and the channel to them.
+    pub fn tools(self) -> Self {
+        let channel = "<channel type='unix'><target type='virtio' name='org.vmdr.guest.0'/></channel>";
+        let devices = format!("{}{channel}", self.extra_devices);
+        Self { kernel_words: format!("{} vmdr.daemon=1", self.kernel_words), extra_devices: devices, ..self }
+    }
+
     /// The same with this address (and a MAC address that follows from it).
     pub fn address(self, address: Ipv4Addr) -> Self {
         Self { address, ..self }
@@ -114,9 +184,37 @@ impl GuestSpec {
         format!("/var/lib/libvirt/qemu/vmdr-{}.qmp", self.uuid())
     }
 
-    /// Where a disk's file lies, in the site.
+    /// How a disk is made.
+    pub fn shape(&self, number: usize) -> DiskShape {
+        self.disk_shapes.get(number).copied().unwrap_or_default()
+    }
+
+    /// Where a disk's file lies, in the site; of several the uppermost.
     pub fn disk_path(&self, number: usize) -> String {
-        format!("/var/lib/libvirt/images/{}-{number}.raw", self.name)
+        let format = if self.shape(number).store == Store::Chain { "qcow2" } else { "raw" };
+        format!("/var/lib/libvirt/images/{}-{number}.{format}", self.name)
+    }
+
+    /// A disk's target name: the next free one of its bus.
+    pub fn disk_target(&self, number: usize) -> String {
+        let bus = self.shape(number).bus;
+        let before = (0..number).filter(|other| self.shape(*other).bus == bus).count();
+        let prefix = match bus {
+            Bus::Virtio => "vd",
+            Bus::Scsi => "sd",
+            Bus::Ide => "hd",
+        };
+        format!("{prefix}{}", char::from(b'a' + before as u8))
+    }
+
+    /// Where the NBD server of a disk in [`Store::Nbd`] listens, in the site.
+    pub fn nbd_socket(&self, number: usize) -> String {
+        format!("/run/vmdr-test-{}-{number}.nbd", self.name)
+    }
+
+    /// Where its UEFI variables lie, in the site.
+    pub fn variables_path(&self) -> String {
+        format!("/var/lib/libvirt/qemu/nvram/{}.fd", self.name)
     }
 
     /// Where the console is logged, in the site.
@@ -130,7 +228,8 @@ impl GuestSpec {
             Kind::Linux { workload } => {
                 // Commas instead of spaces: no quotes inside quotes.
                 let options = workload.split_whitespace().collect::<Vec<_>>().join(",");
-                let line = format!("console=ttyS0 quiet panic=1 vmdr.ip={}/24 vmdr.workload={options}", self.address);
+                let (address, words) = (self.address, &self.kernel_words);
+                let line = format!("console=ttyS0 quiet panic=1 {words} vmdr.ip={address}/24 vmdr.workload={options}");
                 let (kernel, initrd) = (images.kernel(), images.initrd());
                 let boot = format!(
                     "<kernel>{}</kernel><initrd>{}</initrd><cmdline>{line}</cmdline>",
@@ -145,23 +244,24 @@ impl GuestSpec {
                 (if *kvm { "kvm" } else { "qemu" }, boot)
             }
         };
-        let mut devices = String::new();
-        for number in 0..self.disks_mib.len() {
-            let letter = char::from(b'a' + number as u8);
-            // Writing to a String cannot fail.
-            let _ = write!(
-                devices,
-                "<disk type='file' device='disk'><driver name='qemu' type='raw' cache='none'/>\
-                 <source file='{}'/><target dev='vd{letter}' bus='virtio'/></disk>",
-                self.disk_path(number)
-            );
+        let mut devices: String = (0..self.disks_mib.len()).map(|number| self.disk_xml(number)).collect();
+        if self.disk_shapes.iter().any(|shape| shape.bus == Bus::Scsi) {
+            devices.push_str("<controller type='scsi' model='virtio-scsi'/>");
         }
         if matches!(self.kind, Kind::Linux { .. }) {
             let [_, b, c, d] = self.address.octets();
+            // Writing to a String cannot fail.
             let _ = write!(
                 devices,
                 "<interface type='bridge'><source bridge='vmbr0'/><mac address='52:54:00:{b:02x}:{c:02x}:{d:02x}'/>\
                  <model type='virtio'/></interface>"
+            );
+        }
+        let mut firmware = String::new();
+        if self.uefi {
+            let ([code, template], variables) = (OVMF, self.variables_path());
+            firmware = format!(
+                "<loader readonly='yes' type='pflash'>{code}</loader><nvram template='{template}'>{variables}</nvram>"
             );
         }
         let mut qmp = String::new();
@@ -172,10 +272,11 @@ impl GuestSpec {
         format!(
             "<domain type='{domain_type}' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>\
              <name>{name}</name><uuid>{uuid}</uuid><memory unit='MiB'>{mem}</memory><vcpu>{vcpus}</vcpu>\
-             <os><type arch='x86_64' machine='{machine}'>hvm</type>{boot}</os><features><acpi/><apic/></features>\
+             <os><type arch='x86_64' machine='{machine}'>hvm</type>{firmware}{boot}</os><features><acpi/><apic/></features>\
              <on_poweroff>destroy</on_poweroff><on_reboot>restart</on_reboot><on_crash>destroy</on_crash>\
              {extra_elements}<devices>{devices}<serial type='file'><source path='{console}'/></serial>\
-             <memballoon model='virtio'/>{extra_devices}</devices>{qmp}</domain>",
+             {balloon}{extra_devices}</devices>{qmp}</domain>",
+            balloon = self.balloon,
             name = self.name,
             uuid = self.uuid(),
             mem = self.mem_mib,
@@ -187,16 +288,56 @@ impl GuestSpec {
         )
     }
 
+    fn disk_xml(&self, number: usize) -> String {
+        let (shape, path, target) = (self.shape(number), self.disk_path(number), self.disk_target(number));
+        let (kind, format, source) = match shape.store {
+            Store::Raw => ("file", "raw", format!("<source file='{path}'/>")),
+            Store::Chain => ("file", "qcow2", format!("<source file='{path}'/>")),
+            Store::Nbd => {
+                let host = format!("<host transport='unix' socket='{}'/>", self.nbd_socket(number));
+                ("network", "raw", format!("<source protocol='nbd' name='disk'>{host}</source>"))
+            }
+        };
+        let bus = match shape.bus {
+            Bus::Virtio => "virtio",
+            Bus::Scsi => "scsi",
+            Bus::Ide => "ide",
+        };
+        let discard = if shape.discard { " discard='unmap' detect_zeroes='unmap'" } else { "" };
+        format!(
+            "<disk type='{kind}' device='disk'><driver name='qemu' type='{format}' cache='none'{discard}/>\
+             {source}<target dev='{target}' bus='{bus}'/></disk>"
+        )
+    }
+
+    fn make_disk(&self, site: &Site, number: usize) -> Result<()> {
+        let path = site.path(self.disk_path(number));
+        let shape = self.shape(number);
+        let raw = if shape.store == Store::Chain { path.with_extension("base.raw") } else { path.clone() };
+        let file = fs::File::create(&raw).with_context(|| format!("create {}", raw.display()))?;
+        file.set_len(self.disks_mib[number] << 20).with_context(|| format!("size {}", raw.display()))?;
+        if matches!(self.kind, Kind::Linux { .. }) {
+            exec::run(exec::limited(60, "mkfs.ext4").args(["-q", "-F"]).arg(&raw))?;
+        }
+        if shape.store == Store::Chain {
+            // Files name the one below as the site sees it.
+            let middle = PathBuf::from(self.disk_path(number)).with_extension("middle.qcow2");
+            let below = PathBuf::from(self.disk_path(number)).with_extension("base.raw");
+            for (file, below, format) in
+                [(&middle, below.as_path(), "raw"), (&self.disk_path(number).into(), &middle, "qcow2")]
+            {
+                let words = ["create", "-q", "-f", "qcow2", "-F", format, "-b"];
+                exec::run(site.command("qemu-img").args(words).arg(below).arg(file))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Makes its disks and defines it in a site.
     pub fn define(&self, site: &Site) -> Result<()> {
         let images = Images::get()?;
-        for (number, mib) in self.disks_mib.iter().enumerate() {
-            let path = site.path(self.disk_path(number));
-            let file = fs::File::create(&path).with_context(|| format!("create {}", path.display()))?;
-            file.set_len(mib << 20).with_context(|| format!("size {}", path.display()))?;
-            if matches!(self.kind, Kind::Linux { .. }) {
-                exec::run(exec::limited(60, "mkfs.ext4").args(["-q", "-F"]).arg(&path))?;
-            }
+        for number in 0..self.disks_mib.len() {
+            self.make_disk(site, number).with_context(|| format!("make disk {number} of {}", self.name))?;
         }
         let xml = site.directory().join(format!("{}.xml", self.name));
         fs::write(&xml, self.xml(&images)).with_context(|| format!("write {}", xml.display()))?;

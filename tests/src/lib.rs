@@ -6,8 +6,13 @@
 //! - [`random`]: random choices that can be repeated.
 //! - [`relay`]: a TCP relay on the link that delays, limits and stalls.
 //! - [`oracle`]: what a guest's memory and disks hold, read by a path that shares nothing with vmdr's.
+//! - [`huge_pages`]: lets guests have huge pages.
+//! - [`wire`]: the link as a long and bad cable, for the sites' own TCP.
+//! - [`footprint`]: what a process takes of the machine.
+//! - [`leftovers`]: what a protection may leave behind: nothing.
 //! - [`images`]: what guests boot.
 //! - [`scene`]: what most end-to-end cases begin with.
+//! - [`slow_store`]: a disk whose flushes take long.
 //! - [`wait`]: waiting with a limit.
 //!
 //! Everything here needs root. Nothing outlives the process that made it: see [`rig`] for how.
@@ -15,12 +20,18 @@
 pub mod client;
 pub mod daemon;
 pub mod exec;
+pub mod footprint;
 pub mod guest;
+pub mod huge_pages;
 pub mod images;
+pub mod leftovers;
 pub mod oracle;
 pub mod random;
 pub mod relay;
 pub mod rig;
 pub mod scene;
 pub mod site;
+pub mod slow_store;
+mod tap;
 pub mod wait;
+pub mod wire;

@@ -1,16 +1,16 @@
-//! What a guest's memory and disks hold, read by paths that share nothing with vmdr's.
+//! What a guest's memory and disks hold, read by paths that share nothing with vmdr's, and whether a standby is that.
 //!
 //! Memory: QEMU's own `pmemsave` through libvirt's monitor (guest-physical memory), or QEMU's RAM blocks through
 //! /proc/PID/mem at the addresses that `info ramblock` names. Disks: their files, which are complete while the guest is paused
 //! (cache=none, and `stop` flushes). Nothing here pauses the guest by itself: the caller says when.
 
 use crate::exec;
-use crate::guest::GuestSpec;
+use crate::guest::{GuestSpec, Store};
 use crate::site::Site;
 use anyhow::{Context, Result, bail};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::xxh3_64;
 
 const PAGE_BYTES: usize = vmdr_proto::PAGE_BYTES;
@@ -18,6 +18,10 @@ const PAGE_BYTES: usize = vmdr_proto::PAGE_BYTES;
 const HOLE: std::ops::Range<u64> = 0xa_0000..0x10_0000;
 /// Bytes compared at once.
 const BLOCK_BYTES: usize = 1 << 20;
+/// Shorter stretches of guest-physical memory (below 1 MiB) are read as part of their RAM blocks only.
+const STRETCH_BYTES_MIN: u64 = 1 << 20;
+/// The RAM block with the UEFI variables.
+const VARIABLES: &str = "system.flash1";
 
 /// A RAM block of QEMU.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +32,19 @@ pub struct RamBlock {
     pub bytes: u64,
     /// Where it lies in QEMU's address space.
     pub address: u64,
+}
+
+/// Guest-physical memory that shows a part of a RAM block.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stretch {
+    /// Guest-physical address.
+    pub address: u64,
+    /// Bytes.
+    pub bytes: u64,
+    /// QEMU's name of the memory region, which is the block's.
+    pub block: String,
+    /// Where in the block it begins.
+    pub offset: u64,
 }
 
 /// Pauses the guest through libvirt.
@@ -64,7 +81,9 @@ fn parse_block(line: &str) -> Option<RamBlock> {
         .collect();
     let mut words: Vec<&str> = line[..at].split_whitespace().collect();
     let (_unit, _size) = (words.pop()?, words.pop()?);
-    Some(RamBlock { name: words.join(" "), bytes: *numbers.get(1)?, address: *numbers.get(3)? })
+    // One without a name is no part of the guest: on an activated guest, the memory that the standby's image took the place of.
+    let name = words.join(" ");
+    (!name.is_empty()).then_some(RamBlock { name, bytes: *numbers.get(1)?, address: *numbers.get(3)? })
 }
 
 /// Reads a RAM block out of QEMU's memory.
@@ -78,10 +97,13 @@ pub fn read_block(site: &Site, guest: &GuestSpec, block: &RamBlock) -> Result<Ve
 
 /// Has QEMU write guest-physical memory (up to 3 GiB, which one block holds) to a file, and reads that.
 pub fn pmemsave(site: &Site, guest: &GuestSpec) -> Result<Vec<u8>> {
+    pmemsave_stretch(site, guest, 0, guest.mem_mib << 20)
+}
+
+fn pmemsave_stretch(site: &Site, guest: &GuestSpec, address: u64, bytes: u64) -> Result<Vec<u8>> {
     // QEMU writes as its own user: into its own directory.
     let inside = format!("/var/lib/libvirt/qemu/{}.pmem", guest.name);
-    let bytes = guest.mem_mib << 20;
-    let said = hmp(site, guest, &format!("pmemsave 0 {bytes} \"{inside}\""))?;
+    let said = hmp(site, guest, &format!("pmemsave {address:#x} {bytes:#x} \"{inside}\""))?;
     let file = site.path(&inside);
     let memory = fs::read(&file).with_context(|| format!("read what pmemsave wrote ({})", said.trim()))?;
     fs::remove_file(&file).context("remove what pmemsave wrote")?;
@@ -89,6 +111,124 @@ pub fn pmemsave(site: &Site, guest: &GuestSpec) -> Result<Vec<u8>> {
         bail!("pmemsave wrote {} of {bytes} bytes: {}", memory.len(), said.trim());
     }
     Ok(memory)
+}
+
+/// Where the guest sees its RAM blocks, as QEMU's flattened view of its memory has it.
+pub fn stretches(site: &Site, guest: &GuestSpec) -> Result<Vec<Stretch>> {
+    let text = hmp(site, guest, "info mtree -f")?;
+    let found = parse_stretches(&text);
+    if found.is_empty() {
+        bail!("QEMU shows no memory: {text}");
+    }
+    Ok(found)
+}
+
+/// `  START-END (prio N, ram): BLOCK @OFFSET KVM`, in the view of the address space "memory".
+fn parse_stretches(text: &str) -> Vec<Stretch> {
+    let Some(view) = text.split("FlatView #").find(|view| view.contains("AS \"memory\",")) else { return Vec::new() };
+    let stretch = |line: &str| {
+        let (range, rest) = line.trim().split_once(' ')?;
+        let (start, end) = range.split_once('-')?;
+        let (kind, what) = rest.split_once("): ")?;
+        if !kind.ends_with(", ram") {
+            return None;
+        }
+        let hex = |digits: &str| u64::from_str_radix(digits, 16).ok();
+        let what = what.trim().trim_end_matches(" KVM");
+        let (block, offset) = match what.split_once(" @") {
+            Some((block, offset)) => (block, hex(offset)?),
+            None => (what, 0),
+        };
+        let (address, bytes) = (hex(start)?, hex(end)?.checked_sub(hex(start)?)?.checked_add(1)?);
+        Some(Stretch { address, bytes, block: block.to_owned(), offset })
+    };
+    view.lines().filter_map(stretch).collect()
+}
+
+/// Files below a directory of which the parent's name is `folder`.
+pub fn files(directory: &Path, folder: &str) -> Result<Vec<PathBuf>> {
+    let found =
+        exec::run(exec::limited(30, "find").arg(directory).args(["-type", "f", "-path", &format!("*/{folder}/*")]))?;
+    Ok(found.lines().map(PathBuf::from).collect())
+}
+
+/// What of the guest, which must be paused, differs from the standby below a directory; empty: nothing.
+///
+/// Each RAM block must be one of the images of its size. What of them the guest sees as memory is read a second time, by
+/// `pmemsave`, so that a mistake about where a block lies shows.
+pub fn differences(site: &Site, guest: &GuestSpec, standby: &Path) -> Result<Vec<String>> {
+    let mut differences = Vec::new();
+    let images = files(standby, "ram")?;
+    let stretches = stretches(site, guest)?;
+    let mut seen_bytes = 0;
+    for block in ram_blocks(site, guest)? {
+        let bytes = read_block(site, guest, &block)?;
+        let sized = |path: &&PathBuf| fs::metadata(path).is_ok_and(|metadata| metadata.len() == block.bytes);
+        let mut closest: Option<Vec<u64>> = None;
+        for image in images.iter().filter(sized) {
+            let image = fs::read(image).with_context(|| format!("read {}", image.display()))?;
+            let pages = differing(&bytes, &image);
+            if closest.as_ref().is_none_or(|closest| pages.len() < closest.len()) {
+                closest = Some(pages);
+            }
+        }
+        match closest {
+            None => differences.push(format!("RAM block {} has no image of {:#x} bytes", block.name, block.bytes)),
+            Some(pages) if pages.is_empty() => {}
+            Some(pages) => {
+                let some: Vec<_> = pages.iter().take(8).collect();
+                differences.push(format!("RAM block {} in {} pages, first {some:x?}", block.name, pages.len()));
+            }
+        }
+        let name = block.name.trim_start_matches("/objects/");
+        for stretch in stretches.iter().filter(|s| s.block == name && s.bytes >= STRETCH_BYTES_MIN) {
+            let physical = pmemsave_stretch(site, guest, stretch.address, stretch.bytes)?;
+            let from = usize::try_from(stretch.offset).context("a block larger than memory")?;
+            if bytes.get(from..from + physical.len()) != Some(&physical) {
+                bail!("RAM block {} as /proc and as pmemsave at {:#x} have it differ", block.name, stretch.address);
+            }
+            seen_bytes += stretch.bytes;
+        }
+        if guest.uefi && block.name == VARIABLES {
+            let file = fs::read(site.path(guest.variables_path())).context("read the UEFI variables")?;
+            if file != bytes {
+                bail!("the file of UEFI variables is not what the flash holds");
+            }
+        }
+    }
+    // All but what lies below 1 MiB.
+    if seen_bytes + STRETCH_BYTES_MIN < guest.mem_mib << 20 {
+        bail!("only {seen_bytes} bytes of the guest's memory were found in {stretches:?}");
+    }
+    for number in 0..guest.disks_mib.len() {
+        differences.extend(disk_difference(site, guest, number, standby)?);
+    }
+    Ok(differences)
+}
+
+fn differing(one: &[u8], other: &[u8]) -> Vec<u64> {
+    let differ = |(page, (one, other)): (usize, (&[u8], &[u8]))| (one != other).then_some(page as u64);
+    one.chunks(PAGE_BYTES).zip(other.chunks(PAGE_BYTES)).enumerate().filter_map(differ).collect()
+}
+
+fn disk_difference(site: &Site, guest: &GuestSpec, number: usize, standby: &Path) -> Result<Option<String>> {
+    let name = format!("{}.raw", guest.disk_target(number));
+    let disks = files(standby, "disk")?;
+    let copy = disks.iter().find(|path| path.ends_with(&name)).with_context(|| format!("find {name}"))?;
+    let disk = guest.disk_path(number);
+    if guest.shape(number).store == Store::Chain {
+        let mut compare = site.command("qemu-img");
+        let output = exec::output(compare.args(["compare", "-U", "-f", "qcow2", "-F", "raw", &disk]).arg(copy))?;
+        let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+        return match output.status.code() {
+            Some(0) => Ok(None),
+            Some(1) => Ok(Some(format!("{name}: {said}"))),
+            _ => bail!("compare {disk} with {}: {}", copy.display(), String::from_utf8_lossy(&output.stderr)),
+        };
+    }
+    let blocks = differing_blocks(&site.path(&disk), copy)?;
+    let first = blocks.first().copied().unwrap_or_default();
+    Ok((!blocks.is_empty()).then(|| format!("{name} in {} MiB, first at {first:#x}", blocks.len())))
 }
 
 /// Pages that differ between guest-physical memory as `pmemsave` gave it and an image of the main RAM block.
@@ -157,6 +297,18 @@ mod tests {
         assert!(parse_block("          Block Name    PSize              Offset               Used").is_none());
         let odd = "/rom@etc/acpi tables    4 KiB  0x1 0x20000 0x200000 0x7f00 rw";
         assert_eq!(parse_block(odd).unwrap().name, "/rom@etc/acpi tables");
+    }
+
+    #[test]
+    fn stretches_of_ram_are_found_in_the_view_of_memory() {
+        let text = "FlatView #0\n AS \"I/O\", root: io\n Root memory region: io\n  \
+            0000000000000000-0000000000000007 (prio 0, ram): not-this\n\nFlatView #2\n AS \"memory\", root: system\n \
+            Root memory region: system\n  0000000000000000-000000000009ffff (prio 0, ram): pc.ram KVM\n  \
+            00000000000a0000-00000000000bffff (prio 1, i/o): vga-lowmem\n  \
+            00000000000c0000-00000000000c3fff (prio 0, rom): pc.ram @00000000000c0000\n  \
+            0000000000100000-0000000003ffffff (prio 0, ram): pc.ram @0000000000100000 KVM\n";
+        let stretch = |address, bytes, offset| Stretch { address, bytes, block: "pc.ram".to_owned(), offset };
+        assert_eq!(parse_stretches(text), [stretch(0, 0xa_0000, 0), stretch(0x10_0000, 0x3f0_0000, 0x10_0000)]);
     }
 
     #[test]

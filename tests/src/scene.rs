@@ -2,11 +2,12 @@
 
 use crate::daemon::{self, Daemon, Program};
 use crate::guest::GuestSpec;
+use crate::oracle;
 use crate::rig::{At, Rig};
 use crate::wait::wait_for;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long the first copy of a test guest may take on a busy machine.
 pub const PROTECT_SECONDS_MAX: u64 = 240;
@@ -39,13 +40,24 @@ impl Scene {
 
     /// The same with the agent connecting to another address, such as a relay's.
     pub fn with_receiver_at(name: &str, guest: GuestSpec, receiver: &str) -> Result<Self> {
+        Self::prepared(name, guest, receiver, |_, _| Ok(())).map(|(scene, ())| scene)
+    }
+
+    /// The same with something that the guest needs made before it boots.
+    pub fn prepared<T>(
+        name: &str,
+        guest: GuestSpec,
+        receiver: &str,
+        prepare: impl FnOnce(&Rig, &GuestSpec) -> Result<T>,
+    ) -> Result<(Self, T)> {
         let rig = Rig::new(name)?;
         let agent_config = format!("receiver = \"{receiver}\"\n");
         let mut scene = Self { agent: None, receiver: None, rig, guest, agent_config, receiver_config: String::new() };
         scene.start_receiver()?;
         scene.start_agent()?;
+        let prepared = prepare(&scene.rig, &scene.guest)?;
         scene.guest.boot(scene.rig.site(At::A))?;
-        Ok(scene)
+        Ok((scene, prepared))
     }
 
     /// Adds lines to the agent's configuration, for its next start.
@@ -119,6 +131,52 @@ impl Scene {
             Ok((durable >= epoch).then_some(durable))
         })
         .with_context(|| format!("the agent's status is {:?}", self.status(At::A)))
+    }
+
+    /// The process id of the guest's shim, outside.
+    pub fn shim(&self) -> Result<u32> {
+        let site = self.rig.site(At::A);
+        let limit = Duration::from_secs(PROGRESS_SECONDS_MAX);
+        wait_for("a shim", limit, || Ok(site.processes_named("vmdr-shim").first().copied()))
+    }
+
+    /// Waits until the guest is in state `protected`, and gives how long that took.
+    pub fn wait_protected(&self, limit: Duration) -> Result<Duration> {
+        let begun = Instant::now();
+        wait_for("the guest to be protected", limit, || {
+            // An agent or receiver that is being restarted does not answer.
+            Ok(self.status(At::A).is_ok_and(|status| status["state"] == "protected").then_some(()))
+        })
+        .with_context(|| format!("the agent's status is {:?}", self.status(At::A)))?;
+        Ok(begun.elapsed())
+    }
+
+    /// The oracle: the guest is held, what it and its disks hold is read by paths that share nothing with vmdr's, and the
+    /// standby must be that, byte for byte. Then it is released. Gives the epoch.
+    pub fn compare_held(&self) -> Result<u64> {
+        let site = self.rig.site(At::A);
+        let limit = Duration::from_secs(PROTECT_SECONDS_MAX);
+        let held = wait_for("the guest to be held", limit, || {
+            let output = daemon::vmdr_output(site, PROGRESS_SECONDS_MAX, &["hold", &self.guest.name, "-o", "json"])?;
+            let said = String::from_utf8_lossy(&output.stderr);
+            match output.status.success() {
+                true => Ok(Some(serde_json::from_slice::<Value>(&output.stdout).context("read the answer to hold")?)),
+                // A writer at the limit of what the machine carries is behind again and again.
+                false if said.contains("not protected") => Ok(None),
+                false => bail!("vmdr hold: {}", said.trim()),
+            }
+        })?;
+        let epoch = held["epoch"].as_u64().context("the epoch it is held at")?;
+        let standby = self.rig.site(At::B).path("/var/lib/vmdr/receiver");
+        let mut last = Vec::new();
+        // Applying an epoch to the standby may take a moment after it is durable.
+        let equal = wait_for("the standby to be what was read", ANSWER, || {
+            last = oracle::differences(site, &self.guest, &standby)?;
+            Ok(last.is_empty().then_some(()))
+        });
+        equal.with_context(|| format!("epoch {epoch}: {last:?}"))?;
+        daemon::vmdr(site, &["release", &self.guest.name])?;
+        Ok(epoch)
     }
 
     /// SIGKILL for everything at site A.

@@ -98,8 +98,23 @@ fn devices_that_write_memory_unseen_are_refused_by_name() -> Result<()> {
                       <source type='unix' path='/var/lib/libvirt/qemu/user.sock' mode='server'/><model type='virtio'/></interface>";
     let pci = "<hostdev mode='subsystem' type='pci' managed='yes'><source>\
                <address domain='0x0000' bus='0x7f' slot='0x1f' function='0x7'/></source></hostdev>";
-    for (name, devices, elements, says) in [("user1", vhost_user, shared, "vhostuser"), ("host1", pci, "", "hostdev")] {
-        GuestSpec::linux(name).extra(devices, elements).define(site)?;
+    let files = "<filesystem type='mount' accessmode='passthrough'><driver type='virtiofs'/><source dir='/srv'/>\
+                 <target dir='srv'/></filesystem>";
+    let room = "<maxMemory slots='2' unit='MiB'>1024</maxMemory><cpu><numa>\
+                <cell id='0' cpus='0' memory='192' unit='MiB'/></numa></cpu>";
+    let virtio_mem = "<memory model='virtio-mem'><target><size unit='MiB'>128</size><node>0</node>\
+                      <block unit='MiB'>2</block><requested unit='MiB'>64</requested></target></memory>";
+    let nvdimm = "<memory model='nvdimm'><source><path>/var/tmp/nvdimm</path></source>\
+                  <target><size unit='MiB'>128</size><node>0</node></target></memory>";
+    for (name, devices, elements, says) in [
+        ("user1", vhost_user, shared, "vhostuser"),
+        ("host1", pci, "", "hostdev"),
+        ("files1", files, shared, "filesystem"),
+        ("balloon1", "", shared, "a balloon in shared memfd"),
+        ("mem1", virtio_mem, room, "virtio-mem"),
+        ("nvdimm1", nvdimm, room, "nvdimm"),
+    ] {
+        GuestSpec::linux(name).extra(devices, elements).define(site).with_context(|| format!("define {name}"))?;
         let doctor = vmdr_output(site, REFUSE_SECONDS_MAX, &["doctor", name])?;
         let table = String::from_utf8_lossy(&doctor.stdout).into_owned();
         let named = table.lines().any(|line| line.starts_with("refused") && line.contains(says));

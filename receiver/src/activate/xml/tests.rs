@@ -207,7 +207,8 @@ fn uefi_variables_are_a_file_of_the_activation() {
     let bridges = BTreeMap::new();
     let variables = Some(Path::new("/s/active/attempt-1/variables.fd"));
     let disks = placed(&["vda", "sdb"]);
-    let in_source = RICH.replace("format='raw'>/var/lib/libvirt/qemu/nvram/rich_VARS.fd<", "type='file'><source file='/v'/><");
+    let in_source =
+        RICH.replace("format='raw'>/var/lib/libvirt/qemu/nvram/rich_VARS.fd<", "type='file'><source file='/v'/><");
     for xml in [RICH, &in_source] {
         let placement = Placement { ram: None, disks: &disks, variables, bridges: &bridges };
         let made = transform(xml, &placement, &host(&[])).unwrap();
