@@ -39,7 +39,13 @@ impl Agent {
     pub fn new(config: Config) -> anyhow::Result<Self> {
         let registry = Registry::open(&config.state_dir)?;
         let limits = limits::Host::new(config.limits.clone());
-        Ok(Self { config: Arc::new(config), limits, registry, administration: Arc::default(), sessions: Arc::default() })
+        Ok(Self {
+            config: Arc::new(config),
+            limits,
+            registry,
+            administration: Arc::default(),
+            sessions: Arc::default(),
+        })
     }
 
     /// Sessions by domain UUID.

@@ -4,11 +4,13 @@
 //! killing it closes the connection and frees QEMU. Whether the guest's pause was the shim's is told by the state
 //! page, which survives it: a guest that somebody else stopped stays stopped.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use vmdr_shim::monitor::Address;
 use vmdr_shim::rescue;
@@ -23,6 +25,8 @@ const SILENT_LOOKS: u32 = 30;
 /// How long resuming a guest is tried.
 const RESUME_LIMIT: Duration = Duration::from_secs(30);
 const RESUME_RETRY: Duration = Duration::from_millis(100);
+/// How long a killed process may take to be gone.
+const KILL_LIMIT: Duration = Duration::from_secs(1);
 
 /// A running watch; dropping it ends it.
 #[derive(Debug)]
@@ -108,10 +112,19 @@ fn process_state(pid: i32) -> Option<char> {
 
 /// Ends a process for sure and waits until it is gone, for a moment.
 pub fn kill(pid: i32) {
-    let Some(pid) = Pid::from_raw(pid) else { return };
-    let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else { return };
+    let Some(process) = Pid::from_raw(pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else { return };
     let _ = pidfd_send_signal(&process, Signal::KILL);
-    let limit = rustix::event::Timespec { tv_sec: 1, tv_nsec: 0 };
-    let mut fds = [rustix::event::PollFd::new(&process, rustix::event::PollFlags::IN)];
-    let _ = rustix::event::poll(&mut fds, Some(&limit));
+    has_ended(&process, KILL_LIMIT);
+}
+
+/// Waits for a process that ends by itself; whether it has.
+pub fn wait_end(pid: i32, limit: Duration) -> bool {
+    let process = Pid::from_raw(pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+    process.is_none_or(|process| has_ended(&process, limit))
+}
+
+fn has_ended(process: &OwnedFd, limit: Duration) -> bool {
+    let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: i64::from(limit.subsec_nanos()) };
+    let mut fds = [PollFd::new(process, PollFlags::IN)];
+    matches!(poll(&mut fds, Some(&limit)), Ok(ready) if ready > 0)
 }

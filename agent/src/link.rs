@@ -170,8 +170,10 @@ async fn client(receiver: &str, limits: &Arc<Guest>) -> Result<ReplicationClient
         let (address, limits) = (address.clone(), Arc::clone(&limits));
         async move { socket::connect(&address).await.map(|stream| TokioIo::new(Throttled::new(stream, limits))) }
     });
-    let channel =
-        endpoint.connect_with_connector(connector).await.map_err(|error| format!("connect to receiver {receiver}: {}", root_cause(&error)))?;
+    let channel = endpoint
+        .connect_with_connector(connector)
+        .await
+        .map_err(|error| format!("connect to receiver {receiver}: {}", root_cause(&error)))?;
     Ok(ReplicationClient::new(channel)
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX))

@@ -218,7 +218,8 @@ fn comparable(standby: &Layout, layout: &Layout) -> bool {
 
 /// Whether the standby has this block of the guest's, so that it goes on from what it has.
 fn same_block(standby: &Layout, layout: &Layout, index: usize) -> bool {
-    let of = |layout: &Layout| layout.ram.get(index).filter(|block| block.used_bytes > 0).map(|block| block.name.clone());
+    let of =
+        |layout: &Layout| layout.ram.get(index).filter(|block| block.used_bytes > 0).map(|block| block.name.clone());
     of(standby).is_some() && of(standby) == of(layout)
 }
 
@@ -251,7 +252,8 @@ mod tests {
     use super::*;
 
     fn layout(ram: &[(&str, u64)], disks: &[(&str, u64)]) -> Layout {
-        let block = |&(name, used_bytes): &(&str, u64)| RamBlock { name: name.to_owned(), used_bytes, page_bytes: 4096 };
+        let block =
+            |&(name, used_bytes): &(&str, u64)| RamBlock { name: name.to_owned(), used_bytes, page_bytes: 4096 };
         let disk = |&(target, size_bytes): &(&str, u64)| Disk { target: target.to_owned(), size_bytes };
         Layout {
             machine: "q35".to_owned(),

@@ -213,7 +213,8 @@ fn memory_and_balloon() {
     assert_eq!(refused(&huge(without_balloon(Q35_TCG))), Vec::<String>::new());
     let dimm = |source: &str, access: &str| {
         let mut root = parse(Q35_TCG);
-        let dimm = format!("<memory model='dimm' access='{access}'>{source}<target><size>65536</size></target></memory>");
+        let dimm =
+            format!("<memory model='dimm' access='{access}'>{source}<target><size>65536</size></target></memory>");
         root.find_mut("devices").unwrap().push(parse(&dimm));
         refused(&root)
     };

@@ -483,6 +483,9 @@ impl<'a> Active<'a> {
                     self.ship(part)?;
                     self.look_at_pending()
                 }
+                // While mirrors are not in order there will be no recovery point: the guest is not paused for passes, and
+                // what it writes to its memory again and again is not sent each time. The cut looks at the mirrors first.
+                Err(no) if no.reason() == NoPartReason::Nothing && self.mirrors_bad.is_some() => self.cut(REST_PAGES),
                 Err(no) if no.reason() == NoPartReason::Nothing => {
                     self.mode = Mode::Copy { round, need_pass: true };
                     Ok(())
@@ -560,6 +563,8 @@ impl<'a> Active<'a> {
         }
         match no.reason() {
             NoPartReason::Pending => {
+                // It has looked at the mirrors before.
+                self.mirrors_bad = None;
                 let round = if let Mode::Copy { round, .. } = self.mode { round } else { 0 };
                 let seed = matches!(self.worker.shared.status().phase, Phase::Seeding | Phase::Resync);
                 self.set_mode(Mode::Copy { round: round + 1, need_pass: false }, seed);

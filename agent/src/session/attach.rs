@@ -29,6 +29,8 @@ use crate::shim_client::ShimClient;
 /// A shim's configuration, in its directory.
 const CONFIG: &str = "config.json";
 const START_LIMIT: Duration = Duration::from_secs(10);
+/// How long a shim may take to end: it lets go of all of the guest's memory.
+const DETACH_LIMIT: Duration = Duration::from_secs(20);
 const ADOPT_LIMIT: Duration = Duration::from_millis(500);
 
 /// A domain with a shim beside it.
@@ -151,7 +153,9 @@ pub fn detach(domain: &Domain, disks: &[Disk], shim: &mut ShimClient, suspend: b
             result = result.and(Err(anyhow::Error::from(error)));
         }
     }
-    shim.detach(suspend).context("detach the shim")?;
+    let state = shim.detach(suspend).context("detach the shim")?;
+    // It answers before it does; afterwards nothing of it is in QEMU any more.
+    ensure!(guard::wait_end(state.pid as i32, DETACH_LIMIT), "the shim has not ended within {DETACH_LIMIT:?}");
     result
 }
 
@@ -292,13 +296,7 @@ fn refuse_foreign_jobs(domain: &Domain, live: &Element, directory: &Path) -> any
 }
 
 /// Removes what a shim that is dead or unusable left behind.
-fn clear(
-    domain: &Domain,
-    live: &Element,
-    directory: &Path,
-    monitor: &Address,
-    disks: &[Disk],
-) -> anyhow::Result<()> {
+fn clear(domain: &Domain, live: &Element, directory: &Path, monitor: &Address, disks: &[Disk]) -> anyhow::Result<()> {
     refuse_foreign_jobs(domain, live, directory)?;
     let page = shim_config::state_page(directory);
     if let Ok(state) = vmdr_shim::state_page::StatePage::open(&page) {

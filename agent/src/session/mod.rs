@@ -396,6 +396,9 @@ impl Worker {
             Some(suspended) => Ok(suspended.epoch),
             None => self.record_suspended(),
         };
+        if recorded.is_ok() {
+            self.set_phase(Phase::Suspended);
+        }
         let _ = answer.send(recorded.map_err(|error| format!("{error:#}")));
     }
 
@@ -412,7 +415,8 @@ impl Worker {
     /// Talks to the guest's tools from now on, if the domain has a channel to them.
     fn open_channel(&self, domain: &Domain) {
         let socket = domain.live_xml().ok().as_ref().and_then(guest_channel::socket);
-        let opened = socket.map(|socket| GuestChannel::open(domain.name(), socket, self.config.guest_clock)).transpose();
+        let opened =
+            socket.map(|socket| GuestChannel::open(domain.name(), socket, self.config.guest_clock)).transpose();
         *self.shared.tools() = opened.unwrap_or_else(|error| {
             tracing::warn!(domain = domain.name(), "talk to the guest's tools: {error}");
             None

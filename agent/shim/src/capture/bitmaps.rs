@@ -95,7 +95,8 @@ impl Bitmaps {
     /// Those of a node that still note what is written, from `query-named-block-nodes`.
     fn of_node(&self, nodes: &Value, node: &str) -> Vec<Mark> {
         let nodes = nodes.as_array().into_iter().flatten();
-        let bitmaps = nodes.filter(|found| found["node-name"] == node).filter_map(|node| node["dirty-bitmaps"].as_array());
+        let bitmaps =
+            nodes.filter(|found| found["node-name"] == node).filter_map(|node| node["dirty-bitmaps"].as_array());
         let mut marks: Vec<Mark> = bitmaps
             .flatten()
             .filter(|bitmap| bitmap["recording"] == true && bitmap["inconsistent"] != true)
@@ -114,9 +115,8 @@ pub fn remove_all(monitor: &Address, protection: &str) -> Result<(), QmpError> {
 
 /// The bitmap with the least in it that has everything since the cut of `base_epoch`.
 fn newest_before(marks: &[Mark], generation: u64, base_epoch: u64, size_bytes: u64) -> Option<&Mark> {
-    let fits = |mark: &&Mark| {
-        mark.generation == generation && mark.epoch <= base_epoch && mark.size_bytes == size_bytes
-    };
+    let fits =
+        |mark: &&Mark| mark.generation == generation && mark.epoch <= base_epoch && mark.size_bytes == size_bytes;
     marks.iter().filter(fits).max_by_key(|mark| mark.epoch)
 }
 
@@ -124,7 +124,9 @@ fn newest_before(marks: &[Mark], generation: u64, base_epoch: u64, size_bytes: u
 fn superseded(marks: &[Mark], generation: u64, durable_epoch: u64, size_bytes: u64) -> Vec<&Mark> {
     let kept = newest_before(marks, generation, durable_epoch, size_bytes);
     let is_old = |mark: &&Mark| {
-        mark.generation != generation || mark.size_bytes != size_bytes || kept.is_some_and(|kept| mark.epoch < kept.epoch)
+        mark.generation != generation
+            || mark.size_bytes != size_bytes
+            || kept.is_some_and(|kept| mark.epoch < kept.epoch)
     };
     marks.iter().filter(is_old).collect()
 }
@@ -278,7 +280,14 @@ mod tests {
         let one = mark(3, 1001, 64 << 20);
         assert_eq!(bitmaps.name(&one), "vmdr-0a1b2c3d-3-1001-67108864");
         assert_eq!(bitmaps.parse(&bitmaps.name(&one)), Some(one));
-        for other in ["vmdr-read", "libvirt-1", "vmdr-ffffffff-3-1001-67108864", "vmdr-0a1b2c3d-3-1001", "", "vmdr-0a1b2c3d-3-1-2-3"] {
+        for other in [
+            "vmdr-read",
+            "libvirt-1",
+            "vmdr-ffffffff-3-1001-67108864",
+            "vmdr-0a1b2c3d-3-1001",
+            "",
+            "vmdr-0a1b2c3d-3-1-2-3",
+        ] {
             assert_eq!(bitmaps.parse(other), None, "{other}");
         }
         assert_eq!(Bitmaps::new("").id, "");
