@@ -20,7 +20,7 @@ checkpoint of the whole guest (memory, devices, disks) many times a second and s
 site, which can resume the guest from the newest one: same processes, same memory, same disks.
 
 On the protected host:  doctor, prepare, protect, status, hold, release, suspend, resume, unprotect.
-At the backup site:     status, points, activate, forget.";
+At the backup site:     status, points, point, retention, activate, forget.";
 
 const EXAMPLES: &str = "\
 Examples, in the order in which they are used:
@@ -31,6 +31,7 @@ Examples, in the order in which they are used:
   vmdr points web1                           (backup site) what can be activated
   vmdr activate web1 --dry-run               (backup site) what would happen, and what would be lost
   vmdr activate web1                         (backup site) run web1 here
+  vmdr activate web1 --before 10m            (backup site) the same as it was ten minutes ago
 
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 daemon not reachable, 4 domain not found,
 5 already so, 6 no answer in time.";
@@ -198,19 +199,57 @@ pub enum Command {
         domain: Option<Domain>,
     },
     /// List what of a domain can be activated here (backup site)
+    ///
+    /// Newest first. SIZE is what a point takes up: of the newest everything that is stored, of an older one what it
+    /// takes to come back to it from the next newer one. What is pinned has the names of its pins in NOTE.
     #[command(verbatim_doc_comment, after_help = "Example:\n  vmdr points web1")]
     Points {
         /// Name or UUID
         domain: Domain,
     },
-    /// Run a domain here, from its newest recovery point (backup site)
+    /// Name a recovery point, or release one (backup site)
     ///
-    /// Shows the plan and what is lost, asks for the domain's name, then starts the guest where it was at the newest
-    /// recovery point. Make sure that the guest no longer runs at the other site: this version does not check.
-    /// Interrupted or run twice, it never starts a second guest here.
+    /// A named point is kept, whatever the retention policy says, until its name is released.
     #[command(
         verbatim_doc_comment,
-        after_help = "Examples:\n  vmdr activate web1 --dry-run      show the plan, change nothing\n  vmdr activate web1                ask, then do it\n  vmdr activate web1 --yes --wait   from a script; end when the guest runs"
+        after_help = "Examples:\n  vmdr point create web1 --name before-upgrade\n  vmdr point create web1 --name good --point 3-990\n  vmdr point release web1 --name before-upgrade"
+    )]
+    Point {
+        /// What to do
+        #[command(subcommand)]
+        action: PointAction,
+    },
+    /// Show or change how long which recovery points are kept (backup site)
+    ///
+    /// A tier is EVERY:FOR, one point of every so long, up to this age; EVERY `epoch` keeps every epoch. Of each stretch
+    /// of time the earliest point stays. The budget is what older points may take on the disk: near it there is an
+    /// alarm, beyond it the oldest points go first. The newest point and named ones always stay.
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Examples:\n  vmdr retention web1\n  vmdr retention web1 --tier epoch:10m --tier 1m:24h --tier 1h:7d --budget 32GiB\n  vmdr retention web1 --reset           as configured for all domains"
+    )]
+    Retention {
+        /// Name or UUID
+        domain: Domain,
+        /// One point of every so long, up to this age; can be given several times, and replaces all tiers there are
+        #[arg(long = "tier", value_name = "EVERY:FOR", value_parser = tier)]
+        tiers: Vec<Tier>,
+        /// Space for older points: bytes, or with KiB, MiB, GiB, TiB
+        #[arg(long, value_name = "SIZE", value_parser = size)]
+        budget: Option<u64>,
+        /// No policy of its own any more
+        #[arg(long, conflicts_with_all = ["tiers", "budget"])]
+        reset: bool,
+    },
+    /// Run a domain here, from a recovery point (backup site)
+    ///
+    /// Shows the plan and what is lost, asks for the domain's name, then starts the guest where it was at the newest
+    /// recovery point, or at the one that is asked for: what is newer stays as it is. Make sure that the guest no
+    /// longer runs at the other site: this version does not check. Interrupted or run twice, it never starts a second
+    /// guest here.
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Examples:\n  vmdr activate web1 --dry-run      show the plan, change nothing\n  vmdr activate web1                ask, then do it\n  vmdr activate web1 --yes --wait   from a script; end when the guest runs\n  vmdr activate web1 --point 3-990  at this point (see `vmdr points`), or at one with this name\n  vmdr activate web1 --at 2026-01-31T12:00:00Z\n  vmdr activate web1 --before 10m   at the newest point that is ten minutes old or older"
     )]
     Activate {
         /// Name or UUID
@@ -224,6 +263,15 @@ pub enum Command {
         /// Wait until everything received is applied, and for the guest to run
         #[arg(long)]
         wait: bool,
+        /// At this point: GENERATION-EPOCH, or a name that it was given
+        #[arg(long, value_name = "ID", value_parser = point)]
+        point: Option<String>,
+        /// At the newest point that is not younger than this time (RFC 3339)
+        #[arg(long, value_name = "TIME", value_parser = instant, conflicts_with_all = ["point", "before"])]
+        at: Option<u64>,
+        /// At the newest point that is at least so old
+        #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, conflicts_with = "point")]
+        before: Option<Duration>,
     },
     /// Delete what is stored of a domain here (backup site)
     ///
@@ -242,6 +290,90 @@ pub enum Command {
         /// Which shell
         shell: clap_complete::Shell,
     },
+}
+
+/// What to do with a named point.
+#[derive(Debug, Subcommand)]
+pub enum PointAction {
+    /// Name a point: the newest one, unless another is given
+    Create {
+        /// Name or UUID
+        domain: Domain,
+        /// Letters, digits, dots, underscores and hyphens
+        #[arg(long, value_name = "NAME", value_parser = point)]
+        name: String,
+        /// Which point, GENERATION-EPOCH
+        #[arg(long, value_name = "ID", value_parser = point)]
+        point: Option<String>,
+    },
+    /// Release a name: the retention policy decides about its point again
+    Release {
+        /// Name or UUID
+        domain: Domain,
+        /// The name
+        #[arg(long, value_name = "NAME", value_parser = point)]
+        name: String,
+    },
+}
+
+/// One point of every so many seconds, up to so many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tier {
+    /// 0: every epoch.
+    pub every_seconds: u64,
+    /// Age.
+    pub for_seconds: u64,
+}
+
+fn tier(typed: &str) -> Result<Tier, String> {
+    let (every, up_to) = typed.split_once(':').ok_or("write EVERY:FOR, like epoch:10m or 1m:24h")?;
+    let seconds = |text: &str| {
+        let length = humantime::parse_duration(text).map_err(|e| format!("{text:?}: {e}"))?;
+        if length.subsec_nanos() > 0 {
+            Err(format!("{text:?} is not a whole number of seconds"))
+        } else {
+            Ok(length.as_secs())
+        }
+    };
+    let every_seconds = if every == "epoch" { 0 } else { seconds(every)? };
+    let for_seconds = seconds(up_to)?;
+    if for_seconds == 0 || every_seconds > for_seconds {
+        return Err(format!("one of every {every} for {up_to} keeps nothing"));
+    }
+    Ok(Tier { every_seconds, for_seconds })
+}
+
+fn size(typed: &str) -> Result<u64, String> {
+    let digits = typed.find(|c: char| !c.is_ascii_digit()).unwrap_or(typed.len());
+    let (number, unit) = typed.split_at(digits);
+    let shift = match unit.trim() {
+        "" | "B" => 0,
+        "KiB" | "K" => 10,
+        "MiB" | "M" => 20,
+        "GiB" | "G" => 30,
+        "TiB" | "T" => 40,
+        other => return Err(format!("{other:?} is no unit; write bytes, or KiB, MiB, GiB, TiB")),
+    };
+    let number: u64 = number.parse().map_err(|_| "write it like 32GiB".to_owned())?;
+    number.checked_mul(1 << shift).ok_or_else(|| "too large".to_owned())
+}
+
+/// A time, as nanoseconds since 1970.
+fn instant(typed: &str) -> Result<u64, String> {
+    let time = humantime::parse_rfc3339_weak(typed).map_err(|e| format!("{e}; write it like 2026-01-31T12:00:00Z"))?;
+    let since = time.duration_since(std::time::UNIX_EPOCH).map_err(|_| "that is before 1970".to_owned())?;
+    let ns = u64::try_from(since.as_nanos()).map_err(|_| "that is too far away".to_owned())?;
+    if ns == 0 { Err("that is before there was anything".to_owned()) } else { Ok(ns) }
+}
+
+/// A point's identity or name as typed; the receiver knows them.
+fn point(typed: &str) -> Result<String, String> {
+    let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    let first = typed.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
+    if first && typed.len() <= 64 && typed.chars().all(good) {
+        return Ok(typed.to_owned());
+    }
+    Err("1 to 64 letters, digits, dots, underscores and hyphens, the first a letter or digit".to_owned())
 }
 
 /// A domain's name or UUID as typed; the daemons find out which.
@@ -382,6 +514,30 @@ mod tests {
             assert!(interval(typed).is_err(), "{typed}");
         }
         assert_eq!(interval("1ms").unwrap_err(), "an interval is 25ms to 60s");
+    }
+
+    #[test]
+    fn tiers_sizes_and_times() {
+        let tier_of = |every_seconds, for_seconds| Ok(Tier { every_seconds, for_seconds });
+        assert_eq!(tier("epoch:10m"), tier_of(0, 600));
+        assert_eq!(tier("1m:24h"), tier_of(60, 86_400));
+        for typed in ["", "1m", "1m:1s", "epoch:0s", "1ms:1s", "x:1h", "1h:"] {
+            assert!(tier(typed).is_err(), "{typed}");
+        }
+        for (typed, bytes) in [("5", 5), ("32GiB", 32 << 30), ("1 TiB", 1 << 40), ("7M", 7 << 20)] {
+            assert_eq!(size(typed), Ok(bytes), "{typed}");
+        }
+        for typed in ["", "GiB", "1.5GiB", "-1", "99999999999999999999", "17000000TiB", "1GB"] {
+            assert!(size(typed).is_err(), "{typed}");
+        }
+        assert_eq!(instant("2026-01-31T12:00:00Z"), Ok(1_769_860_800_000_000_000));
+        assert_eq!(instant("2026-01-31 12:00:00"), Ok(1_769_860_800_000_000_000));
+        for typed in ["", "yesterday", "1970-01-01T00:00:00Z", "2026-13-01T00:00:00Z"] {
+            assert!(instant(typed).is_err(), "{typed}");
+        }
+        for typed in ["", "-x", "a b", "../x", "ä"] {
+            assert!(point(typed).is_err(), "{typed}");
+        }
     }
 
     #[test]

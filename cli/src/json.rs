@@ -177,6 +177,10 @@ pub struct DomainStatus {
     guest_clock_offset_seconds: Option<f64>,
     peer: Option<String>,
     stored_bytes: Option<u64>,
+    points: Option<u64>,
+    history_bytes: Option<u64>,
+    history_budget_bytes: Option<u64>,
+    alarm: Option<String>,
     last_error: Option<String>,
     advice: Option<String>,
 }
@@ -222,6 +226,10 @@ impl DomainStatus {
             guest_clock_offset_seconds: status.guest_clock_offset_seconds,
             peer: word(&status.peer),
             stored_bytes: (daemon == Daemon::Receiver).then_some(status.stored_bytes),
+            points: (daemon == Daemon::Receiver).then_some(status.points),
+            history_bytes: (daemon == Daemon::Receiver).then_some(status.history_bytes),
+            history_budget_bytes: (daemon == Daemon::Receiver).then_some(status.history_budget_bytes),
+            alarm: word(&status.alarm),
             last_error: word(&status.last_error),
             advice: word(&status.advice),
         }
@@ -231,10 +239,21 @@ impl DomainStatus {
 /// `points`.
 #[derive(Serialize)]
 pub struct Points {
-    /// As typed.
-    pub domain: String,
+    domain: String,
     /// As the receiver ordered them.
-    pub points: Vec<Point>,
+    points: Vec<Point>,
+    retention: Option<RetentionPolicy>,
+}
+
+impl Points {
+    /// What the receiver said.
+    pub fn new(domain: &str, reply: &control::PointsReply) -> Points {
+        Points {
+            domain: domain.to_owned(),
+            points: reply.points.iter().map(Point::from).collect(),
+            retention: reply.retention.as_ref().map(|retention| RetentionPolicy::new(domain, retention)),
+        }
+    }
 }
 
 /// A recovery point.
@@ -249,6 +268,9 @@ pub struct Point {
     bytes: u64,
     pinned: bool,
     newest: bool,
+    names: Vec<String>,
+    verified: Option<String>,
+    damaged: bool,
 }
 
 impl From<&control::Point> for Point {
@@ -263,7 +285,72 @@ impl From<&control::Point> for Point {
             bytes: point.bytes,
             pinned: point.pinned,
             newest: point.newest,
+            names: point.names.clone(),
+            verified: text::instant(point.verified_unix_ns),
+            damaged: point.damaged,
         }
+    }
+}
+
+/// `point create`, `point release`.
+#[derive(Serialize)]
+pub struct NamedPoint {
+    domain: String,
+    name: String,
+    /// Whether it has the name now.
+    pinned: bool,
+    point: Point,
+}
+
+impl NamedPoint {
+    /// What the receiver said of a point.
+    pub fn new(domain: &str, name: &str, pinned: bool, point: &control::Point) -> NamedPoint {
+        NamedPoint { domain: domain.to_owned(), name: name.to_owned(), pinned, point: Point::from(point) }
+    }
+}
+
+/// `retention`.
+#[derive(Serialize)]
+pub struct RetentionPolicy {
+    domain: String,
+    budget_bytes: u64,
+    history_bytes: u64,
+    alarm: Option<String>,
+    tiers: Vec<Tier>,
+}
+
+#[derive(Serialize)]
+struct Tier {
+    every_seconds: u64,
+    for_seconds: u64,
+}
+
+impl RetentionPolicy {
+    /// What the receiver said.
+    pub fn new(domain: &str, reply: &control::RetentionReply) -> RetentionPolicy {
+        let policy = reply.retention.clone().unwrap_or_default();
+        let tier = |t: &control::RetentionTier| Tier { every_seconds: t.every_seconds, for_seconds: t.for_seconds };
+        RetentionPolicy {
+            domain: domain.to_owned(),
+            budget_bytes: policy.budget_bytes,
+            history_bytes: reply.history_bytes,
+            alarm: (!reply.alarm.is_empty()).then(|| reply.alarm.clone()),
+            tiers: policy.tiers.iter().map(tier).collect(),
+        }
+    }
+}
+
+/// What going back to an older point gives up.
+#[derive(Serialize)]
+pub struct GivenUp {
+    epochs: u64,
+    disk_bytes: u64,
+    seconds: f64,
+}
+
+impl From<&control::GivenUp> for GivenUp {
+    fn from(given: &control::GivenUp) -> GivenUp {
+        GivenUp { epochs: given.epochs, disk_bytes: given.disk_bytes, seconds: given.seconds }
     }
 }
 
@@ -277,6 +364,7 @@ pub struct Plan {
     already_active: bool,
     point: Option<Point>,
     lost_seconds: f64,
+    given_up: Option<GivenUp>,
     steps: Vec<String>,
     findings: Vec<Finding>,
 }
@@ -290,6 +378,7 @@ impl From<&control::ActivationPlan> for Plan {
             already_active: plan.already_active,
             point: plan.point.as_ref().map(Point::from),
             lost_seconds: plan.lost_seconds,
+            given_up: plan.given_up.as_ref().map(GivenUp::from),
             steps: plan.steps.clone(),
             findings: plan.findings.iter().map(Finding::from).collect(),
         }
@@ -322,6 +411,7 @@ pub struct Report {
     point: Option<Point>,
     rto_seconds: Option<f64>,
     lost_seconds: f64,
+    given_up: Option<GivenUp>,
 }
 
 impl From<&control::ActivationReport> for Report {
@@ -334,6 +424,7 @@ impl From<&control::ActivationReport> for Report {
             point: report.point.as_ref().map(Point::from),
             rto_seconds: (!report.was_active).then_some(report.rto_seconds),
             lost_seconds: report.lost_seconds,
+            given_up: report.given_up.as_ref().map(GivenUp::from),
         }
     }
 }

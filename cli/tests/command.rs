@@ -21,7 +21,7 @@ fn golden(name: &str, text: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn json_keeps_its_shape() {
     let host = Host::with_both();
-    let cases: [(&str, &[&str]); 13] = [
+    let cases: [(&str, &[&str]); 16] = [
         ("doctor.json", &["doctor", "web1"]),
         ("prepare.json", &["prepare", "web1"]),
         ("protect.json", &["protect", "web1"]),
@@ -32,6 +32,9 @@ async fn json_keeps_its_shape() {
         ("unprotect.json", &["unprotect", "web1"]),
         ("status.json", &["status"]),
         ("points.json", &["points", "web1"]),
+        ("point.json", &["point", "create", "web1", "--name", "before-upgrade"]),
+        ("retention.json", &["retention", "web1"]),
+        ("activate-older.json", &["activate", "web1", "--yes", "--point", "3-990"]),
         ("activate-plan.json", &["activate", "web1", "--dry-run"]),
         ("activate.json", &["activate", "web1", "--yes"]),
         ("forget.json", &["forget", "web1", "--yes"]),
@@ -45,7 +48,7 @@ async fn json_keeps_its_shape() {
 #[tokio::test(flavor = "multi_thread")]
 async fn tables_keep_their_shape() {
     let host = Host::with_both();
-    let cases: [(&str, &[&str]); 10] = [
+    let cases: [(&str, &[&str]); 13] = [
         ("doctor.txt", &["doctor", "web1"]),
         ("prepare.txt", &["prepare", "web1"]),
         ("protect.txt", &["protect", "web1"]),
@@ -54,6 +57,9 @@ async fn tables_keep_their_shape() {
         ("suspend.txt", &["suspend", "web1"]),
         ("resume.txt", &["resume", "web1"]),
         ("status.txt", &["status"]),
+        ("point.txt", &["point", "release", "web1", "--name", "before-upgrade"]),
+        ("retention.txt", &["retention", "web1"]),
+        ("activate-older.txt", &["activate", "web1", "--yes", "--before", "10m"]),
         ("activate-plan.txt", &["activate", "web1", "--dry-run"]),
         ("activate.txt", &["activate", "web1", "--yes"]),
     ];
@@ -282,6 +288,41 @@ async fn forget_asks_for_the_name() {
     let ran = host.run_on_terminal(&["forget", "web2"], "web1\n", &[]).await;
     assert_eq!(ran.code, 1, "{}", ran.stdout);
     assert_eq!(host.calls(), ["receiver status web2", "receiver forget web2", "receiver status web2"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_shown_of_an_older_point_is_what_is_activated() {
+    for words in [["--at", "2026-01-31T12:00:00Z"], ["--before", "10m"], ["--point", "before-upgrade"]] {
+        let host = Host::with_both();
+        host.run(&[&["activate", "web1", "--yes"][..], &words].concat()).await.succeeded();
+        assert_eq!(host.calls(), ["receiver plan web1", "receiver at 3-990", "receiver activate web1"], "{words:?}");
+    }
+    let host = Host::with_both();
+    for words in [
+        &["--at", "2026-01-31T12:00:00Z", "--before", "10m"][..],
+        &["--at", "2026-01-31T12:00:00Z", "--point", "3-990"],
+        &["--before", "1000000y"],
+        &["--point", "../x"],
+    ] {
+        let ran = host.run(&[&["activate", "web1", "--yes"][..], words].concat()).await;
+        assert_eq!(ran.code, 2, "{words:?}: {}", ran.stderr);
+    }
+    let ran = host.run(&["point", "create", "web1", "--name", "taken", "--point", "3-990"]).await;
+    assert_eq!((ran.code, ran.stderr.as_str()), (1, "vmdr: the name is taken\n"));
+    host.run(&["retention", "web1", "--tier", "epoch:10m", "--tier", "1m:24h"]).await.succeeded();
+    host.run(&["retention", "web1", "--budget", "1GiB"]).await.succeeded();
+    host.run(&["retention", "web1", "--reset"]).await.succeeded();
+    assert_eq!(
+        host.calls(),
+        [
+            "receiver create-point web1 taken 3-990",
+            "receiver retention web1 change=false reset=false tiers=0",
+            "receiver retention web1 change=true reset=false tiers=2",
+            "receiver retention web1 change=false reset=false tiers=0",
+            "receiver retention web1 change=true reset=false tiers=3",
+            "receiver retention web1 change=false reset=true tiers=0",
+        ]
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

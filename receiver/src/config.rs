@@ -6,11 +6,13 @@ use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Deserializer};
 use vmdr_proto::{RECEIVER_PORT, RECEIVER_SOCKET};
 
-use crate::store::StoreOptions;
+use crate::history;
+use crate::store::{Retention, StoreOptions};
 
 /// Where the configuration is, unless given on the command line.
 pub const CONFIG_FILE: &str = "/etc/vmdr/receiver.toml";
@@ -34,8 +36,48 @@ pub struct Config {
     pub libvirt_uri: String,
     /// Bytes of the state directory's file system that are never used.
     pub space_reserve_bytes: u64,
+    /// How long which recovery points are kept, of domains that have no policy of their own.
+    pub retention: RetentionConfig,
     /// Bridges that have another name here: `"br0" = "br-dr"`.
     pub bridges: BTreeMap<String, String>,
+}
+
+/// `[retention]`: which recovery points are kept.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RetentionConfig {
+    /// Bytes that older points of a domain may take.
+    pub budget_bytes: u64,
+    /// The tiers.
+    pub tiers: Vec<TierConfig>,
+}
+
+/// `{ every_seconds = 60, for_seconds = 86400 }`: one point a minute for a day.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TierConfig {
+    /// One of every so many seconds; 0: every epoch.
+    pub every_seconds: u64,
+    /// Up to this age.
+    pub for_seconds: u64,
+}
+
+impl Default for RetentionConfig {
+    fn default() -> Self {
+        let Retention { budget_bytes, tiers } = Retention::default();
+        let seconds = |ns: u64| Duration::from_nanos(ns).as_secs();
+        let tiers = tiers
+            .iter()
+            .map(|tier| TierConfig { every_seconds: seconds(tier.every_ns), for_seconds: seconds(tier.for_ns) });
+        RetentionConfig { budget_bytes, tiers: tiers.collect() }
+    }
+}
+
+impl RetentionConfig {
+    /// As the store has it.
+    pub fn policy(&self) -> Result<Retention, String> {
+        history::policy(self.budget_bytes, self.tiers.iter().map(|tier| (tier.every_seconds, tier.for_seconds)))
+    }
 }
 
 impl Default for Config {
@@ -47,6 +89,7 @@ impl Default for Config {
             metrics_listen: Some(SocketAddr::from(([127, 0, 0, 1], METRICS_PORT))),
             libvirt_uri: vmdr_hypervisor::libvirt::SYSTEM_URI.to_owned(),
             space_reserve_bytes: StoreOptions::default().space_reserve_bytes,
+            retention: RetentionConfig::default(),
             bridges: BTreeMap::new(),
         }
     }
@@ -128,6 +171,9 @@ impl Config {
             let at = text.find("libvirt_uri").unwrap_or(0);
             return Err(invalid(at, "libvirt_uri is empty; this host's own is \"qemu:///system\"".to_owned()));
         }
+        if let Err(what) = config.retention.policy() {
+            return Err(invalid(text.find("retention").unwrap_or(0), what));
+        }
         Ok(config)
     }
 }
@@ -158,7 +204,8 @@ mod tests {
     fn every_key_is_read() {
         let config = parse(
             "listen = \"10.0.9.2:7000\"\nstate_dir = \"/srv/vmdr\"\ncontrol_socket = \"/run/x.sock\"\nmetrics_listen = \"\"\n\
-             libvirt_uri = \"test:///default\"\nspace_reserve_bytes = 5\n[bridges]\n\"br0\" = \"br-dr\"\n",
+             libvirt_uri = \"test:///default\"\nspace_reserve_bytes = 5\n[bridges]\n\"br0\" = \"br-dr\"\n\
+             [retention]\nbudget_bytes = 2097152\ntiers = [{ every_seconds = 0, for_seconds = 60 }]\n",
         )
         .unwrap();
         let expected = Config {
@@ -168,6 +215,10 @@ mod tests {
             metrics_listen: None,
             libvirt_uri: "test:///default".to_owned(),
             space_reserve_bytes: 5,
+            retention: RetentionConfig {
+                budget_bytes: 2 << 20,
+                tiers: vec![TierConfig { every_seconds: 0, for_seconds: 60 }],
+            },
             bridges: BTreeMap::from([("br0".to_owned(), "br-dr".to_owned())]),
         };
         assert_eq!(config, expected);
@@ -185,6 +236,8 @@ mod tests {
             ("state_dir = \"var\"", "1:1: ", "not an absolute path"),
             ("libvirt_uri = \"\"", "1:1: ", "empty"),
             ("[bridges]\nbr0 = 3", "2:7: ", "string"),
+            ("[retention]\nbudget_bytes = 5", "1:2: ", "at least"),
+            ("[retention]\ntiers = [{ every_seconds = 9, for_seconds = 8 }]", "1:2: ", "no sense"),
         ] {
             let error = parse(text).unwrap_err().to_string();
             let rest = error.strip_prefix("/etc/vmdr/receiver.toml:").unwrap();

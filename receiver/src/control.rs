@@ -10,8 +10,8 @@ use tonic::{Request, Response, Status};
 use uuid::Uuid;
 use vmdr_proto::control::receiver_server::Receiver as Service;
 use vmdr_proto::control::{
-    ActivateRequest, ActivationPlan, ActivationReport, DomainRequest, DomainStatus, ForgetReply, Point, PointsReply,
-    Progress, StatusReply, StatusRequest,
+    ActivateRequest, ActivationPlan, ActivationReport, DomainRequest, DomainStatus, ForgetReply, Point, PointRequest,
+    PointsReply, Progress, RetentionReply, RetentionRequest, StatusReply, StatusRequest,
 };
 use vmdr_proto::replication::RefusedCode;
 
@@ -21,7 +21,8 @@ use crate::activate::record::{PointId, Step};
 use crate::activate::run::{Activated, Activation, Standby, age_seconds, unix_ns};
 use crate::activate::{ActivateError, plan};
 use crate::daemon::Receiver;
-use crate::store::{DomainSummary, RecoveryPoint, Store, StoreError};
+use crate::history;
+use crate::store::{DomainSummary, PointId as StoredPoint, RecoveryPoint, Store, StoreError};
 
 /// Messages to a client that does not read; an activation does not wait for it.
 const PROGRESS_MAX: usize = 64;
@@ -48,12 +49,12 @@ impl ControlService {
     }
 }
 
-fn store_status(error: &StoreError) -> Status {
+pub(crate) fn store_status(error: &StoreError) -> Status {
     let message = error.to_string();
     match error {
-        StoreError::Unknown(_) | StoreError::NoPoint(_) => Status::not_found(message),
+        StoreError::Unknown(_) | StoreError::NoPoint(_) | StoreError::NoSuchPoint { .. } => Status::not_found(message),
         StoreError::BadUuid(_) => Status::invalid_argument(message),
-        StoreError::Busy { .. } | StoreError::Frozen(_) | StoreError::Fenced { .. } => {
+        StoreError::Busy { .. } | StoreError::Frozen(_) | StoreError::Fenced { .. } | StoreError::Refused { .. } => {
             Status::failed_precondition(message)
         }
         _ if error.code() == RefusedCode::Full => Status::resource_exhausted(message),
@@ -89,19 +90,6 @@ fn find(receiver: &Receiver, wanted: &str) -> Result<(Uuid, DomainSummary), Stat
     })?;
     let uuid = Uuid::parse_str(&summary.uuid).map_err(|e| Status::internal(format!("{}: {e}", summary.uuid)))?;
     Ok((uuid, summary))
-}
-
-fn point_message(generation: u64, epoch: u64, cut_unix_ns: u64, bytes: u64) -> Point {
-    Point {
-        id: format!("{generation}-{epoch}"),
-        generation,
-        epoch,
-        cut_unix_ns,
-        consistency: "crash".to_owned(),
-        bytes,
-        pinned: false,
-        newest: true,
-    }
 }
 
 fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
@@ -161,6 +149,10 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
         peer,
         advice,
         stored_bytes: domain.stored_bytes,
+        history_bytes: domain.history_bytes,
+        history_budget_bytes: domain.history_budget_bytes,
+        points: domain.points,
+        alarm: domain.alarm.unwrap_or_default(),
         ..DomainStatus::default()
     }
 }
@@ -183,8 +175,8 @@ impl Standby for StoredStandby<'_> {
         Ok(())
     }
 
-    fn recovery_point(&self) -> Result<RecoveryPoint, ActivateError> {
-        Ok(self.store.recovery_point(&self.uuid.to_string())?)
+    fn recovery_point(&self, point: Option<StoredPoint>) -> Result<RecoveryPoint, ActivateError> {
+        Ok(self.store.recovery_point_at(&self.uuid.to_string(), point)?)
     }
 
     fn directory(&self) -> std::path::PathBuf {
@@ -200,8 +192,10 @@ fn hypervisor_status(error: vmdr_hypervisor::Error) -> Status {
     activate_status(&ActivateError::Hypervisor(error))
 }
 
-fn make_plan(receiver: &Receiver, wanted: &str) -> Result<ActivationPlan, Status> {
-    let (uuid, summary) = find(receiver, wanted)?;
+fn make_plan(receiver: &Receiver, request: &ActivateRequest) -> Result<ActivationPlan, Status> {
+    let (uuid, summary) = find(receiver, &request.domain)?;
+    let (store, id) = (&receiver.store, uuid.to_string());
+    let chosen = history::choose(store, &id, request)?;
     let standby = StoredStandby { store: &receiver.store, uuid };
     let active = receiver.active_directory(uuid);
     let record = active.read(uuid).map_err(|e| Status::internal(e.to_string()))?;
@@ -217,7 +211,7 @@ fn make_plan(receiver: &Receiver, wanted: &str) -> Result<ActivationPlan, Status
         };
         return Err(activate_status(&error));
     }
-    let point = standby.recovery_point().map_err(|e| activate_status(&e))?;
+    let point = standby.recovery_point(chosen).map_err(|e| activate_status(&e))?;
     let next = record.as_ref().map_or(1, |r| r.step.last_attempt() + 1);
     let stored = standby.generation().map_err(|e| activate_status(&e))?;
     let raised = record.map(|r| r.step.generation());
@@ -226,7 +220,8 @@ fn make_plan(receiver: &Receiver, wanted: &str) -> Result<ActivationPlan, Status
     Ok(ActivationPlan {
         name: summary.name,
         uuid: uuid.to_string(),
-        point: Some(point_message(point.generation, point.epoch, point.cut_unix_ns, summary.stored_bytes)),
+        point: Some(history::find(store, &id, StoredPoint { generation: point.generation, epoch: point.epoch })?),
+        given_up: chosen.and_then(|chosen| store.given_up(&id, chosen).ok()).map(Into::into),
         lost_seconds: age_seconds(point.cut_unix_ns, unix_ns(SystemTime::now())),
         steps: plan::steps(&plan, &point, stored, raised),
         findings: if runs { Vec::new() } else { plan.findings },
@@ -236,11 +231,12 @@ fn make_plan(receiver: &Receiver, wanted: &str) -> Result<ActivationPlan, Status
 
 fn activate(
     receiver: &Receiver,
-    wanted: &str,
+    request: &ActivateRequest,
     requested: (Instant, u64),
     progress: &mut dyn FnMut(&str),
 ) -> Result<ActivationReport, Status> {
-    let (uuid, summary) = find(receiver, wanted)?;
+    let (uuid, summary) = find(receiver, &request.domain)?;
+    let (store, id) = (&receiver.store, uuid.to_string());
     let lock = receiver.activation_lock(uuid);
     let _one_at_a_time = match lock.try_lock() {
         Ok(guard) => guard,
@@ -249,8 +245,9 @@ fn activate(
             lock.blocking_lock()
         }
     };
+    let chosen = history::choose(store, &id, request)?;
     let host = connect(receiver)?;
-    let standby = StoredStandby { store: &receiver.store, uuid };
+    let standby = StoredStandby { store, uuid };
     let settings = receiver.settings();
     let activation = Activation {
         uuid,
@@ -258,6 +255,7 @@ fn activate(
         standby: &standby,
         host: &host,
         settings: &settings,
+        point: chosen,
         requested: requested.0,
         requested_unix_ns: requested.1,
     };
@@ -271,12 +269,32 @@ fn activate(
     Ok(ActivationReport {
         name,
         uuid: uuid.to_string(),
-        point: point.map(|PointId { generation, epoch, cut_unix_ns }| point_message(generation, epoch, cut_unix_ns, 0)),
+        given_up: point
+            .filter(|_| chosen.is_some() && !was_active)
+            .and_then(|point| store.given_up(&id, stored_point(&point)).ok())
+            .map(Into::into),
+        // One that is not kept any more has run here long ago.
+        point: point.map(|point| {
+            let PointId { generation, epoch, cut_unix_ns } = point;
+            let found = history::find(store, &id, stored_point(&point)).ok();
+            found.unwrap_or_else(|| Point {
+                id: stored_point(&point).to_string(),
+                generation,
+                epoch,
+                cut_unix_ns,
+                consistency: "crash".to_owned(),
+                ..Point::default()
+            })
+        }),
         rto_seconds: rto.map_or(0.0, |r| r.as_secs_f64()),
         lost_seconds,
         was_active,
         generation,
     })
+}
+
+fn stored_point(point: &PointId) -> StoredPoint {
+    StoredPoint { generation: point.generation, epoch: point.epoch }
 }
 
 fn forget(receiver: &Receiver, wanted: &str) -> Result<ForgetReply, Status> {
@@ -320,27 +338,50 @@ impl Service for ControlService {
         let wanted = request.into_inner().domain;
         self.blocking(move |receiver| {
             let (uuid, _) = find(receiver, &wanted)?;
-            let points = receiver.store.points(&uuid.to_string()).map_err(|e| store_status(&e))?;
-            let message = |(i, p): (usize, crate::store::Point)| Point {
-                newest: i == 0,
-                ..point_message(p.generation, p.epoch, p.cut_unix_ns, p.bytes)
-            };
-            Ok(PointsReply { points: points.into_iter().enumerate().map(message).collect() })
+            history::points(&receiver.store, &uuid.to_string())
         })
         .await
     }
 
     async fn plan_activation(&self, request: Request<ActivateRequest>) -> Result<Response<ActivationPlan>, Status> {
-        let wanted = request.into_inner().domain;
-        self.blocking(move |receiver| make_plan(receiver, &wanted)).await
+        let request = request.into_inner();
+        self.blocking(move |receiver| make_plan(receiver, &request)).await
+    }
+
+    async fn create_point(&self, request: Request<PointRequest>) -> Result<Response<Point>, Status> {
+        let request = request.into_inner();
+        self.blocking(move |receiver| {
+            let (uuid, _) = find(receiver, &request.domain)?;
+            history::create(&receiver.store, &uuid.to_string(), &request)
+        })
+        .await
+    }
+
+    async fn release_point(&self, request: Request<PointRequest>) -> Result<Response<Point>, Status> {
+        let request = request.into_inner();
+        self.blocking(move |receiver| {
+            let (uuid, _) = find(receiver, &request.domain)?;
+            history::release(&receiver.store, &uuid.to_string(), &request.name)
+        })
+        .await
+    }
+
+    async fn retention(&self, request: Request<RetentionRequest>) -> Result<Response<RetentionReply>, Status> {
+        let request = request.into_inner();
+        self.blocking(move |receiver| {
+            let (uuid, _) = find(receiver, &request.domain)?;
+            history::change_retention(&receiver.store, &uuid.to_string(), &request)
+        })
+        .await
     }
 
     type ActivateStream = ReceiverStream<Result<Progress, Status>>;
 
     async fn activate(&self, request: Request<ActivateRequest>) -> Result<Response<Self::ActivateStream>, Status> {
         let requested = (Instant::now(), unix_ns(SystemTime::now()));
-        let ActivateRequest { domain, dry_run, wait: _ } = request.into_inner();
-        if dry_run {
+        let request = request.into_inner();
+        let domain = request.domain.clone();
+        if request.dry_run {
             return Err(Status::invalid_argument("a dry run is PlanActivation"));
         }
         let (messages, stream) = mpsc::channel(PROGRESS_MAX);
@@ -351,7 +392,7 @@ impl Service for ControlService {
                 tracing::info!(%domain, step, "activation");
                 let _ = messages.try_send(Ok(Progress { step: step.to_owned(), ..Progress::default() }));
             };
-            let last = match activate(&receiver, &domain, requested, &mut progress) {
+            let last = match activate(&receiver, &request, requested, &mut progress) {
                 Ok(report) => Ok(Progress { step: "run".to_owned(), activation: Some(report), ..Progress::default() }),
                 Err(status) => {
                     receiver.metrics.activation_failures.fetch_add(1, Ordering::Relaxed);

@@ -34,8 +34,8 @@ use crate::store::{Store, StoreOptions};
 /// Silence after which an agent is asked whether it is there; twice that and the connection is given up, so that a host that
 /// vanished is noticed within seconds.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
-/// How long it may take to answer.
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long it may take to answer: behind what is queued on a slow link (the agent has the same limit).
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(15);
 /// Bytes under way per stream: a link of 1 Gbit/s with a round trip of 60 ms is kept full.
 const STREAM_WINDOW_BYTES: u32 = 8 << 20;
 /// The same for a connection; an agent has a stream per guest on it.
@@ -76,7 +76,9 @@ pub struct Receiver {
 impl Receiver {
     /// Opens the store. Blocks while journals are read.
     pub fn open(config: Config) -> anyhow::Result<Self> {
-        let options = StoreOptions { space_reserve_bytes: config.space_reserve_bytes, ..StoreOptions::default() };
+        let retention = config.retention.policy().map_err(|what| anyhow::anyhow!("[retention]: {what}"))?;
+        let space_reserve_bytes = config.space_reserve_bytes;
+        let options = StoreOptions { space_reserve_bytes, retention, ..StoreOptions::default() };
         let store = Store::open(&config.state_dir, options).context("open the state directory")?;
         Ok(Receiver {
             config,
@@ -153,6 +155,10 @@ impl Receiver {
             epoch: d.position.epoch,
             recovery_point_age_seconds: (d.position.epoch > 0).then(|| age_seconds(d.cut_unix_ns, now)),
             stored_bytes: d.stored_bytes,
+            points: d.points,
+            history_bytes: d.history_bytes,
+            history_budget_bytes: d.history_budget_bytes,
+            history_alarm: d.alarm.is_some(),
             receiving: d.receiving,
             active: d.frozen,
             uuid: d.uuid,

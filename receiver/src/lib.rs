@@ -13,6 +13,7 @@ pub mod config;
 pub mod control;
 pub mod daemon;
 pub mod hashes;
+pub mod history;
 pub mod metrics;
 pub mod probe;
 pub mod replication;

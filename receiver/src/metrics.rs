@@ -78,6 +78,14 @@ pub struct DomainSample {
     pub recovery_point_age_seconds: Option<f64>,
     /// Bytes it takes on the disk.
     pub stored_bytes: u64,
+    /// Recovery points.
+    pub points: u64,
+    /// Bytes that older ones take, and may take.
+    pub history_bytes: u64,
+    /// See `history_bytes`.
+    pub history_budget_bytes: u64,
+    /// Older points will have to go, or have to already.
+    pub history_alarm: bool,
     /// A stream is open.
     pub receiving: bool,
     /// It was activated here.
@@ -119,13 +127,21 @@ impl Metrics {
         family(&mut out, "vmdr_receiver_state_free_bytes", "gauge", "Free bytes where the state directory is.");
         let _ = writeln!(out, "vmdr_receiver_state_free_bytes {}", sample.free_bytes);
         type Value = fn(&DomainSample) -> Option<f64>;
-        let gauges: [(&str, &str, Value); 6] = [
+        let gauges: [(&str, &str, Value); 10] = [
             ("vmdr_receiver_domain_generation", "Stored generation.", |d| Some(d.generation as f64)),
             ("vmdr_receiver_domain_durable_epoch", "Newest durable epoch.", |d| Some(d.epoch as f64)),
             ("vmdr_receiver_domain_recovery_point_age_seconds", "Age of the newest recovery point.", |d| {
                 d.recovery_point_age_seconds
             }),
             ("vmdr_receiver_domain_stored_bytes", "Bytes on disk.", |d| Some(d.stored_bytes as f64)),
+            ("vmdr_receiver_domain_points", "Recovery points.", |d| Some(d.points as f64)),
+            ("vmdr_receiver_domain_history_bytes", "Bytes of older points.", |d| Some(d.history_bytes as f64)),
+            ("vmdr_receiver_domain_history_budget_bytes", "Bytes that older points may take.", |d| {
+                Some(d.history_budget_bytes as f64)
+            }),
+            ("vmdr_receiver_domain_history_alarm", "1 while older points will have to go for want of room.", |d| {
+                Some(f64::from(d.history_alarm))
+            }),
             ("vmdr_receiver_domain_receiving", "1 while a stream is open.", |d| Some(f64::from(d.receiving))),
             ("vmdr_receiver_domain_active", "1 once it was activated here.", |d| Some(f64::from(d.active))),
         ];
@@ -163,6 +179,10 @@ mod tests {
             epoch: 9,
             recovery_point_age_seconds: Some(0.25),
             stored_bytes: 77,
+            points: 12,
+            history_bytes: 34,
+            history_budget_bytes: 56,
+            history_alarm: true,
             receiving: true,
             active: false,
         };
@@ -188,6 +208,7 @@ mod tests {
             "vmdr_receiver_commit_seconds_sum 30.004",
             "vmdr_receiver_commit_seconds_count 3",
             "vmdr_receiver_domain_recovery_point_age_seconds{domain=\"we\\\"b\\\\1\\n\",uuid=\"u\"} 0.25",
+            "vmdr_receiver_domain_history_alarm{domain=\"new\",uuid=\"u\"} 1",
             "vmdr_receiver_state_free_bytes 5",
             "vmdr_receiver_domain_durable_epoch{domain=\"new\",uuid=\"u\"} 9",
             "vmdr_receiver_domain_active{domain=\"new\",uuid=\"u\"} 0",

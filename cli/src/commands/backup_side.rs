@@ -1,66 +1,20 @@
-//! Commands to the receiver: `points`, `activate`, `forget`.
+//! Commands to the receiver: `activate`, `forget`.
 
 use std::io::Write;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use vmdr_proto::control::{ActivateRequest, ActivationPlan, ActivationReport, DomainRequest, Point, StatusRequest};
+use vmdr_proto::control::{
+    ActivateRequest, ActivationPlan, ActivationReport, DomainRequest, GivenUp, Point, StatusRequest,
+};
 
 use super::{Out, findings_table, refused};
 use crate::args::{Common, Domain};
 use crate::client::{self, Daemon, answer};
 use crate::failure::Failure;
 use crate::style::Tone;
-use crate::table::{Cell, Side, Table};
 use crate::{confirm, json, progress, text};
 
-/// Lists the recovery points.
-pub async fn points(common: &Common, out: Out, domain: &Domain) -> Result<(), Failure> {
-    let request = DomainRequest { domain: domain.0.clone() };
-    let reply = answer(Daemon::Receiver, "points", client::receiver(common).await?.points(request)).await?;
-    out.result(
-        "points",
-        || json::Points { domain: domain.0.clone(), points: reply.points.iter().map(json::Point::from).collect() },
-        || points_table(out, domain, &reply.points),
-    )
-}
-
-fn points_table(out: Out, domain: &Domain, points: &[Point]) -> String {
-    if points.is_empty() {
-        return format!("{} has no recovery point here yet: its first copy is not whole\n", text::one_line(&domain.0));
-    }
-    let now = SystemTime::now();
-    let mut table = Table::new([
-        ("POINT", Side::Left),
-        ("CUT (UTC)", Side::Left),
-        ("AGE", Side::Right),
-        ("CONSISTENCY", Side::Left),
-        ("SIZE", Side::Right),
-        ("NOTE", Side::Left),
-    ]);
-    for point in points {
-        let note = match (point.newest, point.pinned) {
-            (true, true) => "newest, pinned",
-            (true, false) => "newest",
-            (false, true) => "pinned",
-            (false, false) => "",
-        };
-        table.row(
-            [
-                text::one_line(&point.id).into(),
-                text::instant_short(point.cut_unix_ns).into(),
-                text::age_seconds(point.cut_unix_ns, now).map_or("-".to_owned(), text::seconds).into(),
-                text::one_line(&point.consistency).into(),
-                text::bytes(point.bytes as f64).into(),
-                Cell::toned(note, if point.newest { Tone::Good } else { Tone::Plain }),
-            ],
-            String::new(),
-        );
-    }
-    table.render(out.style)
-}
-
 /// The options of `activate`.
-#[derive(Clone, Copy)]
 pub struct Activate {
     /// Only show the plan.
     pub dry_run: bool,
@@ -68,6 +22,28 @@ pub struct Activate {
     pub yes: bool,
     /// Wait for everything.
     pub wait: bool,
+    /// At which point.
+    pub which: Which,
+}
+
+/// Which recovery point; nothing given: the newest.
+#[derive(Default)]
+pub struct Which {
+    /// Its identity or name.
+    pub point: Option<String>,
+    /// The newest that is not younger.
+    pub at_unix_ns: Option<u64>,
+    /// The newest that is at least so old.
+    pub before: Option<Duration>,
+}
+
+impl Which {
+    fn at(&self) -> Result<u64, Failure> {
+        let Some(before) = self.before else { return Ok(self.at_unix_ns.unwrap_or(0)) };
+        let then = SystemTime::now().checked_sub(before).and_then(|then| then.duration_since(UNIX_EPOCH).ok());
+        let ns = then.and_then(|then| u64::try_from(then.as_nanos()).ok()).filter(|ns| *ns > 0);
+        ns.ok_or_else(|| Failure::Usage("--before goes back to before there was anything".to_owned()))
+    }
 }
 
 /// Shows the plan, asks, activates, reports.
@@ -76,7 +52,13 @@ pub async fn activate(common: &Common, out: Out, domain: &Domain, options: Activ
         confirm::possible("activate", options.yes)?;
     }
     let mut receiver = client::receiver(common).await?;
-    let request = ActivateRequest { domain: domain.0.clone(), dry_run: options.dry_run, wait: options.wait };
+    let mut request = ActivateRequest {
+        domain: domain.0.clone(),
+        dry_run: options.dry_run,
+        wait: options.wait,
+        point: options.which.point.clone().unwrap_or_default(),
+        at_unix_ns: options.which.at()?,
+    };
     let plan = answer(Daemon::Receiver, "activate", receiver.plan_activation(request.clone())).await?;
     let refused = refused(&plan.findings);
     if options.dry_run {
@@ -101,6 +83,10 @@ pub async fn activate(common: &Common, out: Out, domain: &Domain, options: Activ
     if !options.yes && !plan.already_active {
         let about = format!("This starts {name} here. Make sure that it no longer runs at the other site.\n");
         confirm::typed(&about, &plan.name).await?;
+    }
+    // What was shown and confirmed, however long that took; the newest stays the newest.
+    if let Some(point) = plan.point.as_ref().filter(|_| plan.given_up.is_some()) {
+        (request.point, request.at_unix_ns) = (point.id.clone(), 0);
     }
     let stream = receiver
         .activate(request)
@@ -136,6 +122,7 @@ fn plan_text(out: Out, plan: &ActivationPlan) -> String {
                     text::seconds(plan.lost_seconds)
                 );
                 text.push_str(&format!("  what is lost:   {}\n", out.paint(Tone::Bold, &lost)));
+                text.push_str(&given_up_text(plan.given_up.as_ref()));
             }
             None => text.push_str("  recovery point: none\n"),
         }
@@ -155,6 +142,18 @@ fn point_text(point: &Point) -> String {
     })
 }
 
+/// What going back gives up, beside what the newest point has lost.
+fn given_up_text(given_up: Option<&GivenUp>) -> String {
+    given_up.map_or_else(String::new, |given| {
+        format!(
+            "  given up:       {} epochs that are newer ({} of the guest, {} written to disks); they stay here\n",
+            given.epochs,
+            text::seconds(given.seconds),
+            text::bytes(given.disk_bytes as f64)
+        )
+    })
+}
+
 fn report_text(out: Out, report: &ActivationReport) -> String {
     let name = text::one_line(&report.name);
     if report.was_active {
@@ -169,6 +168,7 @@ fn report_text(out: Out, report: &ActivationReport) -> String {
         text.push_str(&format!("  recovery point: {}\n", point_text(point)));
     }
     text.push_str(&format!("  lost:           {}\n", text::seconds(report.lost_seconds)));
+    text.push_str(&given_up_text(report.given_up.as_ref()));
     text.push_str(&format!("  generation:     {}\n", report.generation));
     text
 }

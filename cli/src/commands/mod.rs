@@ -4,13 +4,14 @@ use std::io::{ErrorKind, Write};
 
 use vmdr_proto::control;
 
-use crate::args::{self, Cli, Command, Output};
+use crate::args::{self, Cli, Command, Output, PointAction};
 use crate::failure::Failure;
 use crate::json;
 use crate::style::{Style, Tone};
 use crate::text;
 
 mod backup_side;
+mod history;
 mod protected_side;
 mod status;
 
@@ -30,9 +31,19 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
         Command::Resume { domain } => protected_side::resume(common, out, domain).await,
         Command::Unprotect { domain } => protected_side::unprotect(common, out, domain).await,
         Command::Status { domain } => status::status(common, out, domain.as_ref()).await,
-        Command::Points { domain } => backup_side::points(common, out, domain).await,
-        Command::Activate { domain, dry_run, yes, wait } => {
-            let options = backup_side::Activate { dry_run: *dry_run, yes: *yes, wait: *wait };
+        Command::Points { domain } => history::points(common, out, domain).await,
+        Command::Point { action: PointAction::Create { domain, name, point } } => {
+            history::create(common, out, domain, name, point.as_deref()).await
+        }
+        Command::Point { action: PointAction::Release { domain, name } } => {
+            history::release(common, out, domain, name).await
+        }
+        Command::Retention { domain, tiers, budget, reset } => {
+            history::retention(common, out, domain, tiers, *budget, *reset).await
+        }
+        Command::Activate { domain, dry_run, yes, wait, point, at, before } => {
+            let which = backup_side::Which { point: point.clone(), at_unix_ns: *at, before: *before };
+            let options = backup_side::Activate { dry_run: *dry_run, yes: *yes, wait: *wait, which };
             backup_side::activate(common, out, domain, options).await
         }
         Command::Forget { domain, yes } => backup_side::forget(common, out, domain, *yes).await,

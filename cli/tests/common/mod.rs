@@ -183,6 +183,19 @@ fn point(epoch: u64, newest: bool) -> Point {
         bytes: 512 << 20,
         pinned: !newest,
         newest,
+        names: if newest { Vec::new() } else { vec!["before-upgrade".into()] },
+        verified_unix_ns: if newest { 0 } else { CUT_UNIX_NS },
+        damaged: false,
+    }
+}
+
+fn policy() -> RetentionReply {
+    let tier = |every_seconds, for_seconds| RetentionTier { every_seconds, for_seconds };
+    let tiers = vec![tier(0, 600), tier(60, 86_400), tier(3600, 604_800)];
+    RetentionReply {
+        retention: Some(Retention { budget_bytes: 32 << 30, tiers }),
+        history_bytes: 27 << 30,
+        alarm: "the history has 27648 MiB of its budget of 32768 MiB".into(),
     }
 }
 
@@ -339,16 +352,42 @@ impl Receiver for Daemon {
         let domain = request.into_inner().domain;
         self.asked("points", &domain)?;
         let points = if domain == "fresh" { Vec::new() } else { vec![point(1000, true), point(990, false)] };
-        Ok(Response::new(PointsReply { points }))
+        let retention = Some(RetentionReply { alarm: String::new(), ..policy() });
+        Ok(Response::new(PointsReply { points, retention }))
+    }
+
+    async fn create_point(&self, request: Request<PointRequest>) -> Result<Response<Point>, Status> {
+        let PointRequest { domain, name, point: id } = request.into_inner();
+        self.asked("create-point", &format!("{domain} {name} {id}"))?;
+        if name == "taken" {
+            return Err(Status::failed_precondition("the name is taken"));
+        }
+        Ok(Response::new(Point { names: vec![name], ..point(990, false) }))
+    }
+
+    async fn release_point(&self, request: Request<PointRequest>) -> Result<Response<Point>, Status> {
+        let PointRequest { domain, name, .. } = request.into_inner();
+        self.asked("release-point", &format!("{domain} {name}"))?;
+        Ok(Response::new(Point { pinned: false, ..point(990, false) }))
+    }
+
+    async fn retention(&self, request: Request<RetentionRequest>) -> Result<Response<RetentionReply>, Status> {
+        let RetentionRequest { domain, change, reset, retention } = request.into_inner();
+        let tiers = retention.clone().unwrap_or_default().tiers.len();
+        self.asked("retention", &format!("{domain} change={change} reset={reset} tiers={tiers}"))?;
+        let now = policy();
+        Ok(Response::new(RetentionReply { retention: retention.filter(|_| change).or(now.retention.clone()), ..now }))
     }
 
     async fn plan_activation(&self, request: Request<ActivateRequest>) -> Result<Response<ActivationPlan>, Status> {
-        let domain = request.into_inner().domain;
+        let ActivateRequest { domain, point: wanted, at_unix_ns, .. } = request.into_inner();
         self.asked("plan", &domain)?;
+        let older = !wanted.is_empty() || at_unix_ns > 0;
         let mut plan = ActivationPlan {
             name: if domain == UUID { "web1".into() } else { domain.clone() },
             uuid: UUID.into(),
-            point: Some(point(1000, true)),
+            point: Some(if older { point(990, false) } else { point(1000, true) }),
+            given_up: older.then_some(GivenUp { epochs: 10, disk_bytes: 5 << 20, seconds: 1.0 }),
             lost_seconds: 12.5,
             steps: vec!["stop receiving".into(), "restore the guest".into()],
             findings: vec![finding(Severity::Warning, "network", "bridge br1 has no uplink", "check it")],
@@ -363,13 +402,18 @@ impl Receiver for Daemon {
     type ActivateStream = Stream;
 
     async fn activate(&self, request: Request<ActivateRequest>) -> Result<Response<Stream>, Status> {
-        let ActivateRequest { domain, wait, .. } = request.into_inner();
+        let ActivateRequest { domain, wait, point: wanted, at_unix_ns, .. } = request.into_inner();
+        assert_eq!(at_unix_ns, 0, "what was shown is what is asked for");
+        if !wanted.is_empty() {
+            self.asked("at", &wanted)?;
+        }
         self.asked(if wait { "activate-and-wait" } else { "activate" }, &domain)?;
         let report = ActivationReport {
             name: "web1".into(),
             uuid: UUID.into(),
             point: Some(point(1000, true)),
             rto_seconds: 0.512,
+            given_up: (!wanted.is_empty()).then_some(GivenUp { epochs: 10, disk_bytes: 5 << 20, seconds: 1.0 }),
             lost_seconds: 12.7,
             was_active: domain == "running",
             generation: 4,

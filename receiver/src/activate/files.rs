@@ -10,6 +10,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use super::qcow2;
 use super::record::Pristine;
 
 /// Why a file could not be made ready.
@@ -53,6 +54,26 @@ pub fn create_overlay(overlay: &Path, base: &Path, bytes: u64) -> Result<Pristin
         let message = String::from_utf8_lossy(&made.stderr).trim().to_owned();
         return Err(FileError::QemuImg { path: overlay.to_owned(), message });
     }
+    settle(overlay)
+}
+
+/// Makes an overlay that has these clusters itself, as `read` gives them: what an older recovery point has otherwise.
+pub fn create_older_overlay(
+    overlay: &Path,
+    base: &Path,
+    bytes: u64,
+    clusters: &[u64],
+    read: &mut dyn FnMut(u64, &mut [u8]) -> io::Result<()>,
+) -> Result<Pristine, FileError> {
+    let mut to = fs::File::create_new(overlay).map_err(failed("create", overlay))?;
+    let backing = base.to_str().ok_or_else(|| io::Error::other("the path of its image is not UTF-8"));
+    let backing = backing.map_err(failed("create", overlay))?;
+    qcow2::write(&mut to, backing, bytes, clusters, read).map_err(failed("write", overlay))?;
+    settle(overlay)
+}
+
+/// What it looks like before a guest has it.
+fn settle(overlay: &Path) -> Result<Pristine, FileError> {
     fs::set_permissions(overlay, Permissions::from_mode(0o600)).map_err(failed("set the mode of", overlay))?;
     let file = fs::File::open(overlay).map_err(failed("open", overlay))?;
     file.sync_all().map_err(failed("sync", overlay))?;
@@ -124,8 +145,8 @@ pub fn give_to_read(file: &Path, owner: Option<(u32, u32)>) -> Result<(), FileEr
 }
 
 /// Writes the guest's UEFI variables, for QEMU's user alone: a copy, since QEMU writes to it.
-pub fn copy_variables(from: &Path, to: &Path, bytes: u64, owner: Option<(u32, u32)>) -> Result<(), FileError> {
-    let mut image = fs::File::open(from).map_err(failed("open", from))?.take(bytes);
+pub fn copy_variables(from: &mut dyn Read, to: &Path, bytes: u64, owner: Option<(u32, u32)>) -> Result<(), FileError> {
+    let mut image = from.take(bytes);
     let mut file =
         fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(to).map_err(failed("create", to))?;
     io::copy(&mut image, &mut file).map_err(failed("write", to))?;
@@ -176,10 +197,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (image, copy) = (dir.path().join("2.img"), dir.path().join("variables.fd"));
         fs::write(&image, vec![7; 6000]).unwrap();
-        copy_variables(&image, &copy, 8192, None).unwrap();
+        let open = || fs::File::open(&image).unwrap();
+        copy_variables(&mut open(), &copy, 8192, None).unwrap();
         assert_eq!(mode(&copy), 0o600);
         assert_eq!(fs::read(&copy).unwrap(), [vec![7; 6000], vec![0; 2192]].concat());
-        assert!(copy_variables(&image, &copy, 8192, None).is_err(), "nothing that is there is overwritten");
+        assert!(copy_variables(&mut open(), &copy, 8192, None).is_err(), "nothing that is there is overwritten");
     }
 
     #[test]

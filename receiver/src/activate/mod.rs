@@ -6,15 +6,19 @@
 //! - The recovery point is not changed: the guest writes to overlays and to private memory.
 //! - It takes no longer for a guest with much memory, which is mapped and not read ([`memory`]).
 //!
+//! An older recovery point is activated in the same way; [`content`] has what is different.
+//!
 //! [`plan`] decides, [`run`] does, [`record`] is what survives; [`xml`] and [`save_image`] are the formats, [`checks`] the
 //! questions to the host, which preflight asks as well.
 
 pub mod checks;
+pub mod content;
 pub mod files;
 pub mod findings;
 pub mod host;
 pub mod memory;
 pub mod plan;
+pub mod qcow2;
 pub mod record;
 pub mod run;
 pub mod save_image;

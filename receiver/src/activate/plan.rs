@@ -46,7 +46,14 @@ pub fn make(
 ) -> Result<Plan, ActivateError> {
     let element = Element::parse(&point.domain_xml).map_err(|e| ActivateError::DomainXml(e.to_string()))?;
     let domain = DomainXml::from_element(&element).map_err(|e| ActivateError::DomainXml(e.to_string()))?;
-    let memory = memory::choose(&domain, &point.ram)?;
+    let memory = match memory::choose(&domain, &point.ram)? {
+        // The standby's image has another block's memory, or less.
+        Memory::Mapped(index) if !mappable(point, index) => {
+            let reason = "it had other memory than the newest recovery point".to_owned();
+            Memory::Carried { reason }
+        }
+        memory => memory,
+    };
     let disks: Vec<PlacedDisk> = point
         .disks
         .iter()
@@ -103,6 +110,12 @@ pub fn make(
         None => checks::qemu_owner(&host.capabilities()?, &domain.virt_type),
     };
     Ok(Plan { domain, memory, transformed, disks, variables, findings: found, qemu_owner })
+}
+
+/// Whether an older point's main memory can be mapped from the standby's image.
+fn mappable(point: &RecoveryPoint, index: usize) -> bool {
+    let block = &point.ram[index];
+    point.older.is_none() || std::fs::metadata(&block.path).is_ok_and(|image| image.len() == block.used_bytes)
 }
 
 /// The targets of disks come from outside: only letters and digits, which libvirt's are, become part of a file name.

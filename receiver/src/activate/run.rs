@@ -14,7 +14,7 @@
 //! one domain of a UUID start.
 
 use std::fs::File;
-use std::io::{BufReader, BufWriter, Read, Write};
+use std::io::{BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -22,16 +22,18 @@ use std::time::{Duration, Instant, SystemTime};
 use uuid::Uuid;
 use vmdr_hypervisor::libvirt::DomainState;
 
+use super::content;
 use super::files::{self, FileError};
 use super::findings;
 use super::host::{Guest, Host};
 use super::memory::Memory;
 use super::plan::{self, Plan};
+use super::qcow2;
 use super::record::{self, ActiveDirectory, PointId, Pristine, Record, Step};
 use super::save_image::{self, Block, Content};
 use super::xml::RAM_BACKEND;
 use super::{ActivateError, Settings};
-use crate::store::RecoveryPoint;
+use crate::store::{Array, PointId as StoredPoint, RecoveryPoint};
 
 /// How long a guest may take from "libvirt has restored it" to running. libvirt answers when it runs, so this is only
 /// waited for after an interrupted activation, whose restore may still be at work on a slow disk.
@@ -51,8 +53,8 @@ pub trait Standby {
     /// Durably raises the generation, so that streams of older ones are refused, and freezes the standby, so that nothing
     /// changes it while a guest runs on it. Nothing happens where that is so already.
     fn fence(&self, to: u64) -> Result<(), ActivateError>;
-    /// The newest recovery point, with everything applied that is durable.
-    fn recovery_point(&self) -> Result<RecoveryPoint, ActivateError>;
+    /// This recovery point; `None`: the newest, with everything applied that is durable.
+    fn recovery_point(&self, point: Option<StoredPoint>) -> Result<RecoveryPoint, ActivateError>;
     /// The directory of the domain.
     fn directory(&self) -> PathBuf;
 }
@@ -86,6 +88,8 @@ pub struct Activation<'a> {
     pub host: &'a dyn Host,
     /// The configuration.
     pub settings: &'a Settings,
+    /// Which recovery point; `None`: the newest.
+    pub point: Option<StoredPoint>,
     /// When it was asked for.
     pub requested: Instant,
     /// The same by the wall clock.
@@ -114,7 +118,8 @@ impl Activation<'_> {
         let attempt = last_attempt + 1;
 
         progress("check this host");
-        let preview = self.standby.recovery_point()?;
+        // Kept until the end: an older point is kept as long as somebody has it.
+        let preview = self.standby.recovery_point(self.point)?;
         self.refuse(&plan::make(&preview, &active.attempt(attempt), self.settings, self.host)?)?;
 
         progress("fence the old host");
@@ -127,7 +132,7 @@ impl Activation<'_> {
         }
         self.standby.fence(generation)?;
         // Only now is it certain that no epoch is added any more.
-        let point = self.standby.recovery_point()?;
+        let point = self.standby.recovery_point(self.point)?;
         let id = point_id(&point);
         active.write(self.uuid, self.name, &Step::Fenced { generation, point: id, attempt: last_attempt })?;
 
@@ -148,6 +153,12 @@ impl Activation<'_> {
             return self.restore_failed(&active, step, source);
         }
         self.finish(&active, generation, id, &plan, attempt, false)
+    }
+
+    /// The point that was activated, or the newest if it is not there any more: only its definition is of interest now.
+    fn recorded(&self, point: PointId) -> Result<RecoveryPoint, ActivateError> {
+        let id = StoredPoint { generation: point.generation, epoch: point.epoch };
+        self.standby.recovery_point(Some(id)).or_else(|_| self.standby.recovery_point(None))
     }
 
     fn refuse(&self, plan: &Plan) -> Result<(), ActivateError> {
@@ -214,13 +225,13 @@ impl Activation<'_> {
                 if (1..=attempt).any(|n| guest_is_on(&guest, &active.attempt(n))) =>
             {
                 let attempt = (1..=attempt).find(|n| guest_is_on(&guest, &active.attempt(*n))).unwrap_or(attempt);
-                let stored = self.standby.recovery_point()?;
+                let stored = self.recorded(point)?;
                 let plan = plan::make(&stored, &active.attempt(attempt), self.settings, self.host)?;
                 self.finish(active, generation, point, &plan, attempt, true)
             }
             Some(Step::Running { generation, point, attempt, lost_seconds, .. }) => {
                 if !guest.persistent {
-                    let stored = self.standby.recovery_point()?;
+                    let stored = self.recorded(point)?;
                     let plan = plan::make(&stored, &active.attempt(attempt), self.settings, self.host)?;
                     self.host.define(&plan.transformed.persistent)?;
                 }
@@ -259,8 +270,20 @@ impl Activation<'_> {
         record::create_directory(&directory).map_err(io("create", &directory))?;
         let top = &self.settings.state_directory;
         let mut overlays = Vec::with_capacity(plan.disks.len());
-        for (disk, stored) in plan.disks.iter().zip(&point.disks) {
-            overlays.push(files::create_overlay(&disk.overlay, &disk.base, stored.size_bytes)?);
+        for (i, (disk, stored)) in plan.disks.iter().zip(&point.disks).enumerate() {
+            let overlay = match &point.older {
+                None => files::create_overlay(&disk.overlay, &disk.base, stored.size_bytes)?,
+                Some(older) => {
+                    let mut read = |cluster: u64, buffer: &mut [u8]| {
+                        let at = cluster * qcow2::CLUSTER_BYTES;
+                        older.read(Array::Disk(i as u16), at, buffer).map_err(std::io::Error::other)
+                    };
+                    let clusters = content::clusters(point, i)?;
+                    let bytes = stored.size_bytes;
+                    files::create_older_overlay(&disk.overlay, &disk.base, bytes, &clusters, &mut read)?
+                }
+            };
+            overlays.push(overlay);
             files::let_pass(top, &disk.overlay)?;
             files::let_pass(top, &disk.base)?;
             files::give_to_read(&disk.base, plan.qemu_owner)?;
@@ -268,7 +291,8 @@ impl Activation<'_> {
         if let Some((index, file)) = &plan.variables {
             let flash = &point.ram[*index];
             files::let_pass(top, file)?;
-            files::copy_variables(&flash.path, file, flash.used_bytes, plan.qemu_owner)?;
+            let mut image = content::ram(point, *index).map_err(io("read", &flash.path))?;
+            files::copy_variables(&mut image, file, flash.used_bytes, plan.qemu_owner)?;
         }
         if let Memory::Mapped(index) = plan.memory {
             let ram = &point.ram[index].path;
@@ -387,32 +411,37 @@ pub fn age_seconds(then_unix_ns: u64, now_unix_ns: u64) -> f64 {
 }
 
 fn write_save_image(path: &Path, point: &RecoveryPoint, plan: &Plan) -> Result<(), ActivateError> {
-    let device_state = read_device_state(&point.device_state)?;
+    let device_state = match &point.older {
+        None => read_device_state(&point.device_state)?,
+        Some(older) => older.device_state().to_vec(),
+    };
     let mapped = match plan.memory {
         Memory::Mapped(index) => Some(index),
         Memory::Carried { .. } | Memory::Off => None,
     };
-    let mut files = Vec::with_capacity(point.ram.len());
+    let mut files: Vec<Option<Box<dyn Read>>> = Vec::with_capacity(point.ram.len());
     for (index, block) in point.ram.iter().enumerate() {
-        let open = || File::open(&block.path).map_err(io("open", &block.path));
-        files.push(if mapped == Some(index) { None } else { Some(BufReader::with_capacity(BUFFER_BYTES, open()?)) });
+        let open = || content::ram(point, index).map_err(io("read", &block.path));
+        files.push(if mapped == Some(index) { None } else { Some(open()?) });
     }
-    let mut blocks: Vec<Block<'_>> = point
-        .ram
-        .iter()
-        .zip(&mut files)
-        .map(|(block, file)| {
-            let sparse = is_guest_memory(&block.name);
-            let (name, content) = match file {
-                None => (RAM_BACKEND, Content::Mapped),
-                Some(file) => {
-                    let content = if sparse { Content::CarriedSparse(file) } else { Content::Carried(file) };
-                    (block.name.as_str(), content)
-                }
-            };
-            Block { name, used_bytes: block.used_bytes, content }
-        })
-        .collect();
+    let mut patches = match mapped {
+        Some(index) => content::Patches::new(point, index, content::pages(point, index)?),
+        None => None,
+    };
+    let mut patches = patches.as_mut();
+    let mut blocks: Vec<Block<'_>> = Vec::with_capacity(point.ram.len());
+    for (block, file) in point.ram.iter().zip(&mut files) {
+        let sparse = is_guest_memory(&block.name);
+        let (name, content) = match (file, patches.take()) {
+            (None, None) => (RAM_BACKEND, Content::Mapped),
+            (None, Some(pages)) => (RAM_BACKEND, Content::Patched(pages)),
+            (Some(file), later) => {
+                patches = later;
+                (&*block.name, if sparse { Content::CarriedSparse(file) } else { Content::Carried(file) })
+            }
+        };
+        blocks.push(Block { name, used_bytes: block.used_bytes, content });
+    }
     let file = File::create(path).map_err(io("create", path))?;
     let mut to = BufWriter::with_capacity(BUFFER_BYTES, file);
     let xml = plan.transformed.restore.to_string();

@@ -98,10 +98,18 @@ pub enum SaveImageError {
 pub enum Content<'a> {
     /// From a file that the restored QEMU maps: the stream only declares the block.
     Mapped,
+    /// Mapped as well, with these pages over it, which go into QEMU's private mapping.
+    Patched(&'a mut dyn Patch),
     /// From the stream, zero pages included: whatever the restored QEMU put there before (firmware, ROMs) is replaced.
     Carried(&'a mut dyn Read),
     /// From the stream, but zero pages are left out: for memory that QEMU has just taken from the kernel.
     CarriedSparse(&'a mut dyn Read),
+}
+
+/// Pages of a block, one after the other.
+pub trait Patch {
+    /// Fills in the next page and says where it belongs; nothing: that was all.
+    fn next(&mut self, page: &mut [u8; PAGE_BYTES]) -> io::Result<Option<u64>>;
 }
 
 /// A RAM block of the guest, under the name that the restored QEMU has for it.
@@ -212,6 +220,7 @@ fn write_ram(to: &mut Counted<'_>, blocks: &mut [Block<'_>]) -> Result<(), SaveI
     for block in blocks.iter_mut() {
         match &mut block.content {
             Content::Mapped => {}
+            Content::Patched(from) => write_patches(to, block.name, *from)?,
             Content::Carried(from) => write_pages(to, block.name, block.used_bytes, *from, true)?,
             Content::CarriedSparse(from) => write_pages(to, block.name, block.used_bytes, *from, false)?,
         }
@@ -239,17 +248,43 @@ fn write_pages(
             offset,
             source,
         })?;
-        let is_zero = page.iter().all(|&b| b == 0);
-        if !is_zero || zeroes {
-            let kind = if is_zero { RAM_ZERO } else { RAM_PAGE };
-            to.be64(offset | kind | if named { RAM_CONTINUE } else { 0 })?;
-            if !named {
-                to.name(name)?;
-                named = true;
-            }
-            if is_zero { to.bytes(&[0])? } else { to.bytes(&page)? }
+        if zeroes || page.iter().any(|&b| b != 0) {
+            write_page(to, name, offset, &page, &mut named)?;
         }
         offset += PAGE_BYTES as u64;
+    }
+    Ok(())
+}
+
+fn write_patches(to: &mut Counted<'_>, name: &str, from: &mut dyn Patch) -> Result<(), SaveImageError> {
+    let mut page = [0; PAGE_BYTES];
+    let (mut named, mut last) = (false, 0);
+    let failed = |offset| move |source| SaveImageError::ReadBlock { block: name.to_owned(), offset, source };
+    while let Some(offset) = from.next(&mut page).map_err(failed(last))? {
+        last = offset;
+        write_page(to, name, offset, &page, &mut named)?;
+    }
+    Ok(())
+}
+
+fn write_page(
+    to: &mut Counted<'_>,
+    name: &str,
+    offset: u64,
+    page: &[u8; PAGE_BYTES],
+    named: &mut bool,
+) -> Result<(), SaveImageError> {
+    let is_zero = page.iter().all(|&b| b == 0);
+    let kind = if is_zero { RAM_ZERO } else { RAM_PAGE };
+    to.be64(offset | kind | if *named { RAM_CONTINUE } else { 0 })?;
+    if !*named {
+        to.name(name)?;
+        *named = true;
+    }
+    if is_zero {
+        to.bytes(&[0])?
+    } else {
+        to.bytes(page)?
     }
     Ok(())
 }
@@ -381,6 +416,29 @@ mod tests {
         let small = image("<d/>", &mut [Block { name: "vmdr-ram", used_bytes: 1 << 29, content: Content::Mapped }]);
         let large = image("<d/>", &mut [Block { name: "vmdr-ram", used_bytes: 1 << 42, content: Content::Mapped }]);
         assert_eq!(small.len(), large.len());
+    }
+
+    #[test]
+    fn patched_pages_follow_the_declaration_and_no_others() {
+        struct Two(u64);
+        impl Patch for Two {
+            fn next(&mut self, page: &mut [u8; PAGE_BYTES]) -> io::Result<Option<u64>> {
+                self.0 += 1;
+                page.fill(if self.0 == 1 { 5 } else { 0 });
+                Ok((self.0 < 3).then_some(self.0 * 0x1000))
+            }
+        }
+        let mut two = Two(0);
+        let patched = [Block { name: "vmdr-ram", used_bytes: 1 << 29, content: Content::Patched(&mut two) }];
+        let patched = image("<d/>", &mut { patched });
+        let plain = image("<d/>", &mut [Block { name: "vmdr-ram", used_bytes: 1 << 29, content: Content::Mapped }]);
+        // Offset and flags, the name once, the page; then offset and flags, and a zero.
+        let pages = [&[0, 0, 0, 0, 0, 0, 0x10, 8, 8][..], b"vmdr-ram", &[5; 4096], &[0, 0, 0, 0, 0, 0, 0x20, 0x22, 0]];
+        let pages = pages.concat();
+        assert_eq!(patched.len(), plain.len() + pages.len());
+        let at = patched.iter().zip(&plain).position(|(a, b)| a != b).unwrap() - 6;
+        assert_eq!(patched[at..at + pages.len()], pages[..]);
+        assert_eq!([&patched[..at], &patched[at + pages.len()..]].concat(), plain);
     }
 
     #[test]

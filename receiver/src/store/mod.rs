@@ -56,7 +56,7 @@ use domain::Domain;
 pub use catalog::PointId;
 pub use error::StoreError;
 pub use ingest::Ingest;
-pub use points::{DiskImage, Point, RamImage, RecoveryPoint, Verified, VerifiedImage};
+pub use points::{DiskImage, GivenUp, Point, RamImage, RecoveryPoint, Verified, VerifiedImage};
 pub use reader::{Change, PointReader};
 pub use retention::Retention;
 pub use vmdr_journal::{Array, Kind, PartHead, PartTail, Tier};
@@ -292,6 +292,21 @@ impl Store {
     /// The newest durable epoch, once it is applied and synced.
     pub fn recovery_point(&self, uuid: &str) -> Result<RecoveryPoint, StoreError> {
         self.domain(uuid)?.recovery_point()
+    }
+
+    /// A recovery point; `None`: the newest, once it is applied and synced.
+    pub fn recovery_point_at(&self, uuid: &str, id: Option<PointId>) -> Result<RecoveryPoint, StoreError> {
+        let newest = self.recovery_point(uuid);
+        match (id, newest) {
+            (None, newest) => newest,
+            (Some(id), Ok(newest)) if (newest.generation, newest.epoch) == (id.generation, id.epoch) => Ok(newest),
+            (id, _) => Ok(Arc::new(self.read_point(uuid, id)?).recovery_point()),
+        }
+    }
+
+    /// What going back to a point gives up.
+    pub fn given_up(&self, uuid: &str, id: PointId) -> Result<GivenUp, StoreError> {
+        self.domain(uuid)?.given_up(id)
     }
 
     /// The recovery points there are, newest first.

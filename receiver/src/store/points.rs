@@ -3,14 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use vmdr_codec::{DOMAIN_XML_BYTES_MAX, Digest, Layout};
-use vmdr_journal::{JournalError, Mode, Pin};
+use vmdr_journal::{JournalError, Mode, Pin, Standby};
 
 use super::NUMBER_MAX;
 use super::catalog::{Catalog, PointId};
 use super::domain::Domain;
 use super::ingest::Ingest;
+use super::reader::PointReader;
 use super::retention::Retention;
 use super::standby::{self, read_layout, read_small};
 use super::verified;
@@ -54,8 +56,19 @@ impl Point {
     }
 }
 
+/// What going back to a point gives up, up to the newest one.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct GivenUp {
+    /// Epochs.
+    pub epochs: u64,
+    /// Bytes written to disks, or zeroed. What a seed has brought in between is not counted.
+    pub disk_bytes: u64,
+    /// Between the two cuts.
+    pub seconds: f64,
+}
+
 /// A recovery point that can be activated. The files may be changed by later epochs unless the domain is frozen.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct RecoveryPoint {
     /// The domain's UUID.
     pub uuid: String,
@@ -81,6 +94,8 @@ pub struct RecoveryPoint {
     pub dir: PathBuf,
     /// What it consists of, blocks that are gone included.
     pub layout: Layout,
+    /// It is not what the files have, which are of a newer point: this reads it. `device_state` is then not there.
+    pub older: Option<Arc<PointReader>>,
 }
 
 /// A RAM block of a recovery point.
@@ -278,6 +293,7 @@ impl Domain {
             disks: disks.collect(),
             dir,
             layout: whole,
+            older: None,
         })
     }
 
@@ -328,6 +344,26 @@ impl Domain {
             points.insert(0, point(id, cut_unix_ns, application, bytes, true, false));
         }
         points
+    }
+
+    pub fn given_up(&self, id: PointId) -> Result<GivenUp, StoreError> {
+        let catalog = self.catalog();
+        let first = catalog.chains.iter().rposition(|chain| chain.has(id)).ok_or_else(|| self.no_such_point(id))?;
+        let mut given = GivenUp::default();
+        let mut at = id;
+        let mut cut_unix_ns = 0;
+        for (i, chain) in catalog.chains[first..].iter().enumerate() {
+            let Standby { generation, epoch, .. } = chain.standby;
+            let sets = if i == 0 { chain.back_to(id.epoch) } else { &chain.sets[..] };
+            given.disk_bytes += sets.iter().map(|set| set.point.disk_bytes).sum::<u64>();
+            given.epochs += if generation == at.generation { epoch.saturating_sub(at.epoch) } else { epoch };
+            at = PointId { generation, epoch };
+            if i == 0 {
+                cut_unix_ns = sets.first().map_or(chain.standby.cut_unix_ns, |set| set.point.cut_unix_ns);
+            }
+            given.seconds = Duration::from_nanos(chain.standby.cut_unix_ns.saturating_sub(cut_unix_ns)).as_secs_f64();
+        }
+        Ok(given)
     }
 
     /// Pins a point; nothing given: the newest one.

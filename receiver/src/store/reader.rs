@@ -342,7 +342,7 @@ impl PointReader {
 
     /// The point as an activation needs it: the paths are those of the images that it is based on, from which it differs in
     /// [`PointReader::differences`].
-    pub fn recovery_point(&self) -> RecoveryPoint {
+    pub fn recovery_point(self: Arc<Self>) -> RecoveryPoint {
         let dir = self.domain.standby_dir(self.dir);
         let blocks = self.layout.ram.iter().enumerate().filter(|(_, block)| block.used_bytes > 0);
         let ram = blocks.map(|(n, block)| RamImage {
@@ -369,6 +369,7 @@ impl PointReader {
             disks: disks.collect(),
             dir,
             layout: self.layout.clone(),
+            older: Some(self),
         }
     }
 

@@ -30,7 +30,7 @@ impl Standby for FakeStandby {
         *generation = to.max(*generation);
         Ok(())
     }
-    fn recovery_point(&self) -> Result<RecoveryPoint, ActivateError> {
+    fn recovery_point(&self, _: Option<StoredPoint>) -> Result<RecoveryPoint, ActivateError> {
         Ok(self.point.clone())
     }
     fn directory(&self) -> PathBuf {
@@ -80,6 +80,7 @@ fn fixture() -> Fixture {
         machine: "pc-q35-10.0".to_owned(),
         dir: domain.clone(),
         layout: vmdr_codec::Layout::default(),
+        older: None,
     };
     let files = [
         "/usr/bin/qemu-system-x86_64",
@@ -115,6 +116,7 @@ impl Fixture {
             standby: &self.standby,
             host: &self.host,
             settings: &self.settings,
+            point: None,
             requested: Instant::now(),
             requested_unix_ns: CUT + 2_500_000_000,
         }
