@@ -376,6 +376,8 @@ pub fn domain_status(session: &Session) -> DomainStatus {
         limited_by: session.shared.limits.limited_by(),
         guest_clock_offset_seconds: tools.as_ref().and_then(|tools| tools.clock_offset_seconds),
         guest_tools: tools.map(|tools| tools.software).unwrap_or_default(),
+        // What only a receiver knows.
+        ..DomainStatus::default()
     }
 }
 
