@@ -63,7 +63,7 @@ impl Client {
     }
 
     /// Runs `make` in the namespace.
-    fn inside<T: Send>(&self, make: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    pub fn inside<T: Send>(&self, make: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         let namespace = File::open(format!("/proc/{}/ns/net", self.pid)).context("open the client's namespace")?;
         // A thread of its own, because it cannot go back.
         let made = std::thread::scope(|scope| {

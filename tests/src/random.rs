@@ -11,10 +11,15 @@ pub const SOAK_VARIABLE: &str = "VMDR_SOAK";
 
 /// A generator whose seed has been printed.
 pub fn generator(what: &str) -> StdRng {
+    seeded(what).1
+}
+
+/// A generator whose seed has been printed, and the seed.
+pub fn seeded(what: &str) -> (u64, StdRng) {
     let given = std::env::var(SEED_VARIABLE).ok().and_then(|seed| seed.parse().ok());
     let seed: u64 = given.unwrap_or_else(|| rand::rng().random());
     println!("{what}: {SEED_VARIABLE}={seed}");
-    StdRng::seed_from_u64(seed)
+    (seed, StdRng::seed_from_u64(seed))
 }
 
 /// A time below `max`.

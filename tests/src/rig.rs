@@ -20,7 +20,9 @@ use crate::client::Client;
 use crate::exec;
 use crate::relay::{Relay, Shape};
 use crate::site::{Namespace, Site};
+use crate::wire::{self, Wire};
 use anyhow::{Context, Result};
+use rand::rngs::StdRng;
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -212,6 +214,18 @@ impl Rig {
     pub fn relay(&self, to: At, shape: Shape) -> Result<Relay> {
         let listen = SocketAddr::from((RELAY_ADDRESS, PORT));
         Relay::start(&self.client, listen, SocketAddr::from((to.address(), PORT)), shape)
+    }
+
+    /// Puts a wire into the replication link, through which all frames between the sites pass from now on. Once per rig.
+    pub fn wire(&self, random: &mut StdRng) -> Result<Wire> {
+        let wire = Wire::start(&self.client, random)?;
+        self.wan_ip(&["link", "add", "br-repl-b", "type", "bridge", "mcast_snooping", "0"])?;
+        self.wan_ip(&["link", "set", "br-repl-b", "up"])?;
+        self.wan_ip(&["link", "set", wire::ENDS[0], "master", "br-repl", "up"])?;
+        for port in [wire::ENDS[1], "repl-b"] {
+            self.wan_ip(&["link", "set", port, "master", "br-repl-b", "up"])?;
+        }
+        Ok(wire)
     }
 
     /// Copies the sites' logs to a directory that stays, and says where.
