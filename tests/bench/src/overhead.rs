@@ -28,7 +28,7 @@ use crate::machine::{Machine, Protected, Runs, Spec};
 use crate::report::{Report, Table, kvm_opens};
 
 /// Pieces of about a second each under TCG.
-const JOB: &str = "--cpu-mib 768 --memory-mib 32 --memory-rounds 160 --disk-records 300";
+const JOB: &str = "--cpu-mib 256 --memory-mib 32 --memory-rounds 400 --disk-records 400";
 const LINUX_MIB: u64 = 192;
 /// A quarter of it is too much for caches, and copied quickly.
 const BARE_METAL_MIB: u64 = 64;
@@ -99,6 +99,8 @@ struct Measured {
     /// What the guest's processor did: seconds per second.
     running: Samples,
     waiting: Samples,
+    /// Seconds of a processor that the piece took: what waiting for one does not change.
+    processor_seconds: Samples,
     faults_per_second: Samples,
     epochs_per_second: Samples,
 }
@@ -110,7 +112,9 @@ pub fn run(options: &Options) -> Result<Report> {
     }
     let mut report = Report::new("overhead")?;
     let mut table = Table {
-        title: "Time for the same work, protected / unprotected; beyond: what the pauses do not explain".to_owned(),
+        title: "Time for the same work, protected / unprotected; beyond: what the pauses do not explain; cpu: the same ratio of the \
+                processor time it took"
+            .to_owned(),
         heads: vec![
             "guest",
             "work",
@@ -121,6 +125,7 @@ pub fn run(options: &Options) -> Result<Report> {
             "paused",
             "explained",
             "beyond",
+            "cpu",
             "running",
             "waiting",
             "asleep",
@@ -174,6 +179,7 @@ fn measure(guest: Guest, options: &Options, report: &mut Report, table: &mut Tab
             let paused = measured.paused.median();
             let explained = 1.0 / (1.0 - paused);
             let (running, waiting) = (measured.running.median(), measured.waiting.median());
+            let processor = measured.processor_seconds.median() / bare.processor_seconds.median();
             let percent = |part: f64| format!("{:.1} %", part * 100.0);
             table.rows.push(vec![
                 guest.name().to_owned(),
@@ -185,6 +191,7 @@ fn measure(guest: Guest, options: &Options, report: &mut Report, table: &mut Tab
                 percent(paused),
                 format!("{explained:.3}"),
                 format!("{:.3}", ratio / explained),
+                format!("{processor:.3}"),
                 percent(running),
                 percent(waiting),
                 percent((1.0 - running - waiting).max(0.0)),
@@ -201,6 +208,7 @@ fn measure(guest: Guest, options: &Options, report: &mut Report, table: &mut Tab
                 "paused_ratio": paused,
                 "explained_ratio": explained,
                 "beyond_ratio": ratio / explained,
+                "processor_seconds_ratio": processor,
                 "vcpu_running_ratio": running,
                 "vcpu_waiting_ratio": waiting,
                 "faults_per_second": measured.faults_per_second.median(),
@@ -224,6 +232,7 @@ fn add(measured: &mut Measured, found: &Found) {
     measured.paused.add(found.paused_seconds / seconds);
     measured.running.add(found.spent.running_seconds / seconds);
     measured.waiting.add(found.spent.waiting_seconds / seconds);
+    measured.processor_seconds.add(found.spent.running_seconds / found.piece.work);
     measured.faults_per_second.add(found.spent.faults as f64 / seconds);
     measured.epochs_per_second.add(found.epochs as f64 / seconds);
 }
@@ -271,7 +280,7 @@ fn found(piece: Piece, samples: &[(Instant, Spent)], cutter: Option<&Cutter<'_>>
     let inside = |pause: &&Pause| piece.begun <= pause.at && pause.at < piece.ended;
     let pauses: Vec<&Pause> = cutter.map_or(&[][..], |cutter| &cutter.pauses).iter().filter(inside).collect();
     Found {
-        paused_seconds: pauses.iter().map(|pause| pause.seconds).sum(),
+        paused_seconds: pauses.iter().fold(0.0, |sum, pause| sum + pause.seconds),
         epochs: pauses.len(),
         spent: at(piece.ended).since(&at(piece.begun)),
         piece,
