@@ -79,6 +79,13 @@ mod tests {
     }
 
     #[test]
+    fn the_document_has_the_rules() {
+        let document = include_str!("../../../docs/confinement.md");
+        assert!(rules().iter().all(|rule| document.lines().any(|line| line == rule)));
+        assert!(document.contains(LOCAL_RULES));
+    }
+
+    #[test]
     fn drivers_and_what_follows() {
         let capabilities = "<capabilities><host><secmodel><model>apparmor</model><doi>0</doi></secmodel>\
                             <secmodel><model>dac</model></secmodel></host></capabilities>";
