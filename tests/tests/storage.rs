@@ -121,10 +121,13 @@ fn storage_that_hangs_is_no_worse_for_a_protected_guest() -> Result<()> {
     let (client, address) = (scene.rig.client().clone(), scene.guest.address);
     // A record is written in every tick: without them the counter goes on while reads of the disk hang.
     client.set(address, "records=0", ANSWER)?;
+    let tick = client.ping(address, ANSWER)?.tick;
+    client.wait_tick(address, tick + 3, ANSWER)?;
 
     let time = Duration::from_secs(random::rounds(6, 20) as u64);
     let alone = hang(&scene, storage, time, false)?;
     println!("unprotected, storage hangs for {time:?}: {alone:?}");
+    ensure!(alone.stood_still < time / 2, "the guest does not count while its storage hangs: nothing to compare with");
     scene.protect(&["--interval", INTERVAL])?;
     for round in 0..random::rounds(1, 5) {
         scene.wait_durable()?;
