@@ -162,6 +162,12 @@ impl Passthrough {
             let id = self.next_id;
             self.next_id += 1;
             let before = now_us();
+            // Events do not come this way: a guest that runs already was resumed by somebody else.
+            if command == "cont"
+                && self.run("query-status", &Value::Null, &[]).is_ok_and(|status| status["status"] == "running")
+            {
+                self.event("RESUME", before);
+            }
             let answer = self.run(command, arguments.unwrap_or(&Value::Null), &[]);
             match (&answer, command) {
                 (Ok(status), "query-status") => self.running = status["status"] == "running",

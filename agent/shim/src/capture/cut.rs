@@ -89,6 +89,8 @@ impl Capture {
                 Ok(InPause::Done(dirty_pages))
             },
         )?;
+        // What is pending stays so: nothing more to be done.
+        self.was_resumed();
         let pending_pages = self.pending_pages();
         Ok(outcome.map(|(dirty_pages, timing)| Passed { dirty_pages, pending_pages, timing }))
     }
@@ -146,7 +148,10 @@ impl Capture {
             Ok(done) => done,
             Err(no) => return Ok(Err(no)),
         };
+        let resumed = self.was_resumed();
         let finished = self.look().and_then(|standing| {
+            let standing =
+                if resumed { Err("somebody else has resumed the guest within the cut".to_owned()) } else { standing };
             if let Err(why) = &standing {
                 tracing::info!(domain = self.config.domain_name, "no recovery point: {why}");
             }
@@ -259,6 +264,7 @@ impl Capture {
         let stopped = self.qmp.wait_event("STOP", Duration::ZERO)?;
         let done = work(self, sent, &mut timing);
         if hold && matches!(done, Ok(InPause::Done(_))) {
+            self.resumed_by_others = self.qmp.wait_event("RESUME", Duration::ZERO)?.is_some();
             // From now on the pause is the operator's: nobody resumes it unasked.
             self.held = true;
             self.page.set_paused(false);
@@ -271,6 +277,8 @@ impl Capture {
         let resumed = self.resume();
         timing.resume_ns = nanos(resuming);
         let resumed = resumed?;
+        // One is this cut's own.
+        self.resumed_by_others = self.qmp.wait_event("RESUME", Duration::ZERO)?.is_some();
         if let (Some(stop), Some(resume)) = (stopped, resumed) {
             timing.pause_ns = resume.saturating_sub(stop.at_us) * 1000;
         }
@@ -278,6 +286,30 @@ impl Capture {
             InPause::Done(value) => Ok((value, timing)),
             InPause::Not(no) => Err(NoCut { timing, ..no }),
         })
+    }
+
+    /// Whether somebody else let the guest run within the pause that has just ended: what was captured in it is of no
+    /// single instant then. It was also protected again while the guest ran, which a page that was just being written by
+    /// DMA does not survive: all of it is captured again after the next pause.
+    fn was_resumed(&mut self) -> bool {
+        let resumed = std::mem::take(&mut self.resumed_by_others);
+        if resumed {
+            tracing::warn!(
+                domain = self.config.domain_name,
+                "somebody else has resumed the guest within a pause of vmdr's"
+            );
+            self.again = self.pending_runs(u64::MAX);
+        }
+        resumed
+    }
+
+    /// What a disturbed pause has left to do, as far as it is still part of the guest.
+    fn capture_again(&mut self) {
+        let mut again = std::mem::take(&mut self.again);
+        if let Some(log) = self.log.as_ref().filter(|_| !again.is_empty()) {
+            again.retain(|run| log.blocks()[run.block].present);
+            self.add_pending(&again);
+        }
     }
 
     /// Ends a hold.
@@ -379,6 +411,7 @@ impl Capture {
         }
         timing.scan_ns += nanos(started);
         self.add_pending(&runs);
+        self.capture_again();
         let started = Instant::now();
         let log = self.log.as_mut().context("not armed")?;
         let protected = log.protect(&mut runs);

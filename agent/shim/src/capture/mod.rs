@@ -159,6 +159,10 @@ pub struct Capture {
     placement: Placement,
     /// Reused between scans.
     runs: Vec<Run>,
+    /// Somebody else has resumed the guest within the last pause.
+    resumed_by_others: bool,
+    /// To be captured again, from the next pause on.
+    again: Vec<Run>,
 }
 
 impl Capture {
@@ -216,6 +220,8 @@ impl Capture {
             helper,
             placement,
             runs: Vec::new(),
+            resumed_by_others: false,
+            again: Vec::new(),
         })
     }
 
