@@ -56,8 +56,11 @@ struct State {
     /// The epoch of the standby from which the index leads to the point.
     base: u64,
     index: Index,
-    images: HashMap<Array, Option<(PathBuf, Box<dyn File>)>>,
+    images: HashMap<Array, Image>,
 }
+
+/// An open image and its path; `None`: there is none, which reads as zeroes.
+type Image = Option<(PathBuf, Box<dyn File>)>;
 
 /// What each unit was, where the standby has it otherwise.
 #[derive(Debug, Default)]

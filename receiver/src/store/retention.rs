@@ -53,7 +53,7 @@ impl Retention {
     fn stretch(&self, cut_ns: u64, now_ns: u64) -> Option<(u64, u64)> {
         let age = now_ns.saturating_sub(cut_ns);
         let tier = self.tiers.iter().filter(|tier| age <= tier.for_ns).min_by_key(|tier| tier.every_ns)?;
-        Some((tier.every_ns, if tier.every_ns == 0 { cut_ns } else { cut_ns / tier.every_ns }))
+        Some((tier.every_ns, cut_ns.checked_div(tier.every_ns).unwrap_or(cut_ns)))
     }
 }
 

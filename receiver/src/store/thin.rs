@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 
-use vmdr_journal::{Chain as ChainMark, HistoryLog, HistoryMark, JournalError, Key, Set, read_set};
+use vmdr_journal::{Chain as ChainMark, HistoryLog, HistoryMark, JournalError, Key, Place, Set, read_set};
 
 use super::StoreError;
 use super::apply::Applier;
@@ -160,10 +160,10 @@ impl Domain {
         };
         let (new, place) = match self.write_merged(log, &dir, old) {
             Ok(done) => done,
-            Err((set, error)) => {
+            Err((from, error)) => {
                 log.cut(mark.committed).map_err(|error| self.failure(error))?;
-                if let (Some(set), JournalError::Damaged { .. }) = (set, &error) {
-                    self.found_damaged(chain.standby.dir, set.from, &error.to_string());
+                if let (Some(from), JournalError::Damaged { .. }) = (from, &error) {
+                    self.found_damaged(chain.standby.dir, from, &error.to_string());
                     return Ok(false);
                 }
                 return Err(StoreError::of(&self.id, error));
@@ -183,7 +183,7 @@ impl Domain {
         log: &mut HistoryLog,
         dir: &std::path::Path,
         old: &[Set],
-    ) -> Result<(Set, vmdr_journal::Place), (Option<Set>, JournalError)> {
+    ) -> Result<(Set, Place), (Option<u64>, JournalError)> {
         let plain = |error| (None, error);
         let (first, last) = (&old[0], &old[old.len() - 1]);
         log.roll().map_err(plain)?;
@@ -204,7 +204,7 @@ impl Domain {
                 }
                 Ok(())
             })
-            .map_err(|error| (Some(*set), error))?;
+            .map_err(|error| (Some(set.from), error))?;
         }
         let disk_bytes = old.iter().fold(0u64, |sum, set| sum.saturating_add(set.point.disk_bytes));
         let new = log.end(vmdr_journal::PointTail { disk_bytes, ..first.point }).map_err(plain)?;

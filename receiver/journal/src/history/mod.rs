@@ -176,7 +176,10 @@ impl Entry {
                 unit.fill(0);
                 return Ok(());
             }
-            ENCODING_RAW => unit.copy_from_slice(stored.try_into().map_err(|_| wrong("is cut short"))?),
+            ENCODING_RAW => {
+                let whole: &[u8; UNIT_BYTES] = stored.try_into().map_err(|_| wrong("is cut short"))?;
+                *unit = *whole;
+            }
             _ => {
                 let got = lz4_flex::block::decompress_into(stored, unit).map_err(|_| wrong("cannot be unpacked"))?;
                 if got != UNIT_BYTES {

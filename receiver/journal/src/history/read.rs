@@ -56,15 +56,15 @@ impl HistoryScan {
     }
 }
 
+/// Is shown an entry, the bytes that are stored of it, and where in the segment those are.
+pub type Show<'a> = &'a mut dyn FnMut(&Entry, &[u8], u64) -> Result<(), JournalError>;
+/// Is shown units as they were before: the first, how many, and what they were; `None`: zero.
+pub type ShowBack<'a> = &'a mut dyn FnMut(Key, u32, Option<&[u8; UNIT_BYTES]>) -> Result<(), JournalError>;
+
 /// Reads what a set consists of, in order, each entry with the bytes that are stored of it and where those are in the
 /// segment. Everything was checked against its checksums before it is shown, but the set's end comes last: what was shown
 /// counts only if this returns without an error.
-pub fn read_set(
-    disk: &dyn Disk,
-    dir: &Path,
-    set: &Set,
-    show: &mut dyn FnMut(&Entry, &[u8], u64) -> Result<(), JournalError>,
-) -> Result<(), JournalError> {
+pub fn read_set(disk: &dyn Disk, dir: &Path, set: &Set, show: Show<'_>) -> Result<(), JournalError> {
     let mut walk = Walk::open(disk, dir, set.segment)?;
     walk.at = set.offset;
     walk.end = walk.end.min(set.end);
@@ -124,13 +124,7 @@ pub fn read_unit(
 
 /// Shows the before-images between two places, the newest first: written one after another, each over what came before,
 /// they take the standby back. Sets need not be whole. Damage is found before anything is shown.
-pub fn read_back(
-    disk: &dyn Disk,
-    dir: &Path,
-    from: Place,
-    to: Place,
-    show: &mut dyn FnMut(Key, u32, Option<&[u8; UNIT_BYTES]>) -> Result<(), JournalError>,
-) -> Result<(), JournalError> {
+pub fn read_back(disk: &dyn Disk, dir: &Path, from: Place, to: Place, show: ShowBack<'_>) -> Result<(), JournalError> {
     let mut bodies: Vec<(RecordHead, u64, u64)> = Vec::new();
     let names = disk.list(dir).map_err(JournalError::io("list", dir))?;
     let there: HashSet<u64> = names.iter().filter_map(|name| segment_number(name)).collect();
