@@ -15,6 +15,8 @@ pub const PROTECT_SECONDS_MAX: u64 = 240;
 pub const ACTIVATE_SECONDS_MAX: u64 = 120;
 /// How long an epoch may take until it is durable, or a reconnection until it is done.
 pub const PROGRESS_SECONDS_MAX: u64 = 60;
+/// Rest between two looks at the status: each is three processes, which would take a good part of a small machine.
+const STATUS_LOOK: Duration = Duration::from_millis(100);
 /// How long a guest that runs may take to answer.
 pub const ANSWER: Duration = Duration::from_secs(30);
 
@@ -113,6 +115,7 @@ impl Scene {
         // An agent that has just started does not know yet how far the shim has cut.
         let limit = Duration::from_secs(PROTECT_SECONDS_MAX);
         let cut = wait_for("the guest to be protected", limit, || {
+            std::thread::sleep(STATUS_LOOK);
             let status = self.status(At::A)?;
             let durable = status["durable_epoch"].as_u64();
             Ok(status["epoch"].as_u64().filter(|cut| status["state"] == "protected" && Some(*cut) >= durable))
@@ -127,6 +130,7 @@ impl Scene {
         let limit = Duration::from_secs(PROGRESS_SECONDS_MAX);
         let what = format!("epoch {epoch} to be durable");
         wait_for(&what, limit, || {
+            std::thread::sleep(STATUS_LOOK);
             let durable = self.status_number(At::A, "durable_epoch")? as u64;
             Ok((durable >= epoch).then_some(durable))
         })
@@ -144,6 +148,7 @@ impl Scene {
     pub fn wait_protected(&self, limit: Duration) -> Result<Duration> {
         let begun = Instant::now();
         wait_for("the guest to be protected", limit, || {
+            std::thread::sleep(STATUS_LOOK);
             // An agent or receiver that is being restarted does not answer.
             Ok(self.status(At::A).is_ok_and(|status| status["state"] == "protected").then_some(()))
         })
