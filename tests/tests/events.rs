@@ -179,11 +179,14 @@ fn a_disk_that_comes_is_taken_in_and_one_that_goes_is_let_go() -> Result<()> {
     let standby = || oracle::differing_blocks(&scene.rig.site(At::A).path(&disk), &image);
     wait_for("the standby to have the disk's content", ANSWER, || Ok(standby()?.is_empty().then_some(())))?;
 
-    virsh(&scene, &["detach-disk", &name, "vdb", "--live"])?;
-    wait_for("protection without it", LIMIT, || {
-        let log = daemon::log(scene.rig.site(At::A), daemon::Program::Agent);
-        Ok((log.matches("have changed").count() > 1).then_some(()))
+    let detach = ["detach-disk", &name, "vdb", "--live"];
+    ensure!(virsh(&scene, &detach).is_err(), "libvirt lets a mirrored disk go now");
+    daemon::vmdr(scene.rig.site(At::A), &["suspend", &name])?;
+    virsh(&scene, &detach)?;
+    wait_for("the disk to be gone", ANSWER, || {
+        Ok((!virsh(&scene, &["domblklist", &name])?.contains("vdb")).then_some(()))
     })?;
+    daemon::vmdr(scene.rig.site(At::A), &["resume", &name])?;
     scene.wait_protected(LIMIT)?;
     let seen = works(&scene)?;
     scene.wait_durable()?;
