@@ -51,6 +51,9 @@ impl Guard {
                     (beat, silent) = (now, 0);
                     continue;
                 }
+                if stopped.load(Ordering::Relaxed) {
+                    return;
+                }
                 silent += 1;
                 let Some(process) = process_state(state.pid()) else {
                     tracing::error!(domain, pid = state.pid(), "the shim died");
@@ -70,9 +73,16 @@ impl Guard {
     }
 }
 
+impl Guard {
+    /// The shim is about to be told to end: that is no alarm.
+    pub fn end(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
 impl Drop for Guard {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+        self.end();
     }
 }
 

@@ -173,6 +173,7 @@ impl<'a> Active<'a> {
             Stop::Suspend(_) => (self.worker.record_suspended().is_ok(), true),
             Stop::Off(_) => {
                 // There are no mirrors any more, and what else the shim had was in QEMU.
+                self.attached.guard.end();
                 if let Err(error) = self.attached.shim.detach(false) {
                     tracing::debug!(domain = self.worker.protection.name, "end the shim: {error}");
                 }
@@ -182,6 +183,7 @@ impl<'a> Active<'a> {
         if !ends {
             return;
         }
+        self.attached.guard.end();
         let (domain, disks) = (&self.attached.domain, &self.attached.disks);
         if let Err(error) = attach::detach(domain, disks, &mut self.attached.shim, suspend) {
             tracing::warn!(domain = self.worker.protection.name, "end the protection: {error:#}");
