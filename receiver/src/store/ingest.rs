@@ -423,17 +423,11 @@ impl Domain {
     /// The seed is whole and durable: it becomes the standby, in one step, and what it replaces is removed after.
     fn commit_seed(&self, ingest: &mut IngestState, tail: &PartTail, layout: Arc<Layout>) -> Result<(), StoreError> {
         let first = ingest.journal.roll().map_err(|error| self.failure(error))?;
-        // The points of the standby before, as far as they can be had.
-        match self.apply_all() {
-            Ok(()) | Err(StoreError::Full { .. }) => {}
-            Err(error) => return Err(error),
-        }
+        // What is durable becomes points of the standby before; without space the sender tries again later.
+        self.apply_all()?;
         let mut current = self.standby();
         if let Some(before) = current.as_mut().filter(|before| before.interrupted) {
-            match before.roll_back(self) {
-                Ok(()) | Err(StoreError::Full { .. }) => {}
-                Err(error) => return Err(error),
-            }
+            before.roll_back(self)?;
         }
         let Some(OpenEpoch { content: Content::Seed { dir, .. }, generation, epoch, .. }) = &ingest.open else {
             return Ok(());

@@ -150,3 +150,130 @@ pub fn over(used_bytes: u64, policy: &Retention) -> bool {
 pub fn alarming(used_bytes: u64, policy: &Retention) -> bool {
     used_bytes > policy.budget_bytes / 100 * ALARM_PERCENT
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmdr_journal::PointTail;
+
+    const SECOND_NS: u64 = 1_000_000_000;
+
+    /// A history as it would be: each new epoch is a set of 100 bytes, of merged ones the bytes add up.
+    struct Model {
+        sets: Vec<Set>,
+        epoch: u64,
+        now_ns: u64,
+        rewritten: u64,
+    }
+
+    impl Model {
+        fn new() -> Self {
+            Model { sets: Vec::new(), epoch: 1, now_ns: 1_000_000 * SECOND_NS, rewritten: 0 }
+        }
+
+        fn cut(&mut self, after_ns: u64) {
+            let point = PointTail { cut_unix_ns: self.now_ns, ..PointTail::default() };
+            let (from, to) = (self.epoch, self.epoch + 1);
+            self.sets.push(Set { generation: 1, from, to, segment: 1, offset: 0, end: 100, units: 1, point });
+            self.epoch = to;
+            self.now_ns += after_ns;
+        }
+
+        fn held(&self, pinned: &[u64]) -> Vec<Held> {
+            let all = self.sets.iter().map(|set| (set.from, set.point.cut_unix_ns)).chain([(self.epoch, self.now_ns)]);
+            all.map(|(epoch, cut_ns)| Held { epoch, cut_ns, protected: pinned.contains(&epoch) }).collect()
+        }
+
+        fn take(&mut self, step: Step) {
+            match step {
+                Step::Forget(count) => {
+                    self.sets.drain(..count);
+                }
+                Step::Merge(from, count) => {
+                    assert!(count > 1, "a merge of {count}");
+                    let merged = &self.sets[from..from + count];
+                    let bytes: u64 = merged.iter().map(Set::bytes).sum();
+                    self.rewritten += bytes;
+                    let new = Set { to: merged[count - 1].to, end: bytes, ..merged[0] };
+                    self.sets.splice(from..from + count, [new]);
+                }
+            }
+        }
+
+        fn settle(&mut self, policy: &Retention, pinned: &[u64]) {
+            while let Some(step) = next(&self.sets, &self.held(pinned), false, policy, self.now_ns) {
+                self.take(step);
+            }
+        }
+    }
+
+    #[test]
+    fn nine_days_of_epochs_leave_what_the_policy_says_and_are_rewritten_a_few_times() {
+        let policy = Retention::default();
+        let mut model = Model::new();
+        let pinned = [50_000];
+        let (hour, day) = (3_600 * SECOND_NS, 24 * 3_600 * SECOND_NS);
+        // An epoch each five seconds; a look each minute.
+        for n in 0..9 * 24 * 720 {
+            model.cut(5 * SECOND_NS);
+            if n % 12 == 0 {
+                model.settle(&policy, &pinned);
+            }
+        }
+        model.settle(&policy, &pinned);
+        let points = model.held(&pinned);
+        let age = |point: &Held| model.now_ns - point.cut_ns;
+        let fresh = points.iter().filter(|point| age(point) <= 600 * SECOND_NS).count();
+        assert_eq!(fresh, 121);
+        let between = |from: u64, to: u64| {
+            points.iter().filter(|point| age(point) > from && age(point) <= to).collect::<Vec<_>>()
+        };
+        let minutes = between(600 * SECOND_NS, day);
+        assert!((1_430..1_450).contains(&minutes.len()), "{}", minutes.len());
+        let hours = between(day, 7 * day);
+        // 144, and the hour at the border, of which it is not settled yet.
+        assert!((140..180).contains(&hours.len()), "{}", hours.len());
+        assert!(hours.windows(2).all(|pair| pair[1].cut_ns - pair[0].cut_ns <= hour + 60 * SECOND_NS));
+        // What is older is there for the pin alone.
+        assert!(between(7 * day + hour, u64::MAX).len() <= 40, "{:?}", between(7 * day, u64::MAX).len());
+        assert!(points.iter().any(|point| point.epoch == 50_000));
+        let all = model.epoch * 100;
+        assert!(model.rewritten < 8 * all, "{} bytes rewritten of {all}", model.rewritten);
+        // Without a gap from the oldest to the newest.
+        assert!(model.sets.windows(2).all(|pair| pair[0].to == pair[1].from));
+    }
+
+    #[test]
+    fn without_tiers_nothing_is_kept_but_what_is_pinned() {
+        let policy = Retention { tiers: Vec::new(), ..Retention::default() };
+        let mut model = Model::new();
+        for _ in 0..100 {
+            model.cut(SECOND_NS);
+        }
+        model.settle(&policy, &[40]);
+        assert_eq!(model.sets.first().map(|set| set.from), Some(40));
+        assert!(model.sets.len() < 2 * MERGE_SETS, "{}", model.sets.len());
+        model.settle(&policy, &[]);
+        assert_eq!(model.sets, []);
+    }
+
+    #[test]
+    fn the_oldest_goes_first_and_a_pin_stays() {
+        let mut model = Model::new();
+        for _ in 0..5 {
+            model.cut(SECOND_NS);
+        }
+        assert_eq!(give_up(&model.held(&[])), Some(Step::Forget(1)));
+        assert_eq!(give_up(&model.held(&[1])), Some(Step::Merge(0, 2)));
+        assert_eq!(give_up(&model.held(&[1, 2, 3, 4, 5])), None);
+        let mut steps = 0;
+        while let Some(step) = give_up(&model.held(&[1, 3])) {
+            model.take(step);
+            steps += 1;
+        }
+        assert_eq!((steps, model.sets.len()), (3, 2));
+        assert_eq!(give_up(&[]), None);
+        let policy = Retention { budget_bytes: 1000, tiers: Vec::new() };
+        assert!(over(951, &policy) && !over(950, &policy) && alarming(801, &policy) && !alarming(800, &policy));
+    }
+}

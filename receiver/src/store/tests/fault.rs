@@ -40,6 +40,8 @@ fn all_faults(fault: Fault) {
         let context = format!("{fault:?} after {after}");
         let disk = SimDisk::new();
         let mut host = Host::new(3);
+        host.keep = true;
+        host.guest.clock = Some(1_000 * SECOND_NS);
         let store = store_on(&disk).unwrap();
         disk.fail(after, fault);
         hit += work(&store, &mut host, &context);
@@ -52,6 +54,13 @@ fn all_faults(fault: Fault) {
         let disk = disk.crashed(&mut host.random);
         let store = store_on(&disk).unwrap();
         past.assert_stored(&store, epoch, &format!("{context}, after a crash"));
+        // Every point before it is what it was, and none that was applied before is missing.
+        let points = store.points(UUID).unwrap();
+        for point in &points {
+            let reader = store.read_point(UUID, Some(point.id())).unwrap_or_else(|e| panic!("{context}: {e}"));
+            host.past[&point.epoch].assert_read(&reader, &context);
+        }
+        assert!(points.len() >= 10, "{context}: {points:?}");
         if !reached {
             break;
         }
