@@ -17,15 +17,12 @@ use anyhow::{Context, Result, bail};
 use rand::seq::IndexedRandom;
 use std::time::{Duration, Instant};
 use table::{KINDS, Kind};
-use vmdr_tests::daemon;
 use vmdr_tests::guest::{GuestSpec, Kind as System};
 use vmdr_tests::huge_pages::HugePages;
-use vmdr_tests::oracle;
 use vmdr_tests::random;
 use vmdr_tests::rig::At;
-use vmdr_tests::scene::{ANSWER, PROTECT_SECONDS_MAX, Scene};
+use vmdr_tests::scene::{ANSWER, Scene};
 use vmdr_tests::slow_store;
-use vmdr_tests::wait::wait_for;
 
 /// Names the kinds to run.
 const VARIABLE: &str = "VMDR_KINDS";
@@ -37,35 +34,6 @@ const SOME: usize = 1;
 const ROUNDS: [usize; 2] = [3, 60];
 /// How long the guest runs between two rounds at most.
 const RUN_MAX: Duration = Duration::from_millis(300);
-
-/// Holds the guest, as soon as it is protected; gives the epoch.
-fn hold(scene: &Scene) -> Result<u64> {
-    let site = scene.rig.site(At::A);
-    let mut said = String::new();
-    let held = wait_for("the guest to be held", Duration::from_secs(PROTECT_SECONDS_MAX), || {
-        // Before a reboot or a hotplug is digested it is not protected, which `hold` says.
-        match daemon::vmdr_json(site, &["hold", &scene.guest.name]) {
-            Ok(held) => Ok(Some(held)),
-            Err(error) => {
-                said = format!("{error:#}");
-                Ok(None)
-            }
-        }
-    });
-    let held = held.with_context(|| format!("hold said {said}; the status is {:?}", scene.status(At::A)))?;
-    held["epoch"].as_u64().context("the epoch it is held at")
-}
-
-/// Compares the held guest with the standby, to which the newest epoch may not be applied yet.
-fn compare(scene: &Scene) -> Result<()> {
-    let standby = scene.rig.site(At::B).path("/var/lib/vmdr/receiver");
-    let mut last = Vec::new();
-    let equal = wait_for("the standby to be what the guest is", ANSWER, || {
-        last = oracle::differences(scene.rig.site(At::A), &scene.guest, &standby)?;
-        Ok(last.is_empty().then_some(()))
-    });
-    equal.with_context(|| format!("{last:?}"))
-}
 
 fn run(kind: &Kind, rounds: usize) -> Result<()> {
     let name = format!("kind-{}", kind.name);
@@ -87,11 +55,9 @@ fn run(kind: &Kind, rounds: usize) -> Result<()> {
         std::thread::sleep(random::below(&mut random, RUN_MAX));
         act.happen(&scene, &mut random).with_context(|| format!("{act:?} in round {round}"))?;
         std::thread::sleep(random::below(&mut random, RUN_MAX));
-        let epoch = hold(&scene).with_context(|| format!("round {round}, after {act:?}"))?;
+        let epoch = scene.compare_held().with_context(|| format!("round {round}, after {act:?}"))?;
         assert!(epoch > epochs.1, "epoch {epoch} after {}", epochs.1);
         epochs = (epochs.0.min(epoch), epoch);
-        compare(&scene).with_context(|| format!("round {round}, epoch {epoch}, after {act:?}"))?;
-        daemon::vmdr(scene.rig.site(At::A), &["release", &scene.guest.name])?;
     }
     let linux = matches!(scene.guest.kind, System::Linux { .. });
     let (client, address) = (scene.rig.client().clone(), scene.guest.address);

@@ -196,6 +196,56 @@ fn the_standby_is_byte_for_byte_what_the_held_guest_is_under_kvm() -> Result<()>
     compare_held("oracle-held-kvm", GuestSpec::bare_metal("metal", true), random::rounds(20, 1000))
 }
 
+/// `virsh resume` at any moment, as after a `virsh suspend` that fell into a cut: the guest runs while it is being captured.
+#[test]
+fn a_guest_that_somebody_else_resumes_within_a_cut_yields_no_torn_recovery_point() -> Result<()> {
+    let mut random = random::generator("oracle-resumed");
+    let workload = "--ram-mib 24 --pages 200 --interval-ms 20 --record-bytes 65536 --records 128 --readers 2";
+    let mut scene = Scene::new("oracle-resumed", GuestSpec::linux("web1").memory(112).workload(workload))?;
+    scene.configure_agent("cut_limit_ms = 60000\n");
+    scene.start_agent()?;
+    scene.protect(&["--interval", "50ms"])?;
+    let (site, shim) = (scene.rig.site(At::A), shim(&scene)?);
+    for round in 0..random::rounds(2, 30) {
+        scene.wait_durable()?;
+        let before = log_of_shim(&scene)?.matches(RESUMED).count();
+        let mut resumed = false;
+        for _ in 0..TRIES_MAX {
+            std::thread::sleep(random::below(&mut random, Duration::from_millis(60)));
+            let agent = scene.agent.as_ref().context("an agent")?;
+            agent.freeze()?;
+            exec::signal(shim, Signal::STOP)?;
+            resumed = paused(&scene)?;
+            if resumed {
+                oracle::resume(site, &scene.guest)?;
+                // It runs, and writes memory; its disk waits for the shim.
+                std::thread::sleep(Duration::from_millis(HEARTBEAT_MS));
+            }
+            exec::signal(shim, Signal::CONT)?;
+            std::thread::sleep(Duration::from_millis(HEARTBEAT_MS));
+            agent.thaw()?;
+            if resumed {
+                break;
+            }
+        }
+        assert!(resumed, "no pause was hit in {TRIES_MAX} tries");
+        wait_for("the shim to notice", ANSWER, || {
+            Ok((log_of_shim(&scene)?.matches(RESUMED).count() > before).then_some(()))
+        })?;
+        scene.compare_held().with_context(|| format!("round {round}"))?;
+    }
+    scene.rig.client().self_check(scene.guest.address)?;
+    scene.rig.finish()
+}
+
+/// What the shim says of a guest that was resumed within a cut (or within a pass, which is no recovery point anyway).
+const RESUMED: &str = "somebody else has resumed the guest within a pause";
+
+fn log_of_shim(scene: &Scene) -> Result<String> {
+    let path = scene.rig.site(At::A).path(format!("/var/log/vmdr/shim-{}.log", scene.guest.uuid()));
+    fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
+}
+
 #[test]
 fn the_standby_is_byte_for_byte_what_the_paused_guest_was() -> Result<()> {
     let workload = "--ram-mib 24 --pages 200 --interval-ms 20 --record-bytes 65536 --records 128 --readers 2";

@@ -158,11 +158,12 @@ pub const KINDS: &[Kind] = &[
     Kind {
         name: "dimm",
         make: |guest| {
-            let room = "<maxMemory slots='2' unit='MiB'>512</maxMemory>\
+            let room = "<maxMemory slots='2' unit='MiB'>1024</maxMemory>\
                 <cpu mode='custom' match='exact' check='none'><model>qemu64</model><numa>\
-                <cell id='0' cpus='0' memory='128' unit='MiB'/></numa></cpu>";
-            let words = "memhp_default_state=online".to_owned();
-            GuestSpec { kernel_words: words, ..guest.workload(LOAD).extra("", room) }
+                <cell id='0' cpus='0' memory='192' unit='MiB'/></numa></cpu>";
+            // Room above 4 GiB makes the guest's kernel set bounce buffers of 64 MiB aside, unless told otherwise.
+            let words = "memhp_default_state=online swiotlb=1024".to_owned();
+            GuestSpec { kernel_words: words, ..guest.memory(192).workload(LOAD).extra("", room) }
         },
         acts: &[Act::Nothing, Act::AttachMemory, Act::Nothing, Act::Nothing],
         activate: true,

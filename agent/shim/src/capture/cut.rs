@@ -263,8 +263,10 @@ impl Capture {
         }
         let stopped = self.qmp.wait_event("STOP", Duration::ZERO)?;
         let done = work(self, sent, &mut timing);
+        // Before `cont`, of which QEMU makes no event when the guest runs already.
+        let others = self.qmp.wait_event("RESUME", Duration::ZERO);
+        self.resumed_by_others = others.is_ok_and(|event| event.is_some());
         if hold && matches!(done, Ok(InPause::Done(_))) {
-            self.resumed_by_others = self.qmp.wait_event("RESUME", Duration::ZERO)?.is_some();
             // From now on the pause is the operator's: nobody resumes it unasked.
             self.held = true;
             self.page.set_paused(false);
@@ -277,8 +279,8 @@ impl Capture {
         let resumed = self.resume();
         timing.resume_ns = nanos(resuming);
         let resumed = resumed?;
-        // One is this cut's own.
-        self.resumed_by_others = self.qmp.wait_event("RESUME", Duration::ZERO)?.is_some();
+        // One is this cut's own. (Without events, a guest found running at `cont` is told by one more.)
+        self.resumed_by_others |= self.qmp.wait_event("RESUME", Duration::ZERO)?.is_some();
         if let (Some(stop), Some(resume)) = (stopped, resumed) {
             timing.pause_ns = resume.saturating_sub(stop.at_us) * 1000;
         }
