@@ -28,7 +28,7 @@ const ARENA_BYTES: u64 = 64 << 20;
 /// What docs/design.md allows beside the arena ("Memory"), for one guest.
 const SHIM_BYTES_MAX: u64 = 64 << 20;
 const AGENT_BYTES_MAX: u64 = 96 << 20;
-const RECEIVER_BYTES_MAX: u64 = 192 << 20;
+const RECEIVER_BYTES_MAX: u64 = 256 << 20;
 /// A guest slower than this part of its own unprotected speed is held up by vmdr. Half of it: the machine has two cores, of
 /// which the guest is emulated on one, and may have others to serve.
 const SPEED_MIN: f64 = 0.5;
