@@ -24,7 +24,7 @@ const ASK: Duration = Duration::from_millis(250);
 const GREET: Duration = Duration::from_secs(1);
 /// After this long without an answer nobody is there.
 const SILENCE: Duration = Duration::from_secs(5);
-/// An answer that took longer than this says too little...
+/// An answer that took longer than this says too little, unless the clock is off by more than it took...
 const ROUND_TRIP_MAX: Duration = Duration::from_millis(20);
 /// ...unless this many in a row did.
 const SLOW_MAX: u32 = 4;
@@ -140,14 +140,17 @@ impl State {
     /// The answer to a question: how far is the clock off, and what to do about it?
     fn told(&mut self, asked: &Asked, host_unix_ns: u64) -> Result<()> {
         let round_trip = asked.at.elapsed();
-        self.slow = if round_trip > ROUND_TRIP_MAX { self.slow + 1 } else { 0 };
-        if round_trip > ROUND_TRIP_MAX && self.slow < SLOW_MAX {
-            return Ok(());
-        }
         // The host looked at its clock somewhere between question and answer: half-way, as far as anybody knows. What
         // a pause took before it looked counts; what one takes after it is found next time.
         let guest = i128::from(asked.guest_unix_ns) + (round_trip.as_nanos() / 2) as i128;
         let offset = i128::from(host_unix_ns) - guest;
+        let slow = round_trip > ROUND_TRIP_MAX;
+        self.slow = if slow { self.slow + 1 } else { 0 };
+        // After a long pause even a slow answer says enough.
+        let certain = offset.unsigned_abs() > round_trip.as_nanos() / 2;
+        if slow && !certain && self.slow < SLOW_MAX {
+            return Ok(());
+        }
         self.offset_ns = i64::try_from(offset).unwrap_or(if offset < 0 { i64::MIN } else { i64::MAX });
         match self.steer.observe(self.offset_ns as f64 / 1e9, Instant::now()) {
             Do::Rate => {}
