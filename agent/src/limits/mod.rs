@@ -46,11 +46,14 @@ const CPU_DEBT_SECONDS: f64 = 30.0;
 /// How long a schedule's answer holds.
 const SCHEDULE_LOOK: Duration = Duration::from_secs(1);
 
+/// When a schedule was asked, and the rate it gave.
+type Answer = (Instant, Option<u64>);
+
 /// A rate by schedule, and the bucket that keeps it.
 #[derive(Debug)]
 struct Link {
     bucket: Bucket,
-    schedule: Mutex<(Schedule, Option<(Instant, Option<u64>)>)>,
+    schedule: Mutex<(Schedule, Option<Answer>)>,
 }
 
 impl Link {

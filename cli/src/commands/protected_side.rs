@@ -154,7 +154,10 @@ pub async fn resume(common: &Common, out: Out, domain: &Domain) -> Result<(), Fa
         || {
             let name = text::one_line(&domain.0);
             format!("{}\n", out.paint(Tone::Good, &format!("protection of {name} goes on")))
-                + &text::wrapped("", "What changed meanwhile is sent first: `vmdr status` shows when it is protected again.")
+                + &text::wrapped(
+                    "",
+                    "What changed meanwhile is sent first: `vmdr status` shows when it is protected again.",
+                )
         },
     )
 }
