@@ -73,9 +73,15 @@ impl Resync {
         if !comparable(&self.standby, layout) {
             return false;
         }
-        // Blocks that come in the middle of the epoch have a number of their own.
+        // Blocks that come in the middle of the epoch are not compared: the standby may have an image of that name, but the
+        // epoch's first layout, which lacks it, has made zeros of it.
+        let first = self.layout.ram.is_empty();
         for block in layout.ram.iter().skip(self.sent_pages.len()) {
-            self.sent_pages.push(Bitmap::new(block.pages()));
+            let mut sent = Bitmap::new(block.pages());
+            if !first {
+                sent.fill();
+            }
+            self.sent_pages.push(sent);
         }
         for (index, block) in layout.ram.iter().enumerate() {
             if self.sent_pages[index].len() != block.pages() {

@@ -10,8 +10,8 @@ use tonic::{Request, Response, Status};
 use uuid::Uuid;
 use vmdr_proto::control::receiver_server::Receiver as Service;
 use vmdr_proto::control::{
-    ActivateRequest, ActivationPlan, ActivationReport, DomainRequest, DomainStatus, ForgetReply, Point, PointRequest,
-    PointsReply, Progress, RetentionReply, RetentionRequest, StatusReply, StatusRequest,
+    ActivateRequest, ActivationPlan, ActivationReport, DomainRequest, DomainStatus, ForgetReply, GivenUp, Point,
+    PointRequest, PointsReply, Progress, RetentionReply, RetentionRequest, StatusReply, StatusRequest,
 };
 use vmdr_proto::replication::RefusedCode;
 
@@ -221,7 +221,7 @@ fn make_plan(receiver: &Receiver, request: &ActivateRequest) -> Result<Activatio
         name: summary.name,
         uuid: uuid.to_string(),
         point: Some(history::find(store, &id, StoredPoint { generation: point.generation, epoch: point.epoch })?),
-        given_up: chosen.and_then(|chosen| store.given_up(&id, chosen).ok()).map(Into::into),
+        given_up: chosen.and_then(|chosen| given_up(store, &id, chosen)),
         lost_seconds: age_seconds(point.cut_unix_ns, unix_ns(SystemTime::now())),
         steps: plan::steps(&plan, &point, stored, raised),
         findings: if runs { Vec::new() } else { plan.findings },
@@ -271,8 +271,7 @@ fn activate(
         uuid: uuid.to_string(),
         given_up: point
             .filter(|_| chosen.is_some() && !was_active)
-            .and_then(|point| store.given_up(&id, stored_point(&point)).ok())
-            .map(Into::into),
+            .and_then(|point| given_up(store, &id, stored_point(&point))),
         // One that is not kept any more has run here long ago.
         point: point.map(|point| {
             let PointId { generation, epoch, cut_unix_ns } = point;
@@ -291,6 +290,11 @@ fn activate(
         was_active,
         generation,
     })
+}
+
+/// What going back to a point gives up; nothing where it is the newest.
+fn given_up(store: &Store, id: &str, point: StoredPoint) -> Option<GivenUp> {
+    store.given_up(id, point).ok().filter(|given| given.epochs > 0).map(Into::into)
 }
 
 fn stored_point(point: &PointId) -> StoredPoint {

@@ -104,8 +104,12 @@ fn listen(path: &Path) -> anyhow::Result<UnixListener> {
 }
 
 fn serve(listener: &UnixListener, capture: &mut Capture) -> anyhow::Result<End> {
+    // Without a guest and without an agent.
     let mut alone = Instant::now();
     loop {
+        if !capture.is_gone() {
+            alone = Instant::now();
+        }
         if !readable(listener)? {
             if let Err(error) = capture.idle()
                 && !outlives(capture, &error)

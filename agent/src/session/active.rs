@@ -249,6 +249,9 @@ impl<'a> Active<'a> {
                 self.sender = None;
                 let message = format!("the receiver refused: {}", refused.message);
                 if refused.code() == RefusedCode::Fenced {
+                    // First of all, so that it holds whatever becomes of guest and shim now.
+                    self.worker.protection.fenced = true;
+                    self.worker.registry.save(&self.worker.protection)?;
                     self.attached.shim.fence()?;
                     return Err(Stop::Fenced(message));
                 }

@@ -115,12 +115,18 @@ impl Worker {
             message = format!("the guest does not run, {off}; no last epoch of its disks: {note}; {point}");
         }
         tracing::info!(domain = self.protection.name, %off, message, "the guest does not run");
+        if self.protection.fenced {
+            return self.set_phase(Phase::Fenced);
+        }
         self.set_error(message);
         self.set_phase(off.phase());
     }
 
     /// The guest was found not to run, when it was to be protected. Said once.
     pub(super) fn found_off(&self, off: Off) {
+        if self.protection.fenced {
+            return self.set_phase(Phase::Fenced);
+        }
         if matches!(self.shared.status().phase, Phase::ShutOff | Phase::Crashed) {
             return;
         }

@@ -97,6 +97,11 @@ impl Applier {
         })
     }
 
+    /// Whether the images, or the log's end, may be those of a batch that was begun and not ended.
+    pub fn is_stopped(&self) -> bool {
+        self.interrupted || self.blind_until > self.durable.epoch
+    }
+
     /// After a batch that was stopped: the standby is what it was before.
     pub fn roll_back(&mut self, domain: &Domain) -> Result<(), StoreError> {
         let failure = |error| domain.failure(error);
@@ -398,7 +403,11 @@ impl Domain {
             let result = self.batch();
             let full = matches!(result, Err(StoreError::Full { .. }));
             if full {
-                // What is not asked for any more, or the oldest points: it may be enough.
+                // What the batch has written so far, then what is not asked for any more, or the oldest points: it may be
+                // enough. What cannot be taken back now is before the next batch.
+                if let Err(error) = self.take_back() {
+                    tracing::warn!(domain = %self.id, %error, "a batch that was stopped cannot be taken back now");
+                }
                 self.thin(true);
             }
             self.settle(result);
@@ -426,7 +435,25 @@ impl Domain {
                 return true;
             }
             let left = self.options.apply_interval.saturating_sub(since.elapsed());
-            shared = if idle { self.wait(shared) } else { self.wait_at_most(shared, left) };
+            if !idle {
+                shared = self.wait_at_most(shared, left);
+                continue;
+            }
+            shared = self.wait(shared);
+            if shared.backlog.is_empty() && !shared.closing && shared.failed.is_none() && !shared.frozen {
+                drop(shared);
+                if self.wants_room() {
+                    return true;
+                }
+                shared = self.shared();
+            }
+        }
+    }
+
+    fn take_back(&self) -> Result<(), StoreError> {
+        match &mut *self.standby() {
+            Some(applier) if applier.interrupted => applier.roll_back(self),
+            _ => Ok(()),
         }
     }
 

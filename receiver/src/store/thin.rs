@@ -39,8 +39,10 @@ impl Domain {
     /// Does what the policy asks for, step by step, until there is nothing more or epochs wait to be applied. `full`: there
     /// is no space.
     pub fn thin(&self, full: bool) {
-        let low = self.options.space_reserve_bytes.saturating_mul(2);
+        let low = self.low_bytes();
         let mut full = full;
+        // Whether nothing is left that could go.
+        let mut done = false;
         loop {
             {
                 let shared = self.shared();
@@ -51,7 +53,10 @@ impl Domain {
             let short = full || self.disk.free_bytes(&self.dir).is_ok_and(|free| free < low);
             match self.thin_step(short) {
                 Ok(true) => full = false,
-                Ok(false) => break,
+                Ok(false) => {
+                    done = true;
+                    break;
+                }
                 Err(error) => {
                     tracing::warn!(domain = %self.id, %error, "the history cannot be thinned out now");
                     break;
@@ -64,7 +69,18 @@ impl Domain {
             }
         }
         self.remove_doomed();
-        self.watch_budget(low);
+        self.watch_budget(low, done);
+    }
+
+    /// With less free space than this the oldest points go.
+    fn low_bytes(&self) -> u64 {
+        self.options.space_reserve_bytes.saturating_mul(2)
+    }
+
+    /// Whether history may have to go although nothing is applied: others use the same disk.
+    pub fn wants_room(&self) -> bool {
+        let over = self.shared().over_budget.is_some();
+        over || self.disk.free_bytes(&self.dir).is_ok_and(|free| free < self.low_bytes())
     }
 
     /// One step; false: there is nothing to do.
@@ -72,6 +88,18 @@ impl Domain {
         let mut standby = self.standby();
         let policy = self.retention();
         let pins: HashSet<PointId> = self.pinned();
+        let free = self.disk.free_bytes(&self.dir).unwrap_or(u64::MAX);
+        let stopped = standby.as_ref().is_some_and(Applier::is_stopped);
+        // A merge needs sets that can be read, room for what it writes, and a log that nothing else is at the end of.
+        let can = |chain: &Chain, current: bool, step: &Step| match *step {
+            Step::Forget(_) => true,
+            Step::Merge(from, count) => {
+                let sets = &chain.sets[from..(from + count).min(chain.sets.len())];
+                let bytes: u64 = sets.iter().map(Set::bytes).sum();
+                let whole = sets.iter().all(|set| !chain.bad.contains(&set.from));
+                (!current || !stopped) && whole && free > bytes.saturating_add(self.options.space_reserve_bytes)
+            }
+        };
         let (index, step, chain) = {
             let catalog = self.catalog();
             let protected = |id: PointId| pins.contains(&id) || catalog.read.contains_key(&id);
@@ -80,7 +108,8 @@ impl Domain {
             let next = all.clone().find_map(|(index, chain)| {
                 let points = chain.held(protected);
                 let current = catalog.current && index + 1 == catalog.chains.len();
-                let step = retention::next(&chain.sets, &points, !current, &policy, now_ns).map(Work::Step);
+                let step = retention::next(&chain.sets, &points, !current, &policy, now_ns);
+                let step = step.filter(|step| can(chain, current, step)).map(Work::Step);
                 let expired = || {
                     let kept = points.iter().any(|point| point.protected || policy.keeps(point.cut_ns, now_ns));
                     (!current && !kept).then_some(Work::Drop)
@@ -94,7 +123,8 @@ impl Domain {
                     let points = chain.held(protected);
                     let current = catalog.current && index + 1 == catalog.chains.len();
                     let unprotected = !points.iter().any(|point| point.protected);
-                    let work = match retention::give_up(&points) {
+                    let step = retention::give_up(&points).filter(|step| can(chain, current, step));
+                    let work = match step {
                         Some(step) => Some(Work::Step(step)),
                         None => (!current && unprotected).then_some(Work::Drop),
                     };
@@ -143,9 +173,10 @@ impl Domain {
     ) -> Result<bool, StoreError> {
         let old = &chain.sets[from..(from + count).min(chain.sets.len())];
         // What is behind the committed place in the log of a batch that was stopped is still needed.
-        let stopped =
-            applier.as_ref().is_some_and(|applier| applier.interrupted || applier.blind_until > applier.durable.epoch);
-        if stopped || old.len() < 2 || old.iter().any(|set| chain.bad.contains(&set.from)) {
+        if applier.as_ref().is_some_and(|applier| applier.is_stopped())
+            || old.len() < 2
+            || old.iter().any(|set| chain.bad.contains(&set.from))
+        {
             return Ok(false);
         }
         let dir = standby::history_dir(&self.standby_dir(chain.standby.dir));
@@ -170,8 +201,20 @@ impl Domain {
             }
         };
         let announced_for = if applier.is_some() { chain.standby.epoch } else { mark.announced_for };
+        let before = mark.committed;
         let mark = HistoryMark { committed: place, announced: place, announced_for, ..mark };
-        self.put_mark(applier, chain, mark)?;
+        if let Err(error) = self.put_mark(applier.as_deref_mut(), chain, mark) {
+            // The control record does not have the new set. Were it left in the log, the next batch would be announced
+            // behind it, and to undo that batch would mean to go back by the new set too.
+            let log = match (&mut applier, &mut own) {
+                (Some(applier), _) => Some(&mut applier.log),
+                (None, own) => own.as_mut(),
+            };
+            if let Some(log) = log {
+                log.cut(before).map_err(|error| self.failure(error))?;
+            }
+            return Err(error);
+        }
         let sets = [&chain.sets[..from], &[new], &chain.sets[from + old.len()..]].concat();
         self.replace_sets(chain, sets, mark);
         Ok(true)
@@ -242,12 +285,19 @@ impl Domain {
     /// The chain has these sets now; what segments nothing is in any more are to be removed.
     fn replace_sets(&self, chain: &Chain, sets: Vec<Set>, mark: HistoryMark) {
         let used: HashSet<u64> = sets.iter().map(|set| set.segment).collect();
-        let open = if mark.announced.offset < u64::MAX { mark.announced.segment } else { 0 };
+        // From the committed place on there may be what takes a batch back that was stopped.
+        let closed = mark.committed.segment.saturating_add(u64::from(mark.committed.offset == u64::MAX));
         let dir = chain.standby.dir;
+        // All that there are: one that was open when the last of its sets went has none any more.
+        let there = vmdr_journal::segments(&*self.disk, &standby::history_dir(&self.standby_dir(dir)));
+        let there = there.unwrap_or_else(|error| {
+            tracing::warn!(domain = %self.id, %error, "cannot look for history that is not needed any more");
+            Vec::new()
+        });
         let mut catalog = self.catalog();
-        for set in &chain.sets {
-            if !used.contains(&set.segment) && set.segment != open {
-                catalog.doom(Doomed::Segment(dir, set.segment));
+        for number in there {
+            if number < closed && !used.contains(&number) {
+                catalog.doom(Doomed::Segment(dir, number));
             }
         }
         for kept in catalog.chains.iter_mut().filter(|kept| kept.standby.dir == dir) {
@@ -299,7 +349,8 @@ impl Domain {
     }
 
     /// Raises the alarm, and stops accepting, when nothing that may go is left.
-    fn watch_budget(&self, low: u64) {
+    /// `done`: thinning ended because nothing more may go, not because something else came first.
+    fn watch_budget(&self, low: u64, done: bool) {
         let policy = self.retention();
         let used = self.catalog().history_bytes();
         let free = self.disk.free_bytes(&self.dir).unwrap_or(u64::MAX);
@@ -311,7 +362,7 @@ impl Domain {
         } else {
             None
         };
-        let over = (used > budget).then(|| {
+        let over = (done && used > budget).then(|| {
             format!(
                 "the history has {} MiB, its budget is {} MiB, and what is left of it is pinned: release points \
                  (`vmdr point release`) or raise the budget",

@@ -30,6 +30,8 @@ const ID_LETTERS: usize = 8;
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// How long QEMU may take for any answer about the copy of a bitmap.
 const READ_LIMIT: Duration = Duration::from_secs(10);
+/// Bytes of a disk asked for at once: a guest decides how many extents there are, up to one for each granule.
+const STATUS_STEP_BYTES: u64 = 2 << 30;
 /// The copy of a bitmap that is read.
 const READ_NAME: &str = "vmdr-read";
 
@@ -226,7 +228,11 @@ impl Capture {
         let context = format!("qemu:dirty-bitmap:{READ_NAME}");
         let mut client = Client::connect_with(&self.export_socket()?, id, READ_LIMIT, Some(&context))?;
         let size = client.size_bytes();
-        Ok(granules(&client.block_status(0, size)?))
+        let mut dirty = Bitmap::new(size.div_ceil(GRANULE_BYTES));
+        for at in (0..size).step_by(STATUS_STEP_BYTES as usize) {
+            note_dirty(&mut dirty, at, &client.block_status(at, STATUS_STEP_BYTES.min(size - at))?);
+        }
+        Ok(dirty)
     }
 
     fn jobs_and_nodes(&mut self) -> Option<(Value, Value)> {
@@ -248,11 +254,8 @@ fn node_of<'a>(jobs: &'a Value, target: &str) -> Option<&'a str> {
     job["device"].as_str()?.strip_prefix(&job_prefix(target))
 }
 
-/// What is dirty of a disk. In the context of a bitmap the flag that otherwise means "hole" means "dirty".
-fn granules(extents: &[Extent]) -> Bitmap {
-    let size: u64 = extents.iter().map(|extent| extent.length).sum();
-    let mut dirty = Bitmap::new(size.div_ceil(GRANULE_BYTES));
-    let mut at = 0;
+/// Adds what is dirty of a disk from `at` on. In the context of a bitmap the flag that otherwise means "hole" means "dirty".
+fn note_dirty(dirty: &mut Bitmap, mut at: u64, extents: &[Extent]) {
     for extent in extents {
         let end = at + extent.length;
         if extent.hole {
@@ -261,7 +264,6 @@ fn granules(extents: &[Extent]) -> Bitmap {
         }
         at = end;
     }
-    dirty
 }
 
 #[cfg(test)]
@@ -315,15 +317,17 @@ mod tests {
     #[test]
     fn a_granule_of_which_anything_was_written_is_read() {
         let extent = |length, hole| Extent { length, hole, zero: false };
-        let dirty = granules(&[
+        let mut dirty = Bitmap::new(7);
+        let extents = [
             extent(3 * GRANULE_BYTES, false),
             extent(GRANULE_BYTES, true),
             extent(GRANULE_BYTES + 512, false),
             extent(1024, true),
-        ]);
-        assert_eq!(dirty.len(), 6);
+        ];
+        note_dirty(&mut dirty, 0, &extents);
         assert_eq!(dirty.runs().collect::<Vec<_>>(), [(3, 1), (5, 1)]);
-        assert_eq!(granules(&[]).len(), 0);
+        note_dirty(&mut dirty, 6 * GRANULE_BYTES, &[extent(512, true)]);
+        assert_eq!(dirty.runs().collect::<Vec<_>>(), [(3, 1), (5, 2)]);
     }
 
     #[test]

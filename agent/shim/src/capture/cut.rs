@@ -90,7 +90,7 @@ impl Capture {
             },
         )?;
         // What is pending stays so: nothing more to be done.
-        self.was_resumed();
+        self.resumed_by_others = false;
         let pending_pages = self.pending_pages();
         Ok(outcome.map(|(dirty_pages, timing)| Passed { dirty_pages, pending_pages, timing }))
     }
@@ -100,6 +100,7 @@ impl Capture {
     /// when it turned out afterwards that it is no recovery point; the epoch stays open.
     pub fn cut(&mut self, pages_max: u64, hold: bool) -> Result<Result<Part, NoCut>, CaptureError> {
         self.ready_to_stop()?;
+        self.recover_taken();
         let pages_max = if pages_max == 0 { self.config.cut_pages_max } else { pages_max };
         if !self.mirrors_ready {
             let jobs = self.qmp.execute("query-block-jobs", None)?;
@@ -148,7 +149,7 @@ impl Capture {
             Ok(done) => done,
             Err(no) => return Ok(Err(no)),
         };
-        let resumed = self.was_resumed();
+        let resumed = std::mem::take(&mut self.resumed_by_others);
         let finished = self.look().and_then(|standing| {
             let standing =
                 if resumed { Err("somebody else has resumed the guest within the cut".to_owned()) } else { standing };
@@ -266,6 +267,7 @@ impl Capture {
         // Before `cont`, of which QEMU makes no event when the guest runs already.
         let others = self.qmp.wait_event("RESUME", Duration::ZERO);
         self.resumed_by_others = others.is_ok_and(|event| event.is_some());
+        self.note_resumed();
         if hold && matches!(done, Ok(InPause::Done(_))) {
             // From now on the pause is the operator's: nobody resumes it unasked.
             self.held = true;
@@ -280,7 +282,10 @@ impl Capture {
         timing.resume_ns = nanos(resuming);
         let resumed = resumed?;
         // One is this cut's own. (Without events, a guest found running at `cont` is told by one more.)
-        self.resumed_by_others |= self.qmp.wait_event("RESUME", Duration::ZERO)?.is_some();
+        if self.qmp.wait_event("RESUME", Duration::ZERO)?.is_some() {
+            self.resumed_by_others = true;
+            self.note_resumed();
+        }
         if let (Some(stop), Some(resume)) = (stopped, resumed) {
             timing.pause_ns = resume.saturating_sub(stop.at_us) * 1000;
         }
@@ -290,19 +295,33 @@ impl Capture {
         })
     }
 
-    /// Whether somebody else let the guest run within the pause that has just ended: what was captured in it is of no
-    /// single instant then. It was also protected again while the guest ran, which a page that was just being written by
-    /// DMA does not survive: all of it is captured again after the next pause.
-    fn was_resumed(&mut self) -> bool {
-        let resumed = std::mem::take(&mut self.resumed_by_others);
-        if resumed {
+    /// If somebody else let the guest run within the pause that has just ended, what was captured in it is of no
+    /// single instant. It was also protected again while the guest ran, which a page that was just being written by
+    /// DMA does not survive: all of it is captured again after the next pause, whatever becomes of this cut.
+    fn note_resumed(&mut self) {
+        if self.resumed_by_others {
             tracing::warn!(
                 domain = self.config.domain_name,
                 "somebody else has resumed the guest within a pause of vmdr's"
             );
             self.again = self.pending_runs(u64::MAX);
         }
-        resumed
+    }
+
+    /// An earlier cut has taken the disks' logs and lost them, because the guest could not be resumed then: what was in them
+    /// is not known any more, so the disks are read as a whole.
+    pub(super) fn recover_taken(&mut self) {
+        if !std::mem::take(&mut self.ending.taking) {
+            return;
+        }
+        tracing::warn!(
+            domain = self.config.domain_name,
+            "a cut that failed has lost disk writes: the disks are read again"
+        );
+        for (disk, catch_up) in self.disks.iter().zip(&mut self.catch_up) {
+            disk.remember_everything();
+            catch_up.forget();
+        }
     }
 
     /// What a disturbed pause has left to do, as far as it is still part of the guest.

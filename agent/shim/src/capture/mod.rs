@@ -306,6 +306,7 @@ impl Capture {
 
     /// Copies pending pages and logged or remembered disk writes, at most about `bytes_max`, while the guest runs.
     pub fn fill(&mut self, bytes_max: u64) -> Result<Option<Part>, CaptureError> {
+        self.recover_taken();
         let events = self.qmp.events()?;
         self.note(events);
         if self.arena.free_bytes() < self.arena.bytes() / 2 && !self.unreleased.is_empty() {
@@ -332,7 +333,10 @@ impl Capture {
     pub fn fence(&mut self) -> Result<(), CaptureError> {
         self.fenced = true;
         self.held = false;
-        self.qmp.execute("stop", None)?;
+        if let Err(error) = self.qmp.execute("stop", None) {
+            // One that does not run need not be stopped.
+            return if error.is_fatal() && self.guest_gone() { Ok(()) } else { Err(error.into()) };
+        }
         // The pause is no longer one that anybody may end.
         self.page.set_paused(false);
         tracing::error!(

@@ -90,7 +90,10 @@ impl Probe {
 impl Capture {
     /// The reason why the guest must not be stopped now, if there is one.
     pub(super) fn storage_hangs(&mut self) -> anyhow::Result<Option<NoCut>> {
-        let mut until = Instant::now() + ANSWER_LIMIT;
+        // A disk that is known to hang is looked at, not waited for again: others may wait for this guest's turn to end.
+        let asked = self.storage.probes.iter().filter_map(|probe| probe.asked);
+        let hangs = asked.map(|asked| asked.elapsed()).max().is_some_and(|longest| longest > ANSWER_LIMIT);
+        let mut until = Instant::now() + if hangs { Duration::ZERO } else { ANSWER_LIMIT };
         // What was asked before: while that is not answered nothing is opened, which would wait for it as `stop` does.
         if let Some(no) = self.first_silent(until) {
             return Ok(Some(no));

@@ -181,7 +181,7 @@ impl HistoryLog {
             }
             open.settle();
             open.zero = Some(*entry);
-            return Ok(());
+            return if open.entries.len() + open.data.len() >= BEFORE_BYTES { self.close_record() } else { Ok(()) };
         }
         open.settle();
         entry.write(&mut open.entries);

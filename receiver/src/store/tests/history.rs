@@ -145,6 +145,67 @@ fn every_point_is_what_it_was_after_a_crash_at_any_operation() {
     }
 }
 
+/// A history that thinning has something to merge in.
+fn with_a_past(disk: &SimDisk, host: &mut Host) -> Store {
+    let store = open(disk).unwrap();
+    let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
+    let domain = store.domain(UUID).unwrap();
+    host.cut();
+    host.send(&mut ingest, 0).unwrap();
+    while host.acknowledged < 34 {
+        deltas(host, &mut ingest, 1);
+        domain.apply_all().unwrap();
+    }
+    store
+}
+
+fn deltas(host: &mut Host, ingest: &mut Ingest, count: u64) {
+    for _ in 0..count {
+        let epoch = host.acknowledged + 1;
+        for part in host.guest.epoch(&mut host.random, 1, epoch, Kind::Delta) {
+            part.send(ingest).unwrap();
+        }
+        host.past.insert(epoch, host.guest.clone());
+        host.acknowledged = epoch;
+    }
+}
+
+#[test]
+fn a_merge_that_could_not_be_said_is_not_gone_back_by() {
+    let mut merges_failed = 0;
+    let mut after = 1;
+    // Every operation of a thinning is one at which there is no space, and the batch behind it is stopped at several.
+    loop {
+        let mut reached = false;
+        for stop in [9, 19, 29] {
+            let context = format!("no space at operation {after} of thinning, a crash at {stop} of the next batch");
+            let disk = SimDisk::new();
+            let mut host = host(9);
+            let store = with_a_past(&disk, &mut host);
+            let domain = store.domain(UUID).unwrap();
+            let before = disk.operations();
+            disk.fail(after, Fault::Full);
+            domain.thin(false);
+            reached = disk.operations() >= before + after;
+            merges_failed += u32::from(reached);
+            disk.heal();
+            let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
+            deltas(&mut host, &mut ingest, 3);
+            disk.fail(stop, Fault::Crash);
+            let _ = domain.batch();
+            drop((ingest, domain, store));
+            let disk = disk.crashed(&mut Random(after * 31 + stop));
+            let store = open(&disk).unwrap_or_else(|e| panic!("{context}: {e}"));
+            check(&store, &host, &context);
+        }
+        if !reached {
+            break;
+        }
+        after += 1;
+    }
+    assert!(merges_failed > 30, "{merges_failed}");
+}
+
 #[test]
 fn a_quiet_life_is_thinned_out_as_the_policy_says() {
     let disk = SimDisk::new();
