@@ -115,8 +115,12 @@ impl Rig {
         ];
         let (name, directory) = (name.to_owned(), directory.to_owned());
         let mut rig = Self { id, name, directory, sites, wan, client, finished: false, _lock: lock };
-        for (bridge, address) in [("br-repl", RELAY_ADDRESS), ("br-guest", CLIENT_ADDRESS)] {
-            rig.wan_ip(&["link", "add", bridge, "type", "bridge", "mcast_snooping", "0"])?;
+        // With addresses of their own: a bridge otherwise takes one of its ports', so that the client would get another one
+        // when site A is lost, and a guest go on answering the old one until its ARP entry is too old.
+        for (bridge, mac, address) in
+            [("br-repl", "02:76:6d:64:72:01", RELAY_ADDRESS), ("br-guest", "02:76:6d:64:72:02", CLIENT_ADDRESS)]
+        {
+            rig.wan_ip(&["link", "add", bridge, "address", mac, "type", "bridge", "mcast_snooping", "0"])?;
             rig.wan_ip(&["addr", "add", &format!("{address}/24"), "dev", bridge])?;
             rig.wan_ip(&["link", "set", bridge, "up"])?;
         }
