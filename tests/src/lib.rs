@@ -12,7 +12,7 @@
 //! - [`leftovers`]: what a protection may leave behind: nothing.
 //! - [`images`]: what guests boot.
 //! - [`scene`]: what most end-to-end cases begin with.
-//! - [`slow_store`]: a disk whose flushes take long.
+//! - [`nbd_store`]: a guest's own storage that can be disturbed: flushes that take long, writes that are refused.
 //! - [`wait`]: waiting with a limit.
 //!
 //! Everything here needs root. Nothing outlives the process that made it: see [`rig`] for how.
@@ -25,13 +25,13 @@ pub mod guest;
 pub mod huge_pages;
 pub mod images;
 pub mod leftovers;
+pub mod nbd_store;
 pub mod oracle;
 pub mod random;
 pub mod relay;
 pub mod rig;
 pub mod scene;
 pub mod site;
-pub mod slow_store;
 mod tap;
 pub mod wait;
 pub mod wire;

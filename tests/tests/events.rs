@@ -2,15 +2,15 @@
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
-use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
-use vmdr_shim::nbd::{Capabilities, Export, ExportError, Extent, FileExport, Server, WriteError};
+use vmdr_shim::nbd::{ExportError, Server};
 use vmdr_tests::client::Pong;
 use vmdr_tests::daemon;
 use vmdr_tests::exec;
 use vmdr_tests::guest::{DiskShape, GuestSpec, Store};
+use vmdr_tests::nbd_store::{self, Asked};
 use vmdr_tests::oracle;
 use vmdr_tests::rig::{At, Rig};
 use vmdr_tests::scene::{ANSWER, Scene};
@@ -285,64 +285,15 @@ fn a_guest_that_is_destroyed_or_whose_qemu_dies_keeps_its_recovery_point() -> Re
     scene.rig.finish()
 }
 
-/// A disk that can be made full.
-struct Full {
-    file: FileExport,
-    full: Arc<AtomicBool>,
-}
-
-impl Full {
-    fn refuse(&self) -> Result<(), ExportError> {
-        if self.full.load(SeqCst) { Err(ExportError::NoSpace("the test's disk is full".to_owned())) } else { Ok(()) }
-    }
-}
-
-impl Export for Full {
-    fn name(&self) -> &str {
-        self.file.name()
-    }
-    fn size_bytes(&self) -> u64 {
-        self.file.size_bytes()
-    }
-    fn capabilities(&self) -> Capabilities {
-        self.file.capabilities()
-    }
-    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), ExportError> {
-        self.file.read(offset, buf)
-    }
-    fn write_from(&self, offset: u64, length: u32, source: &mut dyn Read) -> Result<(), WriteError> {
-        self.refuse()?;
-        self.file.write_from(offset, length, source)
-    }
-    fn zero(&self, offset: u64, length: u64, may_unmap: bool, fast: bool) -> Result<(), ExportError> {
-        self.refuse()?;
-        self.file.zero(offset, length, may_unmap, fast)
-    }
-    fn trim(&self, offset: u64, length: u64) -> Result<(), ExportError> {
-        self.file.trim(offset, length)
-    }
-    fn flush(&self) -> Result<(), ExportError> {
-        self.file.flush()
-    }
-    fn extents(&self, offset: u64, length: u64, limit: usize) -> Result<Vec<Extent>, ExportError> {
-        self.file.extents(offset, length, limit)
-    }
-    fn connected(&self, session: u64) {
-        self.file.connected(session);
-    }
-    fn disconnected(&self, session: u64) {
-        self.file.disconnected(session);
-    }
-}
-
-fn serve(rig: &Rig, guest: &GuestSpec, full: Arc<AtomicBool>) -> Result<Server> {
+/// Serves a disk that can be made full.
+fn serve(rig: &Rig, guest: &GuestSpec, full: Arc<AtomicBool>) -> Result<Vec<Server>> {
     let site = rig.site(At::A);
     // Its disk has to be there; it is made anew, in place, when the guest boots.
     guest.define(site)?;
-    let owner = site.run("id", &["-u", "libvirt-qemu"])?.trim().parse().context("the uid of QEMU's user")?;
-    let file = FileExport::open(&site.path(guest.disk_path(0)), "disk", false)?;
-    let export: Arc<dyn Export> = Arc::new(Full { file, full });
-    Ok(Server::start(&site.path(guest.nbd_socket(0)), vec![export], Some(owner))?)
+    nbd_store::serve(site, guest, move |asked| {
+        let refused = asked == Asked::Write && full.load(SeqCst);
+        if refused { Err(ExportError::NoSpace("the test's disk is full".to_owned())) } else { Ok(()) }
+    })
 }
 
 #[test]

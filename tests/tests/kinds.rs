@@ -19,10 +19,10 @@ use std::time::{Duration, Instant};
 use table::{KINDS, Kind};
 use vmdr_tests::guest::{GuestSpec, Kind as System};
 use vmdr_tests::huge_pages::HugePages;
+use vmdr_tests::nbd_store;
 use vmdr_tests::random;
 use vmdr_tests::rig::At;
 use vmdr_tests::scene::{ANSWER, Scene};
-use vmdr_tests::slow_store;
 
 /// Names the kinds to run.
 const VARIABLE: &str = "VMDR_KINDS";
@@ -43,7 +43,7 @@ fn run(kind: &Kind, rounds: usize) -> Result<()> {
     let _huge_pages = kind.huge.then(HugePages::allow).transpose()?;
     let (mut scene, stores) = Scene::prepared(&name, guest, &At::B.receiver(), |rig, guest| {
         guest.define(rig.site(At::A))?;
-        slow_store::serve(rig.site(At::A), guest)
+        nbd_store::serve(rig.site(At::A), guest, nbd_store::slow_flushes)
     })?;
     (kind.expect)(&scene).context("the guest is not of the kind that it should be")?;
     let booted = begun.elapsed();
