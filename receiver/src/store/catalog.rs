@@ -143,6 +143,11 @@ pub(super) enum Doomed {
 }
 
 impl Catalog {
+    /// Whether this chain, counted from the oldest, is the standby in use.
+    pub fn is_current(&self, index: usize) -> bool {
+        self.current && index + 1 == self.chains.len()
+    }
+
     /// The chain of the standby in use.
     pub fn standby(&mut self) -> Option<&mut Chain> {
         if self.current { self.chains.last_mut() } else { None }

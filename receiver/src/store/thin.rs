@@ -90,14 +90,18 @@ impl Domain {
         let pins: HashSet<PointId> = self.pinned();
         let free = self.disk.free_bytes(&self.dir).unwrap_or(u64::MAX);
         let stopped = standby.as_ref().is_some_and(Applier::is_stopped);
-        // A merge needs sets that can be read, room for what it writes, and a log that nothing else is at the end of.
+        // A merge needs sets that can be read, room for what it writes, and a log that nothing else is at the end of: what is
+        // behind the committed place there after a batch that was stopped is still needed.
         let can = |chain: &Chain, current: bool, step: &Step| match *step {
             Step::Forget(_) => true,
             Step::Merge(from, count) => {
                 let sets = &chain.sets[from..(from + count).min(chain.sets.len())];
                 let bytes: u64 = sets.iter().map(Set::bytes).sum();
                 let whole = sets.iter().all(|set| !chain.bad.contains(&set.from));
-                (!current || !stopped) && whole && free > bytes.saturating_add(self.options.space_reserve_bytes)
+                sets.len() > 1
+                    && (!current || !stopped)
+                    && whole
+                    && free > bytes.saturating_add(self.options.space_reserve_bytes)
             }
         };
         let (index, step, chain) = {
@@ -107,7 +111,7 @@ impl Domain {
             let all = catalog.chains.iter().enumerate();
             let next = all.clone().find_map(|(index, chain)| {
                 let points = chain.held(protected);
-                let current = catalog.current && index + 1 == catalog.chains.len();
+                let current = catalog.is_current(index);
                 let step = retention::next(&chain.sets, &points, !current, &policy, now_ns);
                 let step = step.filter(|step| can(chain, current, step)).map(Work::Step);
                 let expired = || {
@@ -121,7 +125,7 @@ impl Domain {
                 let mut all = all.filter(|_| over);
                 all.find_map(|(index, chain)| {
                     let points = chain.held(protected);
-                    let current = catalog.current && index + 1 == catalog.chains.len();
+                    let current = catalog.is_current(index);
                     let unprotected = !points.iter().any(|point| point.protected);
                     let step = retention::give_up(&points).filter(|step| can(chain, current, step));
                     let work = match step {
@@ -134,7 +138,7 @@ impl Domain {
             let Some((index, work)) = next else { return Ok(false) };
             (index, work, catalog.chains[index].clone())
         };
-        let current = self.catalog().current && index + 1 == self.catalog().chains.len();
+        let current = self.catalog().is_current(index);
         let applier = standby.as_mut().filter(|_| current);
         match step {
             Work::Drop => self.drop_chain(&chain).map(|()| true),
@@ -163,7 +167,7 @@ impl Domain {
         Ok(())
     }
 
-    /// Makes sets one; false: it cannot be.
+    /// Makes sets one, which can be; false: one of them is damaged.
     fn merge(
         &self,
         mut applier: Option<&mut Applier>,
@@ -172,13 +176,6 @@ impl Domain {
         count: usize,
     ) -> Result<bool, StoreError> {
         let old = &chain.sets[from..(from + count).min(chain.sets.len())];
-        // What is behind the committed place in the log of a batch that was stopped is still needed.
-        if applier.as_ref().is_some_and(|applier| applier.is_stopped())
-            || old.len() < 2
-            || old.iter().any(|set| chain.bad.contains(&set.from))
-        {
-            return Ok(false);
-        }
         let dir = standby::history_dir(&self.standby_dir(chain.standby.dir));
         let mark = self.mark(applier.as_deref(), chain)?;
         let mut own = None;
