@@ -1,25 +1,27 @@
 //! A session that has a shim: cuts, copies, and what the link says.
 
+mod mirrors;
+mod ship;
+
 use std::collections::VecDeque;
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
-use vmdr_codec::{Layout, RamBlock};
+use vmdr_codec::Layout;
 use vmdr_proto::replication::{Position, RefusedCode, ToReceiver};
-use vmdr_proto::shim::{NoPart, NoPartReason, Part};
+use vmdr_proto::shim::{NoPart, NoPartReason};
 use vmdr_shim::capture::Whole;
 
 use super::attach::{self, Attached};
 use super::ended::Ended;
 use super::resume::{Resume, resume};
 use super::{Answer, Input, Phase, RETRY, Stop, Worker};
-use crate::encode::{Extras, PartEncoder};
-use crate::link::{Closed, LinkEvent, send};
+use crate::encode::PartEncoder;
+use crate::link::LinkEvent;
 use crate::resync::Resync;
 use std::path::PathBuf;
 use vmdr_hypervisor::domain_xml::DomainXml;
-use vmdr_hypervisor::xml::Element;
 use vmdr_shim::monitor::Address;
 
 /// Parts that may be on their way before the next cut waits.
@@ -34,10 +36,6 @@ const ROUNDS_MAX: u32 = 8;
 pub(super) const LOOK: Duration = Duration::from_millis(200);
 /// How often a guest without cuts (there is no link) is looked at.
 const GUEST_LOOK: Duration = Duration::from_secs(1);
-/// How often the domain's XML is compared with what the receiver has.
-const XML_LOOK: Duration = Duration::from_secs(30);
-/// A disk that has had no mirror for this long gets a new one.
-const MIRROR_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How the open epoch is being captured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -399,13 +397,6 @@ impl<'a> Active<'a> {
         });
     }
 
-    fn start_mirrors(&mut self) -> anyhow::Result<()> {
-        for disk in &self.attached.disks {
-            attach::mirror(&self.worker.config, &self.attached.domain, &self.worker.uuid, &disk.target)?;
-        }
-        Ok(())
-    }
-
     fn durable(&mut self, epoch: u64, part: u32) -> Result<(), Stop> {
         self.attached.shim.release(epoch, part)?;
         let mut status = self.worker.shared.status();
@@ -606,166 +597,5 @@ impl<'a> Active<'a> {
         if self.worker.shared.status().phase == Phase::Stalled {
             self.worker.set_phase(before);
         }
-    }
-
-    /// Mirrors that are not ready: what they bring is copied meanwhile. One that is gone is begun anew.
-    fn mend_mirrors(&mut self, message: &str) -> Result<(), Stop> {
-        let since = *self.mirrors_bad.get_or_insert_with(Instant::now);
-        let round = if let Mode::Copy { round, .. } = self.mode { round } else { 0 };
-        let seed = matches!(self.worker.shared.status().phase, Phase::Seeding | Phase::Resync);
-        self.set_mode(Mode::Copy { round: round.min(1), need_pass: false }, seed);
-        if since.elapsed() < MIRROR_PATIENCE {
-            return Ok(());
-        }
-        self.mirrors_bad = None;
-        for disk in &self.attached.disks {
-            if self.attached.domain.block_job(&disk.target).map_err(anyhow::Error::from)?.is_none() {
-                tracing::warn!(
-                    domain = self.worker.protection.name,
-                    disk = disk.target,
-                    "the mirror is gone, a new one begins: {message}"
-                );
-                self.worker.set_error(format!("disk {}: the mirror had to be begun anew", disk.target));
-                self.mirror_gone = true;
-            }
-        }
-        Ok(())
-    }
-
-    /// Begins the mirrors anew that are gone. What the guest wrote past them is found by comparing with the recovery point,
-    /// so that a disk that has not changed does not cross the wire; without a recovery point, all of it does.
-    fn begin_mirrors_anew(&mut self) -> Result<(), Stop> {
-        if !self.in_flight.is_empty() {
-            // Acknowledgements of parts that are given up would be taken for those of their successors.
-            self.next_cut = Instant::now() + LOOK;
-            return Ok(());
-        }
-        self.mirror_gone = false;
-        let generation = self.worker.protection.generation;
-        let durable = self.worker.shared.status().durable_epoch;
-        if durable > 0 {
-            let position = Position { generation, epoch: durable, ..Position::default() };
-            self.copy_whole(&position, durable + 1)?;
-        }
-        for disk in &self.attached.disks {
-            if self.attached.domain.block_job(&disk.target).map_err(anyhow::Error::from)?.is_none() {
-                attach::mirror(&self.worker.config, &self.attached.domain, &self.worker.uuid, &disk.target)?;
-            }
-        }
-        self.next_cut = Instant::now();
-        Ok(())
-    }
-
-    /// Encodes a part and queues it. A link that went down meanwhile is no error: the part is sent again later.
-    pub(super) fn ship(&mut self, mut part: Part) -> Result<u64, Stop> {
-        let Some(sender) = self.sender.clone() else { return Ok(0) };
-        let layout = self.layout(&part);
-        self.resync.take_if(|resync| resync.open_epoch() != part.epoch);
-        if let Some(resync) = &mut self.resync {
-            if !resync.fits(&layout) {
-                // Numbers of blocks or disks mean something else there: begin anew, with everything.
-                tracing::info!(domain = self.worker.protection.name, "the guest is not made of what the receiver has");
-                self.resync = None;
-                self.attached.shim.arm(part.generation, part.epoch, Whole::Seed)?;
-                self.in_flight.clear();
-                self.set_mode(Mode::Copy { round: 0, need_pass: true }, true);
-                return Ok(0);
-            }
-            if let Err(error) = resync.reduce(&mut part, &self.attached.arena) {
-                // The link is in trouble, or the receiver's standby has moved on: whatever it is, the next connection
-                // decides anew.
-                self.worker.set_error(format!("compare with the receiver: {error:#}"));
-                self.sender = None;
-                return Ok(0);
-            }
-        }
-        let layout = (self.sent_layout.as_ref() != Some(&layout)).then_some(layout);
-        // A guest that is gone has the definition that the receiver knows.
-        let xml = if part.last && self.ended.is_none() { self.new_xml(part.seed)? } else { None };
-        let extras = Extras { domain_xml: xml.as_deref(), layout: layout.as_ref() };
-        let begun = Instant::now();
-        let worker = &self.worker;
-        worker.shared.status().waiting_since.get_or_insert(begun);
-        let encoded = self.encoder.encode(&part, &self.attached.arena, &extras, |message| {
-            send(&worker.runtime, &sender, message, || worker.shared.is_ending()).map_err(|Closed| Unsent::LinkDown)
-        });
-        let bytes = match encoded {
-            Ok(bytes) => bytes,
-            Err(Unsent::LinkDown) => {
-                self.sender = None;
-                return Ok(0);
-            }
-            Err(Unsent::Encoding(error)) => return Err(error.into()),
-        };
-        if let Some(xml) = xml {
-            self.sent_xml = xml;
-        }
-        if layout.is_some() {
-            self.sent_layout = layout;
-        }
-        self.worker.shared.status().figures.sent(bytes);
-        self.in_flight.push_back(InFlight {
-            epoch: part.epoch,
-            part: part.part,
-            last: part.last,
-            cut_unix_ns: part.cut_unix_ns,
-            begun,
-        });
-        Ok(bytes)
-    }
-
-    fn layout(&self, part: &Part) -> Layout {
-        let ram = part.blocks.iter().map(|block| RamBlock {
-            name: block.name.clone(),
-            used_bytes: block.used_bytes,
-            page_bytes: block.page_bytes,
-        });
-        Layout { machine: self.attached.machine.clone(), ram: ram.collect(), disks: self.attached.disks.clone() }
-    }
-
-    /// A recovery point whose definition has a disk that is not mirrored is not one.
-    fn same_disks(&self, xml: &Element) -> anyhow::Result<()> {
-        let xml = DomainXml::from_element(xml)?;
-        let defined = xml.disks.iter().filter(|disk| disk.is_writable()).map(|disk| &disk.target);
-        anyhow::ensure!(
-            defined.eq(self.attached.disks.iter().map(|disk| &disk.target)),
-            "the disks of domain {} have changed",
-            xml.name
-        );
-        Ok(())
-    }
-
-    /// The domain's XML, if it is not what the receiver has.
-    fn new_xml(&mut self, needed: bool) -> anyhow::Result<Option<String>> {
-        if !self.xml_changed && self.xml_looked.elapsed() < XML_LOOK {
-            return Ok(None);
-        }
-        self.xml_looked = Instant::now();
-        let xml = match self.attached.domain.migratable_xml() {
-            Ok(xml) => {
-                self.same_disks(&xml)?;
-                xml.to_string()
-            }
-            Err(error) if needed && self.sent_xml.is_empty() => return Err(error.into()),
-            Err(error) => {
-                // libvirtd being away is no reason to be without epochs: the receiver has an XML.
-                tracing::warn!(domain = self.worker.protection.name, "{error}");
-                return Ok(None);
-            }
-        };
-        self.xml_changed = false;
-        Ok((xml != self.sent_xml).then_some(xml))
-    }
-}
-
-/// Why a part was not queued.
-enum Unsent {
-    LinkDown,
-    Encoding(anyhow::Error),
-}
-
-impl From<anyhow::Error> for Unsent {
-    fn from(error: anyhow::Error) -> Self {
-        Self::Encoding(error)
     }
 }
