@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use vmdr_proto::GRANULE_BYTES;
 
-use super::{Capture, job_prefix, mirror_of};
+use super::Capture;
+use super::exports::mirrored_node;
 use crate::bitmap::Bitmap;
 use crate::monitor::{Address, Monitor};
 use crate::nbd::{Client, Extent};
@@ -148,7 +149,7 @@ impl Capture {
         self.bitmaps.due = Instant::now() + RENEW;
         let Some((jobs, nodes)) = self.jobs_and_nodes() else { return };
         for disk in &self.disks {
-            let Some(node) = node_of(&jobs, disk.target()) else { continue };
+            let Some(node) = mirrored_node(&jobs, disk.target()) else { continue };
             let marks = self.bitmaps.of_node(&nodes, node);
             for mark in superseded(&marks, self.generation, self.bitmaps.durable_epoch, disk.size()) {
                 let arguments = json!({ "node": node, "name": self.bitmaps.name(mark) });
@@ -185,7 +186,7 @@ impl Capture {
         }
         let (target, size) = (self.disks[index].target().to_owned(), self.disks[index].size());
         let (jobs, nodes) = self.jobs_and_nodes()?;
-        let node = node_of(&jobs, &target)?;
+        let node = mirrored_node(&jobs, &target)?;
         let marks = self.bitmaps.of_node(&nodes, node);
         let mark = newest_before(&marks, self.generation, self.bitmaps.base_epoch, size)?;
         let (source, id) = (self.bitmaps.name(mark), format!("vmdr-{target}-written"));
@@ -246,12 +247,6 @@ impl Capture {
             }
         }
     }
-}
-
-/// The node that a disk's mirror copies: the disk's format.
-fn node_of<'a>(jobs: &'a Value, target: &str) -> Option<&'a str> {
-    let job = mirror_of(jobs, target).ok()?;
-    job["device"].as_str()?.strip_prefix(&job_prefix(target))
 }
 
 /// Adds what is dirty of a disk from `at` on. In the context of a bitmap the flag that otherwise means "hole" means "dirty".

@@ -65,9 +65,7 @@ impl Capture {
     /// The node below a disk's mirror; nothing: it has no mirror now.
     pub(super) fn node_of(&mut self, target: &str) -> anyhow::Result<Option<String>> {
         let jobs = self.qmp.execute("query-block-jobs", None)?;
-        let Ok(job) = mirror_of(&jobs, target) else { return Ok(None) };
-        let prefix = job_prefix(target);
-        Ok(job["device"].as_str().and_then(|name| name.strip_prefix(&prefix)).map(str::to_owned))
+        Ok(mirrored_node(&jobs, target).map(str::to_owned))
     }
 
     pub(super) fn export_socket(&self) -> anyhow::Result<PathBuf> {
@@ -97,6 +95,12 @@ fn end_leftover(qmp: &mut Monitor) -> Result<bool, QmpError> {
 fn only_ours(exports: &Value) -> bool {
     let ours = |export: &Value| export["id"].as_str().is_some_and(|id| id.starts_with(ID_PREFIX));
     exports.as_array().is_some_and(|exports| !exports.is_empty() && exports.iter().all(ours))
+}
+
+/// The node that a disk's mirror copies: the disk's format. From `query-block-jobs`.
+pub(super) fn mirrored_node<'a>(jobs: &'a Value, target: &str) -> Option<&'a str> {
+    let job = mirror_of(jobs, target).ok()?;
+    job["device"].as_str()?.strip_prefix(&job_prefix(target))
 }
 
 fn export_id(target: &str) -> String {
