@@ -1,5 +1,7 @@
 //! `vmdr-receiver`: the daemon at the backup site. All behaviour is in the library.
 
+mod heap;
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 

@@ -3,6 +3,13 @@
 use anyhow::{Context, Result};
 use std::fs;
 
+/// What docs/design.md allows a shim for one guest, beside the arena ("Memory").
+pub const SHIM_BYTES_MAX: u64 = 64 << 20;
+/// The same, an agent.
+pub const AGENT_BYTES_MAX: u64 = 96 << 20;
+/// The same, a receiver.
+pub const RECEIVER_BYTES_MAX: u64 = 256 << 20;
+
 /// Memory, descriptors and threads of a process at one instant.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Footprint {
@@ -40,6 +47,16 @@ impl Footprint {
             shared_bytes: self.shared_bytes.max(other.shared_bytes),
             descriptors: self.descriptors.max(other.descriptors),
             threads: self.threads.max(other.threads),
+        }
+    }
+
+    /// The smaller of each.
+    pub fn min(self, other: Self) -> Self {
+        Self {
+            private_bytes: self.private_bytes.min(other.private_bytes),
+            shared_bytes: self.shared_bytes.min(other.shared_bytes),
+            descriptors: self.descriptors.min(other.descriptors),
+            threads: self.threads.min(other.threads),
         }
     }
 }

@@ -11,7 +11,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 use vmdr_tests::client::Client;
 use vmdr_tests::daemon::Daemon;
-use vmdr_tests::footprint::Footprint;
+use vmdr_tests::footprint::{AGENT_BYTES_MAX, Footprint, RECEIVER_BYTES_MAX, SHIM_BYTES_MAX};
 use vmdr_tests::guest::GuestSpec;
 use vmdr_tests::random;
 use vmdr_tests::rig::At;
@@ -25,10 +25,6 @@ const PAGE_BYTES: u64 = 4096;
 const RECORD_BYTES: u64 = 524_288;
 /// As small as it may be, so that it is full within seconds.
 const ARENA_BYTES: u64 = 64 << 20;
-/// What docs/design.md allows beside the arena ("Memory"), for one guest.
-const SHIM_BYTES_MAX: u64 = 64 << 20;
-const AGENT_BYTES_MAX: u64 = 96 << 20;
-const RECEIVER_BYTES_MAX: u64 = 256 << 20;
 /// A guest slower than this part of its own unprotected speed is held up by vmdr. Half of it: the machine has two cores, of
 /// which the guest is emulated on one, and may have others to serve.
 const SPEED_MIN: f64 = 0.5;

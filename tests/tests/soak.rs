@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use vmdr_tests::client::Client;
 use vmdr_tests::daemon::{self, Daemon};
 use vmdr_tests::exec;
-use vmdr_tests::footprint::Footprint;
+use vmdr_tests::footprint::{AGENT_BYTES_MAX, Footprint, RECEIVER_BYTES_MAX};
 use vmdr_tests::guest::GuestSpec;
 use vmdr_tests::leftovers::Inventory;
 use vmdr_tests::random;
@@ -30,9 +30,11 @@ const PROTECTED_LIMIT: Duration = Duration::from_secs(240);
 const GUEST_LIMIT: Duration = Duration::from_secs(120);
 /// How long what ends may take to be gone.
 const GONE_LIMIT: Duration = Duration::from_secs(30);
-/// What a daemon may have more in the last quarter of a run than it had in the first half: the allocator keeps what it once
-/// needed, and threads that wait for work come and go.
+/// What a daemon may keep more in the last quarter of a run than it kept in the first half: the allocator keeps what it
+/// once needed, and threads that wait for work come and go.
 const GROWTH_BYTES_MAX: u64 = 16 << 20;
+/// How long a daemon is watched for a moment between two pieces of work.
+const REST_LIMIT: Duration = Duration::from_secs(10);
 const GROWTH_DESCRIPTORS_MAX: usize = 12;
 /// The NIC that comes and goes.
 const NIC: [&str; 2] = ["--mac", "52:54:00:77:00:01"];
@@ -263,20 +265,23 @@ impl Soak {
             self.client.self_check(self.scene.guest.address)?;
         }
         let pid = |daemon: &Option<Daemon>| daemon.as_ref().map(Daemon::pid).context("a daemon");
-        self.agents.push(Footprint::of(pid(&self.scene.agent)?)?);
-        self.receivers.push(Footprint::of(pid(&self.scene.receiver)?)?);
+        let (agent, receiver) = (pid(&self.scene.agent)?, pid(&self.scene.receiver)?);
+        let (agent, receiver) = (at_rest(agent, least(&self.agents))?, at_rest(receiver, least(&self.receivers))?);
+        self.agents.push(agent);
+        self.receivers.push(receiver);
         Ok(())
     }
 
     /// At the end: nothing left over at all, and nothing has grown.
     fn finish(mut self) -> Result<()> {
         self.unprotect()?;
-        for (what, taken) in [("agent", &self.agents), ("receiver", &self.receivers)] {
-            let half = &taken[..taken.len().div_ceil(2)];
-            let late = &taken[taken.len() - taken.len().div_ceil(4)..];
-            let most = |samples: &[Footprint]| samples.iter().copied().fold(Footprint::default(), Footprint::max);
-            let (early, late) = (most(half), most(late));
-            println!("{what}: in the first half at most {early:?}, in the last quarter {late:?}");
+        let daemons = [("agent", &self.agents, AGENT_BYTES_MAX), ("receiver", &self.receivers, RECEIVER_BYTES_MAX)];
+        for (what, taken, limit) in daemons {
+            let most = taken.iter().copied().reduce(Footprint::max).unwrap_or_default();
+            ensure!(most.private_bytes <= limit, "the {what}'s memory is beyond its limit: {taken:?}");
+            let early = least(&taken[..taken.len().div_ceil(2)]);
+            let late = least(&taken[taken.len() - taken.len().div_ceil(4)..]);
+            println!("{what}: at most {most:?}; in the first half at least {early:?}, in the last quarter {late:?}");
             ensure!(
                 late.private_bytes <= early.private_bytes + GROWTH_BYTES_MAX,
                 "the {what}'s memory grows: {taken:?}"
@@ -300,6 +305,22 @@ impl Soak {
         drop(self.wire);
         self.scene.rig.finish()
     }
+}
+
+/// What it has at the least in a while is what a daemon keeps; more is the work at hand.
+fn least(samples: &[Footprint]) -> Footprint {
+    samples.iter().copied().reduce(Footprint::min).unwrap_or_default()
+}
+
+/// What a process has between two pieces of work: the least that it is seen with, until that is no more than before.
+fn at_rest(pid: u32, before: Footprint) -> Result<Footprint> {
+    let begun = Instant::now();
+    let mut seen = Footprint::of(pid)?;
+    while seen.private_bytes > before.private_bytes + GROWTH_BYTES_MAX && begun.elapsed() < REST_LIMIT {
+        std::thread::sleep(Duration::from_millis(200));
+        seen = seen.min(Footprint::of(pid)?);
+    }
+    Ok(seen)
 }
 
 fn operations() -> Result<usize> {
