@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use serde::Deserialize;
+use vmdr_daemon::ownership::{CONFIRMED, Ownerships};
 use vmdr_shim::config::{ARENA_BYTES, CUT_LIMIT_MS, CUT_PAGES_MAX};
 
 use crate::limits::config::{ARENA_BYTES_MIN, Limits};
@@ -31,6 +32,10 @@ pub struct Config {
     pub metrics_listen: Option<SocketAddr>,
     /// What is protected is remembered here, so that a restarted agent goes on.
     pub state_dir: PathBuf,
+    /// Which domains this host owns; the same as the receiver's.
+    pub ownership_dir: PathBuf,
+    /// libvirt's hook that keeps what this host does not own from being started; empty: it is not installed.
+    pub libvirt_hook: PathBuf,
     /// Sockets and state pages of the shims.
     pub runtime_dir: PathBuf,
     /// Log files of the shims.
@@ -60,6 +65,8 @@ impl Default for Config {
             control_socket: vmdr_proto::AGENT_SOCKET.into(),
             metrics_listen: Some(SocketAddr::from(([127, 0, 0, 1], 7422))),
             state_dir: "/var/lib/vmdr/agent".into(),
+            ownership_dir: vmdr_daemon::ownership::RECORDS.into(),
+            libvirt_hook: vmdr_daemon::hook::HOOK.into(),
             runtime_dir: "/run/vmdr/shim".into(),
             log_dir: "/var/log/vmdr".into(),
             shim_program: None,
@@ -98,6 +105,11 @@ impl Config {
         }
         config.limits.check()?;
         Ok(config)
+    }
+
+    /// Which domains this host owns.
+    pub fn ownerships(&self) -> Ownerships {
+        Ownerships::new(&self.ownership_dir, Path::new(CONFIRMED))
     }
 
     /// Bytes of memory for what is captured of a domain and not yet durable.

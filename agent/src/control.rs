@@ -1,5 +1,7 @@
 //! The control socket: what the `vmdr` command asks of an agent.
 
+mod ownership;
+
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -13,8 +15,9 @@ use vmdr_hypervisor::libvirt::Connection;
 use vmdr_proto::REPLICATION_VERSION;
 use vmdr_proto::control::agent_server::{Agent as AgentService, AgentServer};
 use vmdr_proto::control::{
-    DoctorReply, DoctorRequest, DomainRequest, DomainStatus, HoldReply, PrepareReply, Progress, ProtectRequest,
-    ReleaseReply, ResumeReply, StatusReply, StatusRequest, SuspendReply, UnprotectReply,
+    DoctorReply, DoctorRequest, DomainRequest, DomainStatus, HoldReply, MoveRequest, OwnReply, OwnRequest,
+    PrepareReply, Progress, ProtectRequest, ReleaseReply, ResumeReply, StatusReply, StatusRequest, SuspendReply,
+    UnprotectReply,
 };
 use vmdr_proto::replication::{ProbeReply, ProbeRequest};
 
@@ -30,7 +33,11 @@ use crate::session::{Answer, Input, Phase, Session};
 const RECEIVER_REMEDY: &str = "start vmdr-receiver there, or correct the address";
 /// How long a session may take for what it was asked, the receiver's acknowledgement included.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+/// Reports to a command that does not read; what was asked for does not wait for it.
+const REPORTS_MAX: usize = 16;
 const PROGRESS_LOOK: Duration = Duration::from_millis(100);
+
+type Reports = Pin<Box<dyn tokio_stream::Stream<Item = Result<Progress, Status>> + Send>>;
 
 /// Serves it for ever.
 pub async fn serve(listener: UnixListener, agent: Agent) -> anyhow::Result<()> {
@@ -41,6 +48,7 @@ pub async fn serve(listener: UnixListener, agent: Agent) -> anyhow::Result<()> {
         .context("serve the control socket")
 }
 
+#[derive(Clone)]
 struct Control {
     agent: Agent,
 }
@@ -81,7 +89,7 @@ impl AgentService for Control {
         }))
     }
 
-    type ProtectStream = Pin<Box<dyn tokio_stream::Stream<Item = Result<Progress, Status>> + Send>>;
+    type ProtectStream = Reports;
 
     async fn protect(&self, request: Request<ProtectRequest>) -> Result<Response<Self::ProtectStream>, Status> {
         let request = request.into_inner();
@@ -96,7 +104,7 @@ impl AgentService for Control {
         };
         let _one_at_a_time = self.agent.administration.lock().await;
         let examined = self.examine(&request.domain, Some(&receiver)).await?;
-        if self.agent.sessions().contains_key(&examined.uuid) {
+        if self.agent.sessions().get(&examined.uuid).is_some_and(|session| !session.is_over()) {
             return Err(Status::already_exists(format!("domain {} is already protected", examined.name)));
         }
         if let Some(error) = refusals(&examined) {
@@ -113,6 +121,8 @@ impl AgentService for Control {
             fenced: false,
             id: uuid::Uuid::new_v4().to_string(),
             suspended: None,
+            holds_to_move: false,
+            moving: None,
         };
         self.agent.registry.save(&protection).map_err(|error| internal(&error))?;
         if let Err(error) = self.agent.start(protection, true) {
@@ -131,7 +141,14 @@ impl AgentService for Control {
         let _one_at_a_time = self.agent.administration.lock().await;
         let session = {
             let uuid = self.agent.find(&name);
-            uuid.and_then(|uuid| self.agent.sessions().remove(&uuid))
+            let mut sessions = self.agent.sessions();
+            let moving = |session: &Session| session.shared.status().phase == Phase::Moving;
+            if uuid.as_ref().and_then(|uuid| sessions.get(uuid)).is_some_and(moving) {
+                return Err(Status::failed_precondition(format!(
+                    "domain {name} is being moved, and it is not known yet who owns it: see `vmdr status {name}`"
+                )));
+            }
+            uuid.and_then(|uuid| sessions.remove(&uuid))
         };
         let Some(mut session) = session else {
             return Err(Status::not_found(format!("domain {name} is not protected")));
@@ -140,6 +157,7 @@ impl AgentService for Control {
         let domain = blocking(move || {
             session.end(Input::Unprotect);
             agent.registry.remove(&session.protection.uuid)?;
+            agent.ended(&session.protection)?;
             Ok(session.protection.name.clone())
         })
         .await?;
@@ -166,13 +184,51 @@ impl AgentService for Control {
         Ok(Response::new(ResumeReply {}))
     }
 
+    type MoveAwayStream = Reports;
+
+    async fn move_away(&self, request: Request<MoveRequest>) -> Result<Response<Reports>, Status> {
+        let (sender, progress) = mpsc::channel(REPORTS_MAX);
+        let (control, request) = (self.clone(), request.into_inner());
+        // Goes on when the command goes away, as everything that changes something does.
+        tokio::spawn(async move {
+            let last = match ownership::move_away(&control, request, &sender).await {
+                Ok(report) => Ok(Progress { step: "done".to_owned(), moved: Some(report), ..Default::default() }),
+                Err(status) => Err(status),
+            };
+            let _ = sender.send(last).await;
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(progress))))
+    }
+
+    type ReprotectStream = Reports;
+
+    async fn reprotect(&self, request: Request<ProtectRequest>) -> Result<Response<Reports>, Status> {
+        let (sender, progress) = mpsc::channel(REPORTS_MAX);
+        let (control, request) = (self.clone(), request.into_inner());
+        tokio::spawn(async move {
+            let reports = sender.clone();
+            if let Err(status) = ownership::reprotect(&control, request, reports).await {
+                let _ = sender.send(Err(status)).await;
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(progress))))
+    }
+
+    async fn own(&self, request: Request<OwnRequest>) -> Result<Response<OwnReply>, Status> {
+        ownership::own(self, request.into_inner()).await.map(Response::new)
+    }
+
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
         let name = request.into_inner().domain;
         let sessions = self.agent.sessions();
         let domains: Vec<DomainStatus> = sessions
             .values()
+            .filter(|session| !session.is_over())
             .filter(|session| name.is_empty() || session.protection.name == name || session.protection.uuid == name)
-            .map(domain_status)
+            .map(|session| {
+                let owner = self.agent.config.ownerships().get(&session.protection.uuid).ok().flatten();
+                DomainStatus { owner: owner.map(|o| o.describe()).unwrap_or_default(), ..domain_status(session) }
+            })
             .collect();
         if domains.is_empty() && !name.is_empty() {
             return Err(Status::not_found(format!("domain {name} is not protected")));
@@ -314,7 +370,15 @@ async fn follow(agent: Agent, examined: Examined, progress: mpsc::Sender<Result<
                 let _ = agent.registry.remove(&examined.uuid);
                 let session = agent.sessions().remove(&examined.uuid);
                 if let Some(mut session) = session {
-                    let _ = tokio::task::spawn_blocking(move || session.end(Input::Unprotect)).await;
+                    let of = agent.clone();
+                    let ended = tokio::task::spawn_blocking(move || {
+                        session.end(Input::Unprotect);
+                        // In a generation of its own it is this host's, protected or not.
+                        if session.protection.generation == 0 { of.ended(&session.protection) } else { Ok(()) }
+                    });
+                    if let Ok(Err(error)) = ended.await {
+                        tracing::error!(domain = examined.name, "{error:#}");
+                    }
                 }
                 let message = format!("domain {} could not be protected: {error}", examined.name);
                 let _ = progress.send(Err(Status::failed_precondition(message))).await;
@@ -336,7 +400,7 @@ async fn follow(agent: Agent, examined: Examined, progress: mpsc::Sender<Result<
                     total,
                     unit: "bytes".to_owned(),
                     message,
-                    activation: None,
+                    ..Default::default()
                 };
                 // A command that went away, or does not read, is no reason to stop.
                 let _ = progress.try_send(Ok(report));
@@ -389,7 +453,9 @@ fn advice(phase: Phase) -> &'static str {
         Phase::Resync => {
             "wait: the standby is being brought level; the older recovery point can be activated meanwhile"
         }
-        Phase::Protected => "nothing to do; `vmdr activate` at the backup site brings the guest up there",
+        Phase::Protected => {
+            "nothing to do; `vmdr activate` at the backup site brings the guest up there, `vmdr move` here takes it there"
+        }
         Phase::Behind => "nothing is lost yet: more is written than the link takes, the recovery point grows older",
         Phase::Stalled => "see to the guest's storage: no recovery point is made until it answers again",
         Phase::Held => "the guest is paused and its standby level with it; `vmdr release` lets it go on",
@@ -401,7 +467,13 @@ fn advice(phase: Phase) -> &'static str {
              the backup site"
         }
         Phase::Failed => "see the last error; `vmdr unprotect` and `vmdr protect` begin anew",
-        Phase::Fenced => "another site owns this guest: do not start it here",
+        Phase::Fenced => {
+            "another site owns this guest: `vmdr reprotect` there protects it to here, `vmdr failback` there brings it home;              if that site is gone for good: `vmdr own --force` here"
+        }
+        Phase::Moving => {
+            "the guest is paused until it is known whether the other site has taken it: see to the link and the receiver; if              that site is gone for good: `vmdr own --force`"
+        }
+        Phase::Over => "the guest is owned by this host again: `vmdr reprotect` protects it",
     }
 }
 

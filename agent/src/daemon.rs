@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
+use vmdr_daemon::hook;
+use vmdr_daemon::ownership;
 use vmdr_hypervisor::events::{DomainEvent, Event, IoErrorAction};
 use vmdr_hypervisor::libvirt::Connection;
 
@@ -68,6 +70,18 @@ impl Agent {
         let limits = self.limits.guest(&protection.name);
         let session = Session::start(self.config.clone(), self.registry.clone(), limits, protection, first, runtime)?;
         self.sessions().insert(uuid, session);
+        Ok(())
+    }
+
+    /// A protection has ended: of a guest that is this host's nothing is recorded any more.
+    pub fn ended(&self, protection: &Protection) -> anyhow::Result<()> {
+        let ownerships = self.config.ownerships();
+        ownerships.transition(
+            &protection.uuid,
+            &protection.name,
+            &ownership::Event::Ended,
+            "not protected any more",
+        )?;
         Ok(())
     }
 
@@ -139,11 +153,28 @@ fn input(event: &DomainEvent) -> Option<Input> {
     }
 }
 
+/// Without it a guest that another site owns runs until it is found and paused; that is no reason not to protect others.
+fn install_hook(config: &Config) {
+    let path = &config.libvirt_hook;
+    if path.as_os_str().is_empty() {
+        return;
+    }
+    match hook::install(path, &config.ownerships()) {
+        Ok(true) => tracing::warn!(
+            path = %path.display(),
+            "libvirt's hook was installed; libvirt heeds it from its next start on"
+        ),
+        Ok(false) => {}
+        Err(error) => tracing::error!(path = %path.display(), "libvirt's hook cannot be installed: {error}"),
+    }
+}
+
 /// Runs until told to end (SIGTERM, SIGINT). The shims go on. SIGHUP: the limits are read again.
 pub async fn run(path: &Path) -> anyhow::Result<()> {
     let config = Config::read(path)?;
     let agent = Agent::new(config)?;
     let listener = vmdr_daemon::socket::listen(&agent.config.control_socket).context("listen for the vmdr command")?;
+    install_hook(&agent.config);
     agent.restore().context("take up what was protected")?;
     let watcher = agent.clone();
     std::thread::Builder::new().name("libvirt events".to_owned()).spawn(move || watcher.watch_events())?;

@@ -16,8 +16,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Endpoint;
 use vmdr_proto::replication::replication_client::ReplicationClient;
 use vmdr_proto::replication::{
-    DescribeReply, DescribeRequest, Durable, FromReceiver, HashesReply, HashesRequest, Heartbeat, Open, Position,
-    ProbeReply, ProbeRequest, Refused, ToReceiver, from_receiver, to_receiver,
+    DescribeReply, DescribeRequest, Durable, FromReceiver, GiveBackReply, GiveBackRequest, HashesReply, HashesRequest,
+    Heartbeat, Open, OwnerReply, OwnerRequest, Position, ProbeReply, ProbeRequest, Refused, ReverseReply,
+    ReverseRequest, SettleReply, SettleRequest, ToReceiver, from_receiver, to_receiver,
 };
 use vmdr_proto::{MESSAGE_BYTES_MAX, REPLICATION_VERSION};
 
@@ -67,6 +68,8 @@ pub enum LinkEvent {
     },
     /// A part is durable.
     Durable(Durable),
+    /// The guest was taken over, in this generation.
+    Taken(u64),
     /// The receiver refused something and ended the stream.
     Refused(Refused),
     /// The connection ended or could not be made; it is tried again.
@@ -139,6 +142,26 @@ impl Questions {
     /// Hashes of what the receiver has.
     pub async fn hashes(&mut self, request: HashesRequest) -> Result<HashesReply, String> {
         answer(&self.receiver, self.client.hashes(request)).await
+    }
+
+    /// How a domain stands there.
+    pub async fn owner(&mut self, request: OwnerRequest) -> Result<OwnerReply, String> {
+        answer(&self.receiver, self.client.owner(request)).await
+    }
+
+    /// Whether a hand-over was taken; if not, it will not be.
+    pub async fn settle(&mut self, request: SettleRequest) -> Result<SettleReply, String> {
+        answer(&self.receiver, self.client.settle(request)).await
+    }
+
+    /// Has the receiver make ready for a domain that ran there.
+    pub async fn reverse(&mut self, request: ReverseRequest) -> Result<ReverseReply, String> {
+        answer(&self.receiver, self.client.reverse(request)).await
+    }
+
+    /// Has the receiver give a domain back.
+    pub async fn give_back(&mut self, request: GiveBackRequest) -> Result<GiveBackReply, String> {
+        answer(&self.receiver, self.client.give_back(request)).await
     }
 
     /// What the receiver could store and run.
@@ -232,6 +255,7 @@ async fn connect<T: Send + 'static>(
             from_receiver::Message::Welcome(_) | from_receiver::Message::Heartbeat(_) => continue,
             from_receiver::Message::Durable(durable) => LinkEvent::Durable(durable),
             from_receiver::Message::Refused(refused) => LinkEvent::Refused(refused),
+            from_receiver::Message::Taken(taken) => LinkEvent::Taken(taken.generation),
         };
         if events.send(wrap(event)).is_err() {
             return Ok(());

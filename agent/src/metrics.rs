@@ -26,7 +26,7 @@ struct Sample {
 }
 
 /// Name, type, help.
-const FAMILIES: [(&str, &str, &str); 12] = [
+const FAMILIES: [(&str, &str, &str); 13] = [
     ("vmdr_protected", "gauge", "1 while epochs become durable."),
     ("vmdr_generation", "gauge", "Generation in which this host runs the guest."),
     ("vmdr_epoch", "gauge", "Newest epoch cut."),
@@ -38,6 +38,7 @@ const FAMILIES: [(&str, &str, &str); 12] = [
     ("vmdr_cuts_total", "counter", "Cuts made."),
     ("vmdr_paused_seconds_total", "counter", "Time the guest was paused by vmdr."),
     ("vmdr_sent_bytes_total", "counter", "Payload bytes sent to the receiver."),
+    ("vmdr_sent_disk_bytes_total", "counter", "Bytes of disk content sent, before compression."),
     ("vmdr_pending_bytes", "gauge", "Bytes known to be dirty and not captured yet."),
 ];
 
@@ -62,6 +63,7 @@ fn text(agent: &Agent) -> String {
                 Some(figures.cuts_total as f64),
                 Some(figures.paused_ns_total as f64 / 1e9),
                 Some(figures.sent_bytes as f64),
+                Some(figures.sent_disk_bytes as f64),
                 Some(status.pending_bytes as f64),
             ];
             Sample { labels, values }

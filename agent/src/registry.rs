@@ -29,6 +29,28 @@ pub struct Protection {
     /// It is suspended.
     #[serde(default)]
     pub suspended: Option<Suspended>,
+    /// The guest was, or will be, held for a move, and nobody was asked to take it yet: whoever finds it held lets it go on.
+    #[serde(default)]
+    pub holds_to_move: bool,
+    /// The guest is being moved to the receiver's site.
+    #[serde(default)]
+    pub moving: Option<Moving>,
+}
+
+/// A move that is not done. It is written before the receiver is asked.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub struct Moving {
+    /// The epoch at which the guest stands.
+    pub epoch: u64,
+    /// The wall clock at its cut.
+    pub cut_unix_ns: u64,
+    /// The generation that the receiver was asked to take it in.
+    pub generation: u64,
+    /// It is known to have taken it.
+    pub taken: bool,
+    /// The guest is then protected from there to here.
+    pub protect_back: bool,
 }
 
 /// A protection that is suspended: what there is to know of it meanwhile.
@@ -123,6 +145,8 @@ mod tests {
             fenced: false,
             id: "33333333-1111-4111-8111-111111111111".into(),
             suspended: Some(Suspended { since_unix_ns: 2, epoch: 7, cut_unix_ns: 1 }),
+            holds_to_move: true,
+            moving: Some(Moving { epoch: 7, cut_unix_ns: 1, generation: 2, taken: false, protect_back: true }),
         };
         registry.save(&one).unwrap();
         fs::write(directory.path().join("protected/x.json"), "{").unwrap();

@@ -19,8 +19,9 @@ Protects running libvirt/KVM guests against the loss of a site. On the protected
 checkpoint of the whole guest (memory, devices, disks) many times a second and streams it to a receiver at the backup
 site, which can resume the guest from the newest one: same processes, same memory, same disks.
 
-On the protected host:  doctor, prepare, protect, status, hold, release, suspend, resume, unprotect.
-At the backup site:     status, points, point, retention, activate, forget.";
+On the protected host:  doctor, prepare, protect, status, hold, release, suspend, resume, unprotect, move.
+At the backup site:     status, points, point, retention, activate, forget.
+After an activation:    reprotect and failback where the guest runs now; own and divergence where it ran.";
 
 const EXAMPLES: &str = "\
 Examples, in the order in which they are used:
@@ -184,6 +185,81 @@ pub enum Command {
     Unprotect {
         /// Name or UUID
         domain: Domain,
+    },
+    /// Move a protected guest to the site that it is protected to
+    ///
+    /// Nothing is lost: the guest is paused with a checkpoint, that becomes durable there, the other site takes the guest
+    /// over and brings it up, and only then what is left of it here is ended. Until the other site has taken it, any
+    /// failure leaves the guest running here. If the answer is lost the guest stays paused until it is known who owns it;
+    /// `vmdr status` says so. Prints how long the guest stood still. Afterwards it is not protected: see `reprotect`.
+    #[command(verbatim_doc_comment, after_help = "Example:\n  vmdr move web1")]
+    Move {
+        /// Name or UUID
+        domain: Domain,
+    },
+    /// Protect a guest that was activated, or moved, here, back to the site where it ran
+    ///
+    /// What that site still has of the guest's disks is compared, and only what differs is sent; memory is sent as a whole.
+    /// The old disks there stay as they are (`vmdr divergence` there). A guest that is still paused there has to be ended
+    /// first. Ends when the first recovery point is durable there.
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Examples:\n  vmdr reprotect web1\n  vmdr reprotect web1 --receiver a.example"
+    )]
+    Reprotect {
+        /// Name or UUID
+        domain: Domain,
+        /// Time between checkpoints, 25ms to 60s [default: as configured, else 100ms]
+        #[arg(long, value_name = "DURATION", value_parser = interval)]
+        interval: Option<Interval>,
+        /// The other site's receiver; port 7420 unless given [default: as configured]
+        #[arg(long, value_name = "HOST[:PORT]", value_parser = receiver)]
+        receiver: Option<String>,
+    },
+    /// Take a guest home: move it, and have it protected in the other direction again
+    ///
+    /// The same as `move`, and when the guest runs there its agent protects it to here. Ends when that is done.
+    #[command(verbatim_doc_comment, after_help = "Example:\n  vmdr failback web1")]
+    Failback {
+        /// Name or UUID
+        domain: Domain,
+    },
+    /// Make this host the owner of a guest again
+    ///
+    /// The other site is asked to give the guest back: it does if the guest never ran there, as after an activation that
+    /// failed. With --force it is not asked: for a site that is gone for good. If it is not, the guest runs twice until
+    /// the two meet again; the newer generation, which is this host's then, wins.
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Examples:\n  vmdr own web1\n  vmdr own web1 --force --reason 'site B burnt down'"
+    )]
+    Own {
+        /// Name or UUID
+        domain: Domain,
+        /// Do not ask the other site
+        #[arg(long, requires = "reason")]
+        force: bool,
+        /// What is known of the other site; recorded
+        #[arg(long, value_name = "TEXT")]
+        reason: Option<String>,
+        /// Do not ask for the domain's name
+        #[arg(short, long)]
+        yes: bool,
+    },
+    /// List what is kept aside of a guest's old disks here, or drop it
+    ///
+    /// When another site goes on with a guest that ran here, its disks here have what was written and never became durable
+    /// there. They stay as they are. What of it belongs to vmdr goes by itself after `divergence_days`.
+    #[command(verbatim_doc_comment, after_help = "Examples:\n  vmdr divergence web1\n  vmdr divergence web1 --drop")]
+    Divergence {
+        /// Name or UUID
+        domain: Domain,
+        /// Delete all of it, also files that are not vmdr's
+        #[arg(long)]
+        drop: bool,
+        /// Do not ask for the domain's name
+        #[arg(short, long)]
+        yes: bool,
     },
     /// Show what is protected, standing by or active on this host
     ///

@@ -21,7 +21,7 @@ fn golden(name: &str, text: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn json_keeps_its_shape() {
     let host = Host::with_both();
-    let cases: [(&str, &[&str]); 16] = [
+    let cases: [(&str, &[&str]); 21] = [
         ("doctor.json", &["doctor", "web1"]),
         ("prepare.json", &["prepare", "web1"]),
         ("protect.json", &["protect", "web1"]),
@@ -38,6 +38,11 @@ async fn json_keeps_its_shape() {
         ("activate-plan.json", &["activate", "web1", "--dry-run"]),
         ("activate.json", &["activate", "web1", "--yes"]),
         ("forget.json", &["forget", "web1", "--yes"]),
+        ("move.json", &["move", "web1"]),
+        ("failback.json", &["failback", "web1"]),
+        ("reprotect.json", &["reprotect", "web1"]),
+        ("own.json", &["own", "web1", "--force", "--reason", "site B is gone", "--yes"]),
+        ("divergence.json", &["divergence", "web1"]),
     ];
     for (name, arguments) in cases {
         let ran = host.run(&[arguments, &["-o", "json"]].concat()).await;

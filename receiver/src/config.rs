@@ -32,6 +32,12 @@ pub struct Config {
     /// Address and port of the Prometheus metrics; "" turns them off.
     #[serde(deserialize_with = "address_or_nothing")]
     pub metrics_listen: Option<SocketAddr>,
+    /// Which domains this host owns; the same as the agent's.
+    pub ownership_dir: PathBuf,
+    /// The agent of this host, which protects a guest back that was moved here.
+    pub agent_socket: PathBuf,
+    /// Days for which what a former owner's disks had is kept.
+    pub divergence_days: u64,
     /// The libvirt that guests are activated on.
     pub libvirt_uri: String,
     /// Bytes of the state directory's file system that are never used.
@@ -87,6 +93,9 @@ impl Default for Config {
             state_dir: PathBuf::from("/var/lib/vmdr/receiver"),
             control_socket: PathBuf::from(RECEIVER_SOCKET),
             metrics_listen: Some(SocketAddr::from(([127, 0, 0, 1], METRICS_PORT))),
+            ownership_dir: PathBuf::from(vmdr_daemon::ownership::RECORDS),
+            agent_socket: PathBuf::from(vmdr_proto::AGENT_SOCKET),
+            divergence_days: 30,
             libvirt_uri: vmdr_hypervisor::libvirt::SYSTEM_URI.to_owned(),
             space_reserve_bytes: StoreOptions::default().space_reserve_bytes,
             retention: RetentionConfig::default(),
@@ -204,7 +213,8 @@ mod tests {
     fn every_key_is_read() {
         let config = parse(
             "listen = \"10.0.9.2:7000\"\nstate_dir = \"/srv/vmdr\"\ncontrol_socket = \"/run/x.sock\"\nmetrics_listen = \"\"\n\
-             libvirt_uri = \"test:///default\"\nspace_reserve_bytes = 5\n[bridges]\n\"br0\" = \"br-dr\"\n\
+             libvirt_uri = \"test:///default\"\nspace_reserve_bytes = 5\nownership_dir = \"/srv/own\"\n\
+             agent_socket = \"/run/a.sock\"\ndivergence_days = 7\n[bridges]\n\"br0\" = \"br-dr\"\n\
              [retention]\nbudget_bytes = 2097152\ntiers = [{ every_seconds = 0, for_seconds = 60 }]\n",
         )
         .unwrap();
@@ -213,6 +223,9 @@ mod tests {
             state_dir: "/srv/vmdr".into(),
             control_socket: "/run/x.sock".into(),
             metrics_listen: None,
+            ownership_dir: "/srv/own".into(),
+            agent_socket: "/run/a.sock".into(),
+            divergence_days: 7,
             libvirt_uri: "test:///default".to_owned(),
             space_reserve_bytes: 5,
             retention: RetentionConfig {

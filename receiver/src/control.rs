@@ -8,10 +8,12 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
+use vmdr_daemon::ownership::{Event, Ownerships};
 use vmdr_proto::control::receiver_server::Receiver as Service;
 use vmdr_proto::control::{
-    ActivateRequest, ActivationPlan, ActivationReport, DomainRequest, DomainStatus, ForgetReply, GivenUp, Point,
-    PointRequest, PointsReply, Progress, RetentionReply, RetentionRequest, StatusReply, StatusRequest,
+    ActivateRequest, ActivationPlan, ActivationReport, DivergenceReply, DivergenceRequest, DomainRequest, DomainStatus,
+    ForgetReply, GivenUp, Point, PointRequest, PointsReply, Progress, RetentionReply, RetentionRequest, StatusReply,
+    StatusRequest,
 };
 use vmdr_proto::replication::RefusedCode;
 
@@ -22,6 +24,7 @@ use crate::activate::run::{Activated, Activation, Standby, age_seconds, unix_ns}
 use crate::activate::{ActivateError, plan};
 use crate::daemon::Receiver;
 use crate::history;
+use crate::reverse::divergence;
 use crate::store::{DomainSummary, PointId as StoredPoint, RecoveryPoint, Store, StoreError};
 
 /// Messages to a client that does not read; an activation does not wait for it.
@@ -115,7 +118,10 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
     }
     let name = if domain.name.is_empty() { &domain.uuid } else { &domain.name };
     let (state, advice) = if active {
-        ("active", String::new())
+        (
+            "active",
+            format!("it runs here; `vmdr reprotect {name}` protects it to where it ran before, if it is not yet"),
+        )
     } else if domain.trouble.is_some() && domain.position.epoch == 0 {
         ("failed", "see the receiver's log".to_owned())
     } else if domain.frozen {
@@ -132,7 +138,9 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
     // A domain whose control record is damaged has its name from the activation, if there was one.
     let recorded = record.ok().flatten().map(|r| r.name);
     let name = if domain.name.is_empty() { recorded.unwrap_or_default() } else { domain.name };
+    let owner = receiver.ownerships.get(&domain.uuid).ok().flatten();
     DomainStatus {
+        owner: owner.map(|owner| owner.describe()).unwrap_or_default(),
         name,
         uuid: domain.uuid,
         role: if active { "active" } else { "standby" }.to_owned(),
@@ -161,6 +169,8 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
 struct StoredStandby<'a> {
     store: &'a Store,
     uuid: Uuid,
+    ownerships: &'a Ownerships,
+    name: &'a str,
 }
 
 impl Standby for StoredStandby<'_> {
@@ -172,6 +182,8 @@ impl Standby for StoredStandby<'_> {
         let uuid = self.uuid.to_string();
         self.store.raise_generation(&uuid, to)?;
         self.store.set_frozen(&uuid, true)?;
+        // Before libvirt is asked to start anything: its hook looks there.
+        self.ownerships.transition(&uuid, self.name, &Event::Activating(to), "activated here")?;
         Ok(())
     }
 
@@ -192,11 +204,11 @@ fn hypervisor_status(error: vmdr_hypervisor::Error) -> Status {
     activate_status(&ActivateError::Hypervisor(error))
 }
 
-fn make_plan(receiver: &Receiver, request: &ActivateRequest) -> Result<ActivationPlan, Status> {
+pub(crate) fn make_plan(receiver: &Receiver, request: &ActivateRequest) -> Result<ActivationPlan, Status> {
     let (uuid, summary) = find(receiver, &request.domain)?;
     let (store, id) = (&receiver.store, uuid.to_string());
     let chosen = history::choose(store, &id, request)?;
-    let standby = StoredStandby { store: &receiver.store, uuid };
+    let standby = StoredStandby { store, uuid, ownerships: &receiver.ownerships, name: &summary.name };
     let active = receiver.active_directory(uuid);
     let record = active.read(uuid).map_err(|e| Status::internal(e.to_string()))?;
     let host = connect(receiver)?;
@@ -229,7 +241,7 @@ fn make_plan(receiver: &Receiver, request: &ActivateRequest) -> Result<Activatio
     })
 }
 
-fn activate(
+pub(crate) fn activate(
     receiver: &Receiver,
     request: &ActivateRequest,
     requested: (Instant, u64),
@@ -247,7 +259,7 @@ fn activate(
     };
     let chosen = history::choose(store, &id, request)?;
     let host = connect(receiver)?;
-    let standby = StoredStandby { store, uuid };
+    let standby = StoredStandby { store, uuid, ownerships: &receiver.ownerships, name: &summary.name };
     let settings = receiver.settings();
     let activation = Activation {
         uuid,
@@ -407,6 +419,17 @@ impl Service for ControlService {
             let _ = messages.blocking_send(last);
         });
         Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn divergence(&self, request: Request<DivergenceRequest>) -> Result<Response<DivergenceReply>, Status> {
+        let DivergenceRequest { domain, drop } = request.into_inner();
+        self.blocking(move |receiver| {
+            let (uuid, _) = find(receiver, &domain)?;
+            let lock = receiver.activation_lock(uuid);
+            let _one_at_a_time = lock.blocking_lock();
+            divergence::divergence(receiver, uuid, drop)
+        })
+        .await
     }
 
     async fn forget(&self, request: Request<DomainRequest>) -> Result<Response<ForgetReply>, Status> {

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -18,6 +18,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use uuid::Uuid;
+use vmdr_daemon::ownership::{CONFIRMED, Ownerships};
 use vmdr_proto::MESSAGE_BYTES_MAX;
 use vmdr_proto::control::receiver_server::ReceiverServer;
 use vmdr_proto::replication::replication_server::ReplicationServer;
@@ -28,8 +29,10 @@ use crate::config::Config;
 use crate::control::ControlService;
 use crate::metrics::{DomainSample, Metrics, Sample};
 use crate::replication::ReplicationService;
+use crate::reverse::{self, Reversal};
 use crate::stats::Stats;
 use crate::store::{Store, StoreOptions};
+use crate::takeover;
 
 /// Silence after which an agent is asked whether it is there; twice that and the connection is given up, so that a host that
 /// vanished is noticed within seconds.
@@ -67,6 +70,10 @@ pub struct Receiver {
     pub store: Store,
     /// What is counted.
     pub metrics: Metrics,
+    /// Which domains this host owns.
+    pub ownerships: Ownerships,
+    /// Standbys that are being made of what is here already.
+    pub reversals: Mutex<HashMap<Uuid, Reversal>>,
     sessions: Mutex<HashMap<Uuid, Session>>,
     activations: Mutex<HashMap<Uuid, Arc<tokio::sync::Mutex<()>>>>,
     started: Instant,
@@ -80,10 +87,13 @@ impl Receiver {
         let space_reserve_bytes = config.space_reserve_bytes;
         let options = StoreOptions { space_reserve_bytes, retention, ..StoreOptions::default() };
         let store = Store::open(&config.state_dir, options).context("open the state directory")?;
+        let ownerships = Ownerships::new(&config.ownership_dir, Path::new(CONFIRMED));
         Ok(Receiver {
             config,
             store,
             metrics: Metrics::default(),
+            ownerships,
+            reversals: Mutex::default(),
             sessions: Mutex::default(),
             activations: Mutex::default(),
             started: Instant::now(),
@@ -123,6 +133,11 @@ impl Receiver {
     /// Becomes true when the receiver ends.
     pub fn ending(&self) -> watch::Receiver<bool> {
         self.ending.subscribe()
+    }
+
+    /// Whether the receiver ends.
+    pub fn is_ending(&self) -> bool {
+        *self.ending.borrow()
     }
 
     /// The directory of a domain.
@@ -201,6 +216,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let control = Server::builder()
         .add_service(ReceiverServer::new(ControlService::new(Arc::clone(&receiver))))
         .serve_with_incoming_shutdown(UnixListenerStream::new(socket), ended(receiver.ending()));
+    takeover::resume_all(&receiver);
+    tokio::spawn(reverse::expire_for_ever(Arc::clone(&receiver)));
     let mut agents = tokio::spawn(agents);
     let mut control = tokio::spawn(control);
     tracing::info!(%address, state_dir = %receiver.config.state_dir.display(), "ready");

@@ -5,6 +5,7 @@
 //! - [`replication`]: agents' streams into the store; [`probe`]: whether a guest could run here;
 //!   [`hashes`]: what an agent that resyncs compares with.
 //! - [`activate`]: from a recovery point to a running guest, once.
+//! - [`takeover`]: a guest that its owner hands over; [`reverse`]: a standby made of a former owner's disks.
 //! - [`control`]: the `vmdr` command's requests.
 //! - [`daemon`]: all of it together; [`config`], [`metrics`], [`stats`].
 
@@ -17,5 +18,7 @@ pub mod history;
 pub mod metrics;
 pub mod probe;
 pub mod replication;
+pub mod reverse;
 pub mod stats;
 pub mod store;
+pub mod takeover;

@@ -21,15 +21,18 @@ use uuid::Uuid;
 use vmdr_proto::REPLICATION_VERSION;
 use vmdr_proto::replication::replication_server::Replication;
 use vmdr_proto::replication::{
-    DescribeReply, DescribeRequest, FromReceiver, HashesReply, HashesRequest, Open, ProbeReply, ProbeRequest, Refused,
-    RefusedCode, ToReceiver, Welcome, from_receiver, to_receiver,
+    DescribeReply, DescribeRequest, FromReceiver, GiveBackReply, GiveBackRequest, HashesReply, HashesRequest, Open,
+    OwnerReply, OwnerRequest, ProbeReply, ProbeRequest, Refused, RefusedCode, ReverseReply, ReverseRequest,
+    SettleReply, SettleRequest, Taken, ToReceiver, Welcome, from_receiver, to_receiver,
 };
 
 use crate::activate::run::{age_seconds, unix_ns};
 use crate::daemon::Receiver;
 use crate::hashes;
 use crate::probe;
+use crate::reverse;
 use crate::store::{Ingest, PartTail, StoreError, part_head, part_tail};
+use crate::takeover;
 
 /// From the beginning of a stream to its first message.
 const OPEN_TIME_MAX: Duration = Duration::from_secs(10);
@@ -69,6 +72,22 @@ impl ReplicationService {
     pub fn new(receiver: Arc<Receiver>) -> Self {
         ReplicationService { receiver }
     }
+
+    /// Answers a question that may block.
+    async fn blocking<Q: Send + 'static, A: Send + 'static>(
+        &self,
+        request: Request<Q>,
+        answer: fn(&Arc<Receiver>, &Q) -> Result<A, Status>,
+    ) -> Result<Response<A>, Status> {
+        let (receiver, request) = (Arc::clone(&self.receiver), request.into_inner());
+        // What it begins goes on after it.
+        let runtime = tokio::runtime::Handle::current();
+        let reply = tokio::task::spawn_blocking(move || {
+            let _entered = runtime.enter();
+            answer(&receiver, &request)
+        });
+        reply.await.map_err(|e| Status::internal(e.to_string()))?.map(Response::new)
+    }
 }
 
 #[tonic::async_trait]
@@ -92,6 +111,22 @@ impl Replication for ReplicationService {
         let (receiver, request) = (Arc::clone(&self.receiver), request.into_inner());
         let reply = tokio::task::spawn_blocking(move || hashes::hashes(&receiver.store, &request)).await;
         reply.map_err(|e| Status::internal(e.to_string()))?.map(Response::new)
+    }
+
+    async fn owner(&self, request: Request<OwnerRequest>) -> Result<Response<OwnerReply>, Status> {
+        self.blocking(request, takeover::owner).await
+    }
+
+    async fn settle(&self, request: Request<SettleRequest>) -> Result<Response<SettleReply>, Status> {
+        self.blocking(request, takeover::settle).await
+    }
+
+    async fn reverse(&self, request: Request<ReverseRequest>) -> Result<Response<ReverseReply>, Status> {
+        self.blocking(request, reverse::reverse).await
+    }
+
+    async fn give_back(&self, request: Request<GiveBackRequest>) -> Result<Response<GiveBackReply>, Status> {
+        self.blocking(request, takeover::give_back).await
     }
 
     async fn replicate(
@@ -144,7 +179,9 @@ async fn serve(receiver: Arc<Receiver>, peer: String, mut incoming: Streaming<To
     let (queue, messages) = mpsc::channel(QUEUE_MESSAGES);
     let of = Arc::clone(&receiver);
     let answers = replies.clone();
+    let runtime = tokio::runtime::Handle::current();
     let thread = std::thread::Builder::new().name(format!("ingest {name}")).spawn(move || {
+        let _entered = runtime.enter();
         let mut stream = Stream { receiver: &of, uuid, ingest, replies: &answers };
         stream.run(messages)
     });
@@ -265,7 +302,7 @@ async fn refuse(
 
 /// One stream's work, on its own thread.
 struct Stream<'a> {
-    receiver: &'a Receiver,
+    receiver: &'a Arc<Receiver>,
     uuid: Uuid,
     ingest: Ingest,
     replies: &'a Replies,
@@ -290,6 +327,11 @@ impl Stream<'_> {
                 }
                 Some(to_receiver::Message::End(end)) => Some(self.end(part_tail(&end))?),
                 Some(to_receiver::Message::Heartbeat(heartbeat)) => Some(from_receiver::Message::Heartbeat(heartbeat)),
+                Some(to_receiver::Message::HandOver(asked)) => {
+                    let taken = takeover::take(self.receiver, self.uuid, &mut self.ingest, &asked);
+                    let generation = taken.map_err(|(code, message)| Refusal { code, message })?;
+                    Some(from_receiver::Message::Taken(Taken { generation }))
+                }
                 Some(to_receiver::Message::Open(_)) => return Err(corrupt("a second Open in a stream")),
                 None => return Err(corrupt("an empty message, or one of a later version")),
             };

@@ -12,6 +12,7 @@
 //! - [`leftovers`]: what a protection may leave behind: nothing.
 //! - [`images`]: what guests boot.
 //! - [`scene`]: what most end-to-end cases begin with.
+//! - [`pair`]: the same where either site protects to the other.
 //! - [`nbd_store`]: a guest's own storage that can be disturbed: flushes that take long, writes that are refused.
 //! - [`wait`]: waiting with a limit.
 //!
@@ -27,6 +28,7 @@ pub mod images;
 pub mod leftovers;
 pub mod nbd_store;
 pub mod oracle;
+pub mod pair;
 pub mod random;
 pub mod relay;
 pub mod rig;

@@ -9,12 +9,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 use vmdr_codec::Layout;
+use vmdr_daemon::ownership::Event;
 use vmdr_proto::replication::{Position, RefusedCode, ToReceiver};
 use vmdr_proto::shim::{NoPart, NoPartReason};
 use vmdr_shim::capture::Whole;
 
 use super::attach::{self, Attached};
 use super::ended::Ended;
+use super::moving::HAND_OVER_LIMIT;
 use super::resume::{Resume, resume};
 use super::{Answer, Input, Phase, RETRY, Stop, Worker};
 use crate::encode::PartEncoder;
@@ -95,6 +97,8 @@ pub(super) struct Active<'a> {
     io_error: String,
     /// The state to go back to when the guest's storage answers again.
     before_stall: Option<Phase>,
+    /// Since when the receiver has been asked to take the guest.
+    pub(super) asked_over: Option<Instant>,
 }
 
 pub(super) enum Never {}
@@ -122,16 +126,22 @@ impl<'a> Active<'a> {
             io_error: String::new(),
             ended: None,
             before_stall: None,
+            asked_over: None,
         }
     }
 
     pub(super) fn run(&mut self) -> Result<Never, Stop> {
         if self.worker.protection.fenced {
+            if self.worker.owns_again()? {
+                // It came back in the moment between.
+                return Err(Stop::Unsettled);
+            }
             self.attached.shim.fence()?;
             return Err(Stop::Fenced("another site owns this guest".to_owned()));
         }
         self.worker.shared.status().monitor = self.attached.monitor.kind();
         self.worker.open_channel(&self.attached.domain);
+        self.end_hold_to_move()?;
         let held = self.attached.state.held;
         self.worker.set_phase(if held { Phase::Held } else { Phase::Disconnected });
         loop {
@@ -143,6 +153,9 @@ impl<'a> Active<'a> {
             };
             self.unless_gone(heard)?;
             self.worker.shared.status().figures.observe_rpo();
+            if self.asked_over.is_some_and(|asked| asked.elapsed() > HAND_OVER_LIMIT) {
+                return Err(Stop::Unsettled);
+            }
             if Instant::now() >= self.next_cut {
                 let acted = match self.ended {
                     Some(ended) => self.end_step(ended),
@@ -166,7 +179,7 @@ impl<'a> Active<'a> {
         let (ends, suspend) = match stop {
             Stop::Unprotect => (true, false),
             Stop::Again(_) | Stop::GuestGone(_) | Stop::FoundOff(_) => (first, false),
-            Stop::Shutdown | Stop::Fenced(_) => (false, false),
+            Stop::Shutdown | Stop::Fenced(_) | Stop::Unsettled => (false, false),
             // Durably said before anything is taken off. If it cannot be, all stays as it is.
             Stop::Suspend(_) => (self.worker.record_suspended().is_ok(), true),
             Stop::Off(_) => {
@@ -189,9 +202,10 @@ impl<'a> Active<'a> {
         }
     }
 
-    fn hear(&mut self, input: Input) -> Result<(), Stop> {
+    pub(super) fn hear(&mut self, input: Input) -> Result<(), Stop> {
         match input {
             Input::Hold(answer) => {
+                self.worker.record_hold_to_move(false)?;
                 let phase = self.worker.shared.status().shown_phase();
                 if phase == Phase::Protected && self.hold.is_none() {
                     self.hold = Some(Hold { answer, epoch: None });
@@ -202,6 +216,7 @@ impl<'a> Active<'a> {
                 Ok(())
             }
             Input::Release(answer) => {
+                self.worker.record_hold_to_move(false)?;
                 if !self.attached.shim.state()?.held {
                     let _ = answer.send(Err("the domain is not held".to_owned()));
                     return Ok(());
@@ -211,6 +226,8 @@ impl<'a> Active<'a> {
                 let _ = answer.send(Ok(()));
                 Ok(())
             }
+            Input::HoldToMove(answer) => self.hold_to_move(answer),
+            Input::HandOver(protect_back, answer) => self.hand_over(protect_back, answer),
             Input::Suspend(answer) => match self.worker.suspend_refused() {
                 Some(why) => {
                     let _ = answer.send(Err(why));
@@ -238,6 +255,7 @@ impl<'a> Active<'a> {
                     self.worker.protection.generation = position.generation.max(1);
                     self.worker.registry.save(&self.worker.protection)?;
                 }
+                self.worker.owned()?;
                 let position = Position { generation: self.worker.protection.generation, ..position };
                 self.sender = Some(sender);
                 self.start_from(&position)
@@ -246,10 +264,16 @@ impl<'a> Active<'a> {
             Input::Link(LinkEvent::Refused(refused)) => {
                 self.sender = None;
                 let message = format!("the receiver refused: {}", refused.message);
+                if self.worker.protection.moving.is_some() {
+                    return self.not_taken(&refused);
+                }
                 if refused.code() == RefusedCode::Fenced {
                     // First of all, so that it holds whatever becomes of guest and shim now.
                     self.worker.protection.fenced = true;
                     self.worker.registry.save(&self.worker.protection)?;
+                    let newer = refused.position.map_or(0, |position| position.generation);
+                    let newer = newer.max(self.worker.protection.generation + 1);
+                    self.worker.own(&Event::Outdated(newer), "the receiver has a newer generation")?;
                     self.attached.shim.fence()?;
                     return Err(Stop::Fenced(message));
                 }
@@ -265,6 +289,13 @@ impl<'a> Active<'a> {
                 self.worker.set_error(message);
                 Ok(())
             }
+            Input::Link(LinkEvent::Taken(generation)) => {
+                self.sender = None;
+                tracing::info!(domain = self.worker.protection.name, generation, "the other site has taken the guest");
+                self.attached.shim.fence()?;
+                Err(Stop::Unsettled)
+            }
+            Input::Link(LinkEvent::Down(_)) if self.worker.protection.moving.is_some() => Err(Stop::Unsettled),
             Input::Link(LinkEvent::Down(reason)) => {
                 self.sender = None;
                 self.worker.set_error(reason);
@@ -423,6 +454,10 @@ impl<'a> Active<'a> {
 
     /// One step: a cut, or a piece of a copy.
     fn act(&mut self) -> Result<(), Stop> {
+        if self.asked_over.is_some() {
+            self.next_cut = Instant::now() + LOOK;
+            return Ok(());
+        }
         if self.worker.shared.status().phase == Phase::Held {
             // Perhaps somebody else has resumed the guest.
             if self.look_at_guest()? {
@@ -499,7 +534,7 @@ impl<'a> Active<'a> {
     }
 
     /// The guest runs again after a hold.
-    fn hold_ended(&mut self) {
+    pub(super) fn hold_ended(&mut self) {
         self.next_cut = Instant::now();
         self.worker.set_phase(if self.sender.is_some() { Phase::Protected } else { Phase::Disconnected });
     }

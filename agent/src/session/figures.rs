@@ -31,6 +31,8 @@ pub struct Figures {
     durable_cut_unix_ns: u64,
     /// Bytes of payloads ever sent.
     pub sent_bytes: u64,
+    /// Bytes of disk content ever sent, before they were compressed.
+    pub sent_disk_bytes: u64,
     /// Cuts ever made.
     pub cuts_total: u64,
     /// Nanoseconds that pauses have taken in all.
@@ -46,6 +48,7 @@ impl Default for Figures {
             sent: VecDeque::new(),
             durable_cut_unix_ns: 0,
             sent_bytes: 0,
+            sent_disk_bytes: 0,
             cuts_total: 0,
             paused_ns_total: 0,
         }

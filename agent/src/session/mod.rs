@@ -18,6 +18,7 @@ mod active;
 pub mod attach;
 mod ended;
 pub mod figures;
+pub mod moving;
 pub mod off;
 mod resume;
 mod suspend;
@@ -30,11 +31,13 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use uuid::Uuid;
+use vmdr_daemon::ownership::{Event, Ownerships};
 use vmdr_hypervisor::libvirt::{Connection, Domain};
 
 use self::active::Active;
 use self::attach::Attached;
 use self::figures::Figures;
+use self::moving::Moved;
 use self::off::{NotRunning, Off};
 use crate::config::Config;
 use crate::guard;
@@ -80,6 +83,10 @@ pub enum Phase {
     Failed,
     /// Another site owns the guest.
     Fenced,
+    /// The guest is paused and another site was asked to take it.
+    Moving,
+    /// This session is over: the guest has come back since, and is another one's.
+    Over,
 }
 
 impl Phase {
@@ -100,6 +107,8 @@ impl Phase {
             Self::Crashed => "crashed",
             Self::Failed => "failed",
             Self::Fenced => "fenced",
+            Self::Moving => "moving",
+            Self::Over => "over",
         }
     }
 }
@@ -183,8 +192,12 @@ pub enum Input {
     Resume(Answer<()>),
     /// Pause the guest with a cut; answered when that is durable.
     Hold(Answer<u64>),
+    /// The same for a move: an agent that is started anew ends it.
+    HoldToMove(Answer<u64>),
     /// End a hold.
     Release(Answer<()>),
+    /// Hand the held guest over; answered when it runs there, or is known to have stayed.
+    HandOver(bool, Answer<Moved>),
     /// End the protection: mirrors and shim too.
     Unprotect,
     /// The agent ends; the shim stays.
@@ -231,6 +244,7 @@ impl Session {
         });
         let (inputs, received) = channel();
         let uuid = protection.uuid.parse().context("the domain's UUID")?;
+        let ownerships = config.ownerships();
         let worker = Worker {
             config,
             registry,
@@ -240,6 +254,8 @@ impl Session {
             inputs: inputs.clone(),
             received,
             runtime,
+            ownerships,
+            mover: None,
         };
         let thread = std::thread::Builder::new()
             .name(format!("session {}", protection.name))
@@ -251,6 +267,11 @@ impl Session {
     /// Tells it something. A session that has ended hears nothing.
     pub fn tell(&self, input: Input) {
         let _ = self.inputs.send(input);
+    }
+
+    /// Whether it has ended by itself, because the guest is another session's now.
+    pub fn is_over(&self) -> bool {
+        self.shared.status().phase == Phase::Over
     }
 
     /// Ends it and waits for that. Blocks.
@@ -275,6 +296,8 @@ enum Stop {
     Again(anyhow::Error),
     /// Another site owns the guest.
     Fenced(String),
+    /// A move is under way of which the end is not known here.
+    Unsettled,
     /// The protection is suspended; whoever asked for it waits.
     Suspend(Answer<u64>),
     /// QEMU is gone.
@@ -310,6 +333,9 @@ struct Worker {
     inputs: Sender<Input>,
     received: Receiver<Input>,
     runtime: tokio::runtime::Handle,
+    ownerships: Ownerships,
+    /// Who waits for a move.
+    mover: Option<Answer<Moved>>,
 }
 
 impl Worker {
@@ -328,6 +354,24 @@ impl Worker {
                     }
                     Some(_) => return,
                 }
+            }
+            match self.before_attaching() {
+                Ok(()) => {}
+                Err(None) => {
+                    if let Some(stop) = self.rest() {
+                        if matches!(stop, Stop::Unprotect) {
+                            self.remove(false);
+                        }
+                        return;
+                    }
+                    continue;
+                }
+                Err(Some(Stop::Unsettled)) => continue,
+                Err(Some(Stop::Unprotect)) => {
+                    self.remove(false);
+                    return;
+                }
+                Err(Some(_)) => return,
             }
             let stop = match self.attach() {
                 Ok(attached) => {
@@ -373,6 +417,7 @@ impl Worker {
                 Stop::Off(note) => self.set_off(self.how_it_ended(), note),
                 Stop::FoundOff(off) => self.found_off(off),
                 Stop::Fenced(message) => self.record_fence(message),
+                Stop::Unsettled => continue,
                 Stop::Suspend(answer) => {
                     self.suspend(answer);
                     continue;
@@ -455,6 +500,9 @@ impl Worker {
                 Ok(Input::Resume(answer)) => {
                     let _ = answer.send(Err("the protection is not suspended".to_owned()));
                 }
+                Ok(Input::HandOver(_, answer)) => {
+                    let _ = answer.send(Err("the domain is not held".to_owned()));
+                }
                 Ok(_) => {}
                 Err(RecvTimeoutError::Timeout) => return None,
             }
@@ -474,6 +522,12 @@ impl Worker {
         if let Err(error) = self.registry.save(&self.protection) {
             tracing::error!(domain = self.protection.name, "{error:#}");
         }
+    }
+
+    /// Records what happened to this host's ownership of the guest.
+    fn own(&self, event: &Event, reason: &str) -> anyhow::Result<()> {
+        self.ownerships.transition(&self.protection.uuid, &self.protection.name, event, reason)?;
+        Ok(())
     }
 
     fn set_phase(&self, phase: Phase) {

@@ -78,11 +78,14 @@ impl Worker {
                 Ok(Input::Suspend(answer)) => {
                     let _ = answer.send(Err("it is suspended already".to_owned()));
                 }
-                Ok(Input::Hold(answer)) => {
+                Ok(Input::Hold(answer) | Input::HoldToMove(answer)) => {
                     let _ = answer.send(Err("the domain is suspended, not protected".to_owned()));
                 }
                 Ok(Input::Release(answer)) => {
                     let _ = answer.send(Err("the domain is not held".to_owned()));
+                }
+                Ok(Input::HandOver(_, answer)) => {
+                    let _ = answer.send(Err("the domain is suspended, not protected".to_owned()));
                 }
                 Ok(Input::Link(_) | Input::DevicesChanged | Input::IoError(_)) | Err(RecvTimeoutError::Timeout) => {}
             }

@@ -12,6 +12,7 @@ use crate::text;
 
 mod backup_side;
 mod history;
+mod ownership;
 mod protected_side;
 mod status;
 
@@ -30,6 +31,15 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
         Command::Suspend { domain } => protected_side::suspend(common, out, domain).await,
         Command::Resume { domain } => protected_side::resume(common, out, domain).await,
         Command::Unprotect { domain } => protected_side::unprotect(common, out, domain).await,
+        Command::Move { domain } => ownership::move_away(common, out, domain, false).await,
+        Command::Failback { domain } => ownership::move_away(common, out, domain, true).await,
+        Command::Reprotect { domain, interval, receiver } => {
+            ownership::reprotect(common, out, domain, *interval, receiver.as_deref()).await
+        }
+        Command::Own { domain, force, reason, yes } => {
+            ownership::own(common, out, domain, *force, reason.as_deref(), *yes).await
+        }
+        Command::Divergence { domain, drop, yes } => ownership::divergence(common, out, domain, *drop, *yes).await,
         Command::Status { domain } => status::status(common, out, domain.as_ref()).await,
         Command::Points { domain } => history::points(common, out, domain).await,
         Command::Point { action: PointAction::Create { domain, name, point } } => {

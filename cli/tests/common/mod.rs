@@ -201,7 +201,7 @@ fn policy() -> RetentionReply {
 
 fn progress(step: &str, done: u64, total: u64, unit: &str, message: &str) -> Result<Progress, Status> {
     let (step, unit, message) = (step.into(), unit.into(), message.into());
-    Ok(Progress { step, done, total, unit, message, activation: None })
+    Ok(Progress { step, done, total, unit, message, ..Progress::default() })
 }
 
 fn stream(messages: Vec<Result<Progress, Status>>) -> Response<Stream> {
@@ -297,6 +297,37 @@ impl Agent for Daemon {
     async fn resume(&self, request: Request<DomainRequest>) -> Result<Response<ResumeReply>, Status> {
         self.asked("resume", &request.into_inner().domain)?;
         Ok(Response::new(ResumeReply {}))
+    }
+
+    type MoveAwayStream = Stream;
+
+    async fn move_away(&self, request: Request<MoveRequest>) -> Result<Response<Stream>, Status> {
+        let MoveRequest { domain, protect_back } = request.into_inner();
+        self.asked("move", &domain)?;
+        let moved = MoveReport {
+            name: domain,
+            uuid: UUID.into(),
+            generation: 4,
+            epoch: 1001,
+            downtime_seconds: 0.75,
+            protected_back: protect_back,
+        };
+        let last = Ok(Progress { step: "done".into(), moved: Some(moved), ..Progress::default() });
+        Ok(stream(vec![progress("hand it over", 0, 0, "", ""), last]))
+    }
+
+    type ReprotectStream = Stream;
+
+    async fn reprotect(&self, request: Request<ProtectRequest>) -> Result<Response<Stream>, Status> {
+        self.asked("reprotect", &request.into_inner().domain)?;
+        Ok(stream(vec![progress("protected", 0, 0, "", "epoch 2 is durable")]))
+    }
+
+    async fn own(&self, request: Request<OwnRequest>) -> Result<Response<OwnReply>, Status> {
+        let OwnRequest { domain, force, reason } = request.into_inner();
+        self.asked("own", &domain)?;
+        self.calls.lock().unwrap().push(format!("force {force} reason {reason}").trim_end().to_owned());
+        Ok(Response::new(OwnReply { name: domain, generation: 5, running: true }))
     }
 
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
@@ -421,6 +452,21 @@ impl Receiver for Daemon {
         let activation = (domain != "unreported").then_some(report);
         let last = Progress { step: "run".into(), activation, ..Progress::default() };
         Ok(stream(vec![progress("apply", 1, 2, "epochs", ""), progress("restore", 0, 0, "", ""), Ok(last)]))
+    }
+
+    async fn divergence(&self, request: Request<DivergenceRequest>) -> Result<Response<DivergenceReply>, Status> {
+        let DivergenceRequest { domain, drop } = request.into_inner();
+        self.asked("divergence", &domain)?;
+        let file = DivergentFile {
+            target: "vda".into(),
+            path: "/var/lib/libvirt/images/web1.raw".into(),
+            bytes: 1 << 30,
+            format: "raw".into(),
+            own: false,
+            differing_bytes: 0,
+        };
+        let set = Divergence { generation: 4, since_unix_ns: 1, until_unix_ns: 2, files: vec![file] };
+        Ok(Response::new(DivergenceReply { sets: vec![set], freed_bytes: if drop { 1 << 30 } else { 0 } }))
     }
 
     async fn forget(&self, request: Request<DomainRequest>) -> Result<Response<ForgetReply>, Status> {

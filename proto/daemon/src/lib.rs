@@ -1,4 +1,7 @@
-//! What both daemons share: the listener for metrics and the socket for the `vmdr` command.
+//! What both daemons share: the listener for metrics, the socket for the `vmdr` command, and which domains this host owns.
 
+pub mod durable;
+pub mod hook;
+pub mod ownership;
 pub mod scrape;
 pub mod socket;

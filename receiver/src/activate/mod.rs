@@ -97,6 +97,9 @@ pub enum ActivateError {
     /// Another step of libvirt's failed.
     #[error(transparent)]
     Hypervisor(#[from] vmdr_hypervisor::Error),
+    /// Which site owns the guest cannot be recorded.
+    #[error(transparent)]
+    Ownership(#[from] vmdr_daemon::ownership::OwnershipError),
     /// The record cannot be read or written.
     #[error(transparent)]
     Record(#[from] record::RecordError),

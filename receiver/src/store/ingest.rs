@@ -127,6 +127,28 @@ impl Ingest {
         Ok(Durable { generation, epoch, part, last: tail.last })
     }
 
+    /// The sender hands the domain over at `epoch`, which must be the newest one, and all of it durable: `generation` is in
+    /// force when this returns, durably, and this stream is over. A newer stream of the domain, or a newer generation,
+    /// comes first: then it is refused, and will be for ever.
+    pub fn hand_over(&mut self, epoch: u64, generation: u64) -> Result<(), StoreError> {
+        let domain = &*self.domain;
+        let mut ingest = domain.ingest();
+        self.may_write()?;
+        let refused = |what: String| Err(StoreError::Refused { domain: domain.id.clone(), what });
+        let (newest, open) = {
+            let shared = domain.shared();
+            (shared.position.epoch, shared.position.open_epoch)
+        };
+        if newest != epoch || open != 0 {
+            return refused(format!("epoch {newest} is the newest durable one, not {epoch}"));
+        }
+        if generation != self.generation + 1 || generation > NUMBER_MAX {
+            return refused(format!("generation {generation} does not follow {}", self.generation));
+        }
+        ingest.give_up_part(domain)?;
+        domain.raise_locked(&mut ingest, generation)
+    }
+
     /// Gives up the part that was begun, if any.
     pub fn abort(&mut self) -> Result<(), StoreError> {
         let mut ingest = self.domain.ingest();
@@ -378,7 +400,7 @@ impl Domain {
         let Some(open) = &mut ingest.open else { return Ok(()) };
         let Content::Seed { files, has_xml, .. } = &mut open.content else { return Ok(()) };
         let layout = checked.layout.clone().unwrap_or_default();
-        self.sync_seed(files, open.epoch, &layout, &checked).map_err(|error| self.failure(error))?;
+        self.sync_seed(files, open.epoch, &layout, &checked, tail.last).map_err(|error| self.failure(error))?;
         files.take_brought();
         let parts = open.parts + 1;
         if tail.last {
@@ -403,6 +425,7 @@ impl Domain {
         epoch: u64,
         layout: &Layout,
         checked: &Checked,
+        last: bool,
     ) -> Result<(), JournalError> {
         // Before the layout, which must never tell of images that a crash can take away.
         files.sync()?;
@@ -414,8 +437,11 @@ impl Domain {
         if let Some(xml) = &checked.xml {
             write_aside(disk, &standby::xml_path(&dir, epoch), xml.as_bytes())?;
         }
-        if let Some(state) = &checked.device_state {
-            write_aside(disk, &standby::device_path(&dir, epoch), state)?;
+        match &checked.device_state {
+            Some(state) => write_aside(disk, &standby::device_path(&dir, epoch), state)?,
+            // A guest that is off has none.
+            None if last => write_aside(disk, &standby::device_path(&dir, epoch), &[])?,
+            None => {}
         }
         disk.sync_dir(&dir).map_err(JournalError::io("sync", &dir))
     }

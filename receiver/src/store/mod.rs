@@ -21,10 +21,12 @@
 //! UUID/standby.N/disk/TARGET.raw      a disk
 //! UUID/standby.N/{device-E.state,layout-E,domain-E.xml}   as of epoch E
 //! UUID/standby.N/history/NNNNNNNN.seg what leads back from the standby to older points
+//! UUID/standby.N/kept                 somebody else needs the directory: it is not removed
 //! UUID/verified                       when points were last verified
 //! ```
 
 mod apply;
+mod base;
 mod catalog;
 mod check;
 mod domain;
@@ -53,6 +55,7 @@ use vmdr_journal::{Disk, FsDisk, JournalError, LockGuard};
 
 use domain::Domain;
 
+pub use base::{Base, Fill};
 pub use catalog::PointId;
 pub use error::StoreError;
 pub use ingest::Ingest;
@@ -62,6 +65,8 @@ pub use retention::Retention;
 pub use vmdr_journal::{Array, Kind, PartHead, PartTail, Tier};
 pub use wire::{part_head, part_tail};
 
+/// A file in a standby's directory that keeps it from being removed: disks of a guest that ran here lie over it.
+pub const KEPT: &str = "kept";
 /// Prefix of a domain's directory while it is being removed.
 const FORGOTTEN: &str = ".forgotten-";
 
@@ -283,6 +288,11 @@ impl Store {
         self.domain(uuid)?.raise_generation(generation)
     }
 
+    /// Takes the newest recovery point over into a newer generation, whose owner goes on from it.
+    pub fn carry_on(&self, uuid: &str, generation: u64) -> Result<(), StoreError> {
+        self.domain(uuid)?.carry_on(generation)
+    }
+
     /// Freezes the standby, because a guest is to run on it, or lets go of it: durable when this returns. Freezing cuts off
     /// the stream, and waits until the newest durable epoch is applied and synced.
     pub fn set_frozen(&self, uuid: &str, frozen: bool) -> Result<(), StoreError> {
@@ -391,6 +401,11 @@ impl Store {
         };
         result.map_err(|error| StoreError::of(&id, error))?;
         Ok(bytes)
+    }
+
+    /// Removes `standby.N` unless it is in use, or kept. Returns the bytes freed.
+    pub fn remove_unused_standby(&self, uuid: &str, number: u64) -> Result<u64, StoreError> {
+        self.domain(uuid)?.remove_unused_standby(number)
     }
 
     fn slots(&self) -> MutexGuard<'_, HashMap<Uuid, Arc<Slot>>> {

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vmdr_codec::{DOMAIN_XML_BYTES_MAX, Digest, Layout};
-use vmdr_journal::{JournalError, Mode, Pin, Standby};
+use vmdr_journal::{HistoryMark, JournalError, Mode, Pin, Standby};
 
 use super::NUMBER_MAX;
 use super::catalog::{Catalog, PointId};
-use super::domain::Domain;
+use super::domain::{Domain, IngestState};
 use super::ingest::Ingest;
 use super::reader::PointReader;
 use super::retention::Retention;
@@ -215,6 +215,12 @@ impl Domain {
             return Ok(stored);
         }
         ingest.give_up_part(self)?;
+        self.raise_locked(&mut ingest, generation)?;
+        Ok(generation)
+    }
+
+    /// Makes a generation the one in force; no part is begun.
+    pub fn raise_locked(&self, ingest: &mut IngestState, generation: u64) -> Result<(), StoreError> {
         self.change_control(|control| control.generation = generation)?;
         {
             let mut shared = self.shared();
@@ -222,8 +228,35 @@ impl Domain {
             shared.stream_open = false;
             self.changed.notify_all();
         }
-        self.discard_open(&mut ingest)?;
-        Ok(generation)
+        self.discard_open(ingest)
+    }
+
+    /// Takes the standby over into a newer generation, which goes on with its next epoch: nobody has changed anything since.
+    pub fn carry_on(&self, generation: u64) -> Result<(), StoreError> {
+        self.set_frozen(false)?;
+        self.raise_generation(generation)?;
+        self.wait_synced()?;
+        let mut ingest = self.ingest();
+        let mut standby = self.standby();
+        let first = ingest.journal.roll().map_err(|error| self.failure(error))?;
+        let Some(applier) = standby.as_mut().filter(|applier| !applier.is_stopped()) else {
+            return Err(StoreError::NoPoint(self.id.clone()));
+        };
+        // Without a past: the sets of the history are of the generation before.
+        let durable = Standby { generation, ..applier.durable };
+        let mark = HistoryMark { floor: durable.epoch, ..applier.mark };
+        self.change_control(|control| {
+            control.standby = Some(durable);
+            control.history = mark;
+            control.journal_first = first;
+        })?;
+        (applier.durable, applier.mark) = (durable, mark);
+        self.catalog().advance(durable, mark.application, Vec::new(), true);
+        let mut shared = self.shared();
+        shared.point_generation = generation;
+        shared.open_segment = first;
+        self.changed.notify_all();
+        Ok(())
     }
 
     pub fn set_frozen(&self, frozen: bool) -> Result<(), StoreError> {

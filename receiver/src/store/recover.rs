@@ -20,6 +20,7 @@ use super::check::PartCheck;
 use super::domain::{Content, Domain, Epoch, IngestState, OpenEpoch, Shared, standby_dir};
 use super::images::StandbyFiles;
 use super::standby::{self, read_layout};
+use super::thin::is_kept;
 use super::verified;
 use super::{Position, StoreError, StoreOptions};
 
@@ -220,6 +221,9 @@ fn sweep(disk: &dyn Disk, dir: &Path, control: &Control) -> Result<(), JournalEr
         let useless = name.starts_with("standby.") && !keep.contains(&name);
         if useless || (name.starts_with(DAMAGED) && control.damage.is_none()) {
             let path = dir.join(&name);
+            if is_kept(disk, &path) {
+                continue;
+            }
             tracing::info!(path = %path.display(), "removing a standby that is not in use");
             disk.remove_dir_all(&path).map_err(JournalError::io("remove", &path))?;
         }

@@ -4,21 +4,27 @@
 //! and in force by the control record before the old ones are removed, and they are only removed when no reader needs them.
 
 use std::collections::HashSet;
+use std::path::Path;
 
-use vmdr_journal::{Chain as ChainMark, HistoryLog, HistoryMark, JournalError, Key, Place, Set, read_set};
+use vmdr_journal::{Chain as ChainMark, Disk, HistoryLog, HistoryMark, JournalError, Key, Place, Set, read_set};
 
-use super::StoreError;
 use super::apply::Applier;
 use super::catalog::{Catalog, Chain, Doomed, PointId};
 use super::domain::Domain;
 use super::retention::{self, Step};
 use super::standby;
+use super::{KEPT, StoreError};
 
 /// Units remembered while sets become one: some 64 MiB. What comes after is taken over even if it is there already, which
 /// costs space and nothing else.
 const MERGE_UNITS_MAX: usize = 1 << 20;
 /// Standbys that seeds have replaced, at most. Each takes as much space as the guest.
 const CHAINS_MAX: usize = 8;
+
+/// Whether somebody else needs this standby's directory.
+pub(super) fn is_kept(disk: &dyn Disk, standby: &Path) -> bool {
+    disk.list(standby).is_ok_and(|names| names.iter().any(|name| name == KEPT))
+}
 
 impl Domain {
     /// Whether a standby that a seed replaces is worth keeping for its points.
@@ -317,6 +323,7 @@ impl Domain {
         let removable = self.catalog().removable();
         for doomed in removable {
             let result = match doomed {
+                Doomed::Standby(dir) if is_kept(&*self.disk, &self.standby_dir(dir)) => Ok(()),
                 Doomed::Standby(dir) => self.disk.remove_dir_all(&self.standby_dir(dir)),
                 Doomed::Segment(dir, number) => {
                     let dir = standby::history_dir(&self.standby_dir(dir));
@@ -330,6 +337,23 @@ impl Domain {
                 _ => {}
             }
         }
+    }
+
+    /// Removes a standby that nobody needs any more; one that is needed stays. Bytes freed.
+    pub fn remove_unused_standby(&self, number: u64) -> Result<u64, StoreError> {
+        let dir = self.standby_dir(number);
+        let used = {
+            let control = self.control();
+            let chains = control.chains.iter().map(|chain| chain.standby.dir);
+            let others = [control.standby.map(|s| s.dir), control.seed.map(|s| s.dir)].into_iter().flatten();
+            chains.chain(others).any(|used| used == number)
+        };
+        if used || is_kept(&*self.disk, &dir) {
+            return Ok(0);
+        }
+        let bytes = self.disk.used_bytes(&dir).unwrap_or(0);
+        self.disk.remove_dir_all(&dir).map_err(|error| self.failure(JournalError::io("remove", &dir)(error)))?;
+        Ok(bytes)
     }
 
     /// A standby that a seed has replaced and that is not kept.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use vmdr_codec::{Layout, RamBlock};
 use vmdr_hypervisor::domain_xml::DomainXml;
 use vmdr_hypervisor::xml::Element;
-use vmdr_proto::shim::Part;
+use vmdr_proto::shim::{DiskOpKind, Part};
 use vmdr_shim::capture::Whole;
 
 use super::{Active, InFlight, Mode, Stop};
@@ -63,7 +63,13 @@ impl Active<'_> {
         if layout.is_some() {
             self.sent_layout = layout;
         }
-        self.worker.shared.status().figures.sent(bytes);
+        let data = part.ops.iter().filter(|op| op.kind() == DiskOpKind::Data);
+        let disk_bytes: u64 = data.map(|op| op.length).sum();
+        {
+            let mut status = self.worker.shared.status();
+            status.figures.sent(bytes);
+            status.figures.sent_disk_bytes += disk_bytes;
+        }
         self.in_flight.push_back(InFlight {
             epoch: part.epoch,
             part: part.part,

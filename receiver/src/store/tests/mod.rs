@@ -3,6 +3,7 @@
 mod crash;
 mod fault;
 mod history;
+mod ownership;
 mod refuse;
 mod round_trip;
 mod sim;

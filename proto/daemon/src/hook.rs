@@ -1,0 +1,95 @@
+//! libvirt's hook, which keeps a domain from being started on a host that does not own it, or was not told since its start
+//! that it does: also by libvirt's autostart, before any daemon of vmdr runs.
+//!
+//! libvirt looks for hooks when it is started: one that is new counts from its next start, or that of the host.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use crate::ownership::Ownerships;
+
+/// Where libvirt looks for it, unless configured otherwise.
+pub const HOOK: &str = "/etc/libvirt/hooks/qemu.d/vmdr";
+
+/// The hook's text. `prepare` comes before every start: an ordinary one, a restore, an incoming migration.
+fn text(ownerships: &Ownerships) -> String {
+    let (records, confirmed) = ownerships.directories();
+    format!(
+        r#"#!/bin/sh
+# Of vmdr; vmdr-agent writes it anew when it is missing. Refuses to start a domain that another site may own.
+[ "$2 $3" = "prepare begin" ] || exit 0
+uuid=$(sed -n 's:.*<uuid>\([0-9a-fA-F-]*\)</uuid>.*:\1:p' | head -n 1)
+record='{records}'/$uuid.json
+[ -n "$uuid" ] && [ -e "$record" ] || exit 0
+if ! grep -q '"may_run": true' "$record"; then
+    echo "vmdr: domain $1 is fenced: another site owns it, or may. 'vmdr status $1' says more; 'vmdr own $1' gets it back" >&2
+    exit 1
+fi
+grep -q '"ask_first": true' "$record" || exit 0
+[ -e '{confirmed}'/"$uuid" ] && exit 0
+echo "vmdr: this host was started anew, and was not told yet that it still owns domain $1. vmdr-agent asks the backup" \
+    "site and starts it then; 'vmdr own $1 --force --reason TEXT' if that site is gone" >&2
+exit 1
+"#,
+        records = records.display(),
+        confirmed = confirmed.display()
+    )
+}
+
+/// Installs it. Whether it is new.
+pub fn install(path: &Path, ownerships: &Ownerships) -> io::Result<bool> {
+    let text = text(ownerships);
+    if fs::read_to_string(path).is_ok_and(|there| there == text) {
+        return Ok(false);
+    }
+    crate::durable::write(path, text.as_bytes())?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::process::{Command, Stdio};
+
+    use super::*;
+    use crate::ownership::Event;
+
+    const UUID: &str = "22222222-1111-4111-8111-111111111111";
+
+    #[test]
+    fn a_domain_starts_only_where_it_may() {
+        let directory = tempfile::tempdir().unwrap();
+        let all = Ownerships::new(&directory.path().join("a b"), &directory.path().join("confirmed"));
+        let hook = directory.path().join("hooks/qemu.d/vmdr");
+        assert!(install(&hook, &all).unwrap());
+        assert!(!install(&hook, &all).unwrap());
+        let run = |operation: &str| {
+            let mut child = Command::new(&hook)
+                .args(["web", operation, "begin", "-"])
+                .stdin(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let xml = format!("<domain type='kvm'>\n  <name>web</name>\n  <uuid>{UUID}</uuid>\n</domain>\n");
+            // One that is not interested does not read.
+            let _ = child.stdin.take().unwrap().write_all(xml.as_bytes());
+            let output = child.wait_with_output().unwrap();
+            (output.status.success(), String::from_utf8(output.stderr).unwrap())
+        };
+        assert!(run("prepare").0, "nothing is known of it");
+        all.transition(UUID, "web", &Event::Protected(1), "").unwrap();
+        let (may, said) = run("prepare");
+        assert!(!may && said.contains("was not told yet"), "{said}");
+        assert!(run("stopped").0);
+        all.confirm(UUID).unwrap();
+        assert!(run("prepare").0);
+        all.transition(UUID, "web", &Event::Outdated(2), "").unwrap();
+        let (may, said) = run("prepare");
+        assert!(!may && said.contains("domain web is fenced"), "{said}");
+        all.transition(UUID, "web", &Event::Activating(3), "").unwrap();
+        assert!(run("prepare").0, "it is protected nowhere: there is nobody to ask");
+    }
+}
