@@ -10,6 +10,7 @@ use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::{Request, Response, Status};
+use vmdr_daemon::ownership::Role;
 use vmdr_hypervisor::domain_xml::own_qmp_socket;
 use vmdr_hypervisor::libvirt::Connection;
 use vmdr_proto::REPLICATION_VERSION;
@@ -112,12 +113,15 @@ impl AgentService for Control {
         }
         let interval_ms = slow_enough(&examined, request.interval_ms, interval_ms)?;
         self.admit(&examined.name)?;
+        // What was activated here is owned in that generation, which a new receiver does not know.
+        let ours = self.agent.config.ownerships().get(&examined.uuid).map_err(|e| Status::internal(e.to_string()))?;
+        let generation = ours.filter(|ours| ours.role == Role::Owner).map_or(0, |ours| ours.generation);
         let protection = Protection {
             name: examined.name.clone(),
             uuid: examined.uuid.clone(),
             receiver,
             interval_ms,
-            generation: 0,
+            generation,
             fenced: false,
             id: uuid::Uuid::new_v4().to_string(),
             suspended: None,

@@ -247,6 +247,17 @@ pub(crate) fn activate(
     requested: (Instant, u64),
     progress: &mut dyn FnMut(&str),
 ) -> Result<ActivationReport, Status> {
+    activate_in(receiver, request, None, requested, progress)
+}
+
+/// The same, unless the domain has another generation than this one by now.
+pub(crate) fn activate_in(
+    receiver: &Receiver,
+    request: &ActivateRequest,
+    only: Option<u64>,
+    requested: (Instant, u64),
+    progress: &mut dyn FnMut(&str),
+) -> Result<ActivationReport, Status> {
     let (uuid, summary) = find(receiver, &request.domain)?;
     let (store, id) = (&receiver.store, uuid.to_string());
     let lock = receiver.activation_lock(uuid);
@@ -257,6 +268,13 @@ pub(crate) fn activate(
             lock.blocking_lock()
         }
     };
+    if let Some(only) = only {
+        let generation = store.position(&id).map_err(|e| store_status(&e))?.generation;
+        if generation != only {
+            let message = format!("domain {} is in generation {generation} by now, not {only}", summary.name);
+            return Err(Status::aborted(message));
+        }
+    }
     let chosen = history::choose(store, &id, request)?;
     let host = connect(receiver)?;
     let standby = StoredStandby { store, uuid, ownerships: &receiver.ownerships, name: &summary.name };

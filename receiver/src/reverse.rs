@@ -37,7 +37,7 @@ use crate::activate::record::DIRECTORY as ACTIVE;
 use crate::activate::run::unix_ns;
 use crate::control::store_status;
 use crate::daemon::Receiver;
-use crate::store::{Base, KEPT};
+use crate::store::{Base, KEPT, NUMBER_MAX};
 use crate::takeover::parse;
 
 pub mod divergence;
@@ -123,6 +123,9 @@ fn begin(
     let id = uuid.to_string();
     let name: String = request.domain_name.chars().take(256).collect();
     let generation = request.generation;
+    if generation == 0 || generation > NUMBER_MAX {
+        return Err(Status::invalid_argument(format!("{generation} is no generation")).into());
+    }
     let position = receiver.store.position(&id).map_err(|e| store_status(&e))?;
     if position.generation > generation {
         let message =
@@ -149,6 +152,15 @@ fn begin(
         Err(error) if error.is_no_such_domain() => None,
         Err(error) => return Err(error.into()),
     };
+    if let (None, Some(domain)) = (&ours, &domain)
+        && domain.state()?.0.is_active()
+    {
+        // Nothing was ever agreed on it with another site: nobody but the operator ends it.
+        let message = format!(
+            "a domain of this UUID runs there, which vmdr never protected or activated: `virsh destroy {name}` there"
+        );
+        return Ok(reply(ReverseState::Refused, message));
+    }
     if ours.is_some() || domain.is_some() {
         // First of all: it is not started here any more.
         receiver.ownerships.transition(&id, &name, &Event::Outdated(generation), "another site protects it to here")?;
@@ -179,6 +191,15 @@ fn begin(
         None => Vec::new(),
     };
     if disks.is_empty() {
+        let active = receiver.domain_directory(uuid).join(ACTIVE);
+        if active.exists() {
+            let message = format!(
+                "a guest ran there whose definition is gone: what it wrote lies in {}, over the standby, and nothing else has it. \
+                 Move it away there, or `vmdr forget {name}` there",
+                active.display()
+            );
+            return Ok(reply(ReverseState::Refused, message));
+        }
         if receiver_frozen(receiver, &id) {
             receiver.store.set_frozen(&id, false).map_err(|e| store_status(&e))?;
         }

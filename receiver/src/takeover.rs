@@ -109,10 +109,10 @@ pub fn take(
     };
     write(receiver, uuid, &takeover).map_err(internal)?;
     ingest.hand_over(asked.epoch, asked.generation).map_err(|error| match error {
-        // It cannot be said whether it is durable: the sender asks.
-        StoreError::Io { .. } => (RefusedCode::Io, error.to_string()),
+        StoreError::Refused { .. } | StoreError::Superseded(_) => not_taken(error.to_string()),
         StoreError::Fenced { .. } => (RefusedCode::Fenced, error.to_string()),
-        other => not_taken(other.to_string()),
+        // It cannot be said whether it is durable: the sender asks.
+        _ => (RefusedCode::Io, error.to_string()),
     })?;
     tracing::info!(domain = %uuid, generation = asked.generation, epoch = asked.epoch, "taken over");
     bring_up(Arc::clone(receiver), uuid);
@@ -169,20 +169,29 @@ fn run_until_known(
         if receiver.is_ending() || receiver.store.position(&uuid.to_string())?.generation != takeover.generation {
             return Ok(None);
         }
-        let active = receiver.active_directory(uuid);
-        if !matches!(active.read(uuid)?, Some(record) if record.step.generation() >= takeover.generation) {
-            // The generation is raised already: the activation goes on from there.
-            let name = receiver.store.recovery_point(&uuid.to_string())?.name;
-            active.write(uuid, &name, &Step::Planned { generation: takeover.generation })?;
+        {
+            let lock = receiver.activation_lock(uuid);
+            let _one_at_a_time = lock.blocking_lock();
+            if receiver.store.position(&uuid.to_string())?.generation != takeover.generation {
+                return Ok(None);
+            }
+            let active = receiver.active_directory(uuid);
+            if !matches!(active.read(uuid)?, Some(record) if record.step.generation() >= takeover.generation) {
+                // The generation is raised already: the activation goes on from there.
+                let name = receiver.store.recovery_point(&uuid.to_string())?.name;
+                active.write(uuid, &name, &Step::Planned { generation: takeover.generation })?;
+            }
         }
         let request = ActivateRequest { domain: uuid.to_string(), ..ActivateRequest::default() };
         let mut progress = |step: &str| tracing::info!(domain = %uuid, step, "hand-over");
-        match control::activate(receiver, &request, requested, &mut progress) {
+        match control::activate_in(receiver, &request, Some(takeover.generation), requested, &mut progress) {
             Ok(_) => {
                 takeover.up = true;
                 write(receiver, uuid, &takeover)?;
                 return Ok(Some(takeover));
             }
+            // It was given back meanwhile.
+            Err(status) if status.code() == Code::Aborted => return Ok(None),
             Err(status) if status.code() == Code::Unavailable => {
                 tracing::warn!(%uuid, "hand-over: {}; tried again", status.message());
                 std::thread::sleep(RETRY);

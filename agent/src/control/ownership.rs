@@ -28,6 +28,8 @@ const WAITING_LIMIT: Duration = Duration::from_secs(30);
 const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 /// How long a held guest may take to be released when its move is refused.
 const RELEASE_LIMIT: Duration = Duration::from_secs(10);
+/// How often it is looked whether a session has begun to hand its guest over.
+const HAND_OVER_LOOK: Duration = Duration::from_millis(5);
 
 type Reports = mpsc::Sender<Result<Progress, Status>>;
 
@@ -76,17 +78,31 @@ pub(super) async fn move_away(
         )));
     }
     tell(reports, step("pause the guest with its last epoch", String::new()));
+    // Whoever comes next finds it moving, or as it was.
+    let one_at_a_time = agent.administration.lock().await;
     if let Err(refused) = control.ask(&protection.name, Input::HoldToMove).await {
         release(control, &protection).await;
         return Err(refused);
     }
     tell(reports, step("hand it over", String::new()));
-    let (sender, answer) = tokio::sync::oneshot::channel();
+    let (sender, mut answer) = tokio::sync::oneshot::channel();
     match agent.sessions().get(&protection.uuid) {
         Some(session) => session.tell(Input::HandOver(request.protect_back, sender)),
         None => return Err(Status::cancelled("the protection was ended meanwhile")),
     }
-    let moved = match answer.await {
+    let answered = loop {
+        match tokio::time::timeout(HAND_OVER_LOOK, &mut answer).await {
+            Ok(answered) => break Some(answered),
+            Err(_) if phase_of(agent, &protection.uuid) != Some(Phase::Held) => break None,
+            Err(_) => {}
+        }
+    };
+    drop(one_at_a_time);
+    let answered = match answered {
+        Some(answered) => answered,
+        None => answer.await,
+    };
+    let moved = match answered {
         Ok(Ok(moved)) => moved,
         Ok(Err(why)) => {
             if phase_of(agent, &protection.uuid) == Some(Phase::Held) {
@@ -196,12 +212,13 @@ pub(super) async fn reprotect(control: &Control, request: ProtectRequest, report
             described.name
         )));
     };
-    make_room(&agent, &described.uuid).await?;
+    has_room(&agent, &described.uuid)?;
     // What is wrong here is found before anything is done there.
     if let Some(error) = refusals(&control.examine(&described.name, None).await?) {
         return Err(error);
     }
     reverse(&receiver, &described, generation, &reports).await?;
+    make_room(&agent, &described.uuid).await?;
     let examined = control.examine(&described.name, Some(&receiver)).await?;
     if let Some(error) = refusals(&examined) {
         return Err(error);
@@ -258,6 +275,16 @@ fn gives_way(phase: Phase) -> bool {
 }
 
 /// A protection from before the guest went away is over; one that goes on stands in the way.
+fn has_room(agent: &Agent, uuid: &str) -> Result<(), Status> {
+    match agent.sessions().get(uuid) {
+        Some(session) if !gives_way(session.shared.status().phase) => {
+            Err(Status::already_exists(format!("domain {} is already protected", session.protection.name)))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Ends it.
 async fn make_room(agent: &Agent, uuid: &str) -> Result<(), Status> {
     let session = {
         let mut sessions = agent.sessions();
@@ -333,8 +360,15 @@ pub(super) async fn own(control: &Control, request: OwnRequest) -> Result<OwnRep
         (None, Some(uuid)) if request.force => (uuid.clone(), request.domain.clone(), 0),
         _ => return Err(Status::not_found(format!("nothing is recorded of domain {}", request.domain))),
     };
-    if ours.as_ref().is_some_and(|ours| ours.role == Role::Owner) && agent.config.ownerships().is_confirmed(&uuid) {
+    let owner = ours.as_ref().is_some_and(|ours| ours.role == Role::Owner);
+    if owner && agent.config.ownerships().is_confirmed(&uuid) {
         return Err(Status::already_exists(format!("this host owns domain {name} already, in generation {known}")));
+    }
+    if owner && !request.force {
+        return Err(Status::failed_precondition(format!(
+            "as far as this host knows it owns domain {name}, in generation {known}; vmdr-agent asks the other site whether that \
+             is still so, and starts the guest then. If that site is gone: --force"
+        )));
     }
     let receiver = agent.sessions().get(&uuid).map(|session| session.protection.receiver.clone());
     let receiver = receiver.or_else(|| agent.config.receiver.clone());

@@ -358,11 +358,18 @@ impl Worker {
             match self.before_attaching() {
                 Ok(()) => {}
                 Err(None) => {
-                    if let Some(stop) = self.rest() {
-                        if matches!(stop, Stop::Unprotect) {
-                            self.remove(false);
+                    match self.rest() {
+                        None => {}
+                        Some(Stop::Suspend(answer)) => {
+                            let why = "it is not known yet whether this host still owns the domain";
+                            let _ = answer.send(Err(why.to_owned()));
                         }
-                        return;
+                        Some(stop) => {
+                            if matches!(stop, Stop::Unprotect) {
+                                self.remove(false);
+                            }
+                            return;
+                        }
                     }
                     continue;
                 }

@@ -160,7 +160,7 @@ impl Worker {
     }
 
     /// A host that was started anew asks before its guest runs; then it starts it, if libvirt was to.
-    fn confirm(&mut self) -> anyhow::Result<()> {
+    pub(super) fn confirm(&mut self) -> anyhow::Result<()> {
         let uuid = self.protection.uuid.clone();
         if self.protection.generation == 0 || self.ownerships.is_confirmed(&uuid) {
             return Ok(());
@@ -293,8 +293,21 @@ impl Worker {
         let owner = self.runtime.block_on(questions.owner(request)).map_err(anyhow::Error::msg)?;
         match owner.state() {
             OwnerState::Runs => {}
-            // It went on from there already.
-            _ if owner.generation > moving.generation => {}
+            // It went on from there, or is being given back: what stands here stays, paused, until somebody says.
+            _ if owner.generation > moving.generation => {
+                let why = format!(
+                    "the domain is owned in generation {} now, beyond this move: what is left of it here stays paused",
+                    owner.generation
+                );
+                self.protection.moving = None;
+                self.registry.save(&self.protection)?;
+                self.set_error(why.clone());
+                self.set_phase(Phase::Fenced);
+                if let Some(mover) = self.mover.take() {
+                    let _ = mover.send(Err(why));
+                }
+                return Ok(true);
+            }
             OwnerState::Failed => {
                 let why = format!(
                     "the other site has taken the guest and cannot bring it up: {}. Mend that and `vmdr activate` it there, or \
@@ -361,9 +374,12 @@ impl Worker {
             return shim.resume().map(|_| ()).context("resume the guest");
         }
         // Its shim was lost: nobody else resumes it.
-        let domain = Connection::open(&self.config.libvirt_uri)?.domain_by_uuid(&self.uuid)?;
-        if domain.state()?.0 == DomainState::Paused {
-            domain.resume()?;
+        let connection = Connection::open(&self.config.libvirt_uri)?;
+        match connection.domain_by_uuid(&self.uuid) {
+            Ok(domain) if domain.state()?.0 == DomainState::Paused => domain.resume()?,
+            Ok(_) => {}
+            Err(error) if error.is_no_such_domain() => {}
+            Err(error) => return Err(error.into()),
         }
         Ok(())
     }

@@ -41,7 +41,8 @@ exit 1
 /// Installs it. Whether it is new.
 pub fn install(path: &Path, ownerships: &Ownerships) -> io::Result<bool> {
     let text = text(ownerships);
-    if fs::read_to_string(path).is_ok_and(|there| there == text) {
+    let executable = |path: &Path| fs::metadata(path).is_ok_and(|found| found.permissions().mode() & 0o111 != 0);
+    if fs::read_to_string(path).is_ok_and(|there| there == text) && executable(path) {
         return Ok(false);
     }
     crate::durable::write(path, text.as_bytes())?;

@@ -145,7 +145,9 @@ pub fn next(now: Option<(Role, u64)>, event: &Event) -> Option<Option<(Role, u64
         (None | Some(Owner | HandingOver), Event::Outdated(g)) if *g > generation => Some((Fenced, *g)),
         (Some(Fenced), Event::Outdated(g)) => Some((Fenced, generation.max(*g))),
         (Some(Fenced | HandingOver), Event::GivenBack(g)) if *g > generation => Some((Owner, *g)),
-        (_, Event::Forced(_)) => Some((Owner, generation + 1)),
+        // The next one may have been taken at the other site.
+        (Some(HandingOver), Event::Forced(_)) => Some((Owner, generation.checked_add(2)?)),
+        (_, Event::Forced(_)) => Some((Owner, generation.checked_add(1)?)),
         (None | Some(Owner), Event::Ended) => None,
         // What another site owns it owns, whoever stops being interested here.
         (Some(Fenced), Event::Ended) => Some((Fenced, generation)),
@@ -335,7 +337,7 @@ mod tests {
             [fenced(6), fenced(6), fenced(6), fenced(6)],
             [None, None, None, None],
             [None, None, owner(6), owner(6)],
-            [owner(1), owner(6), owner(6), owner(6)],
+            [owner(1), owner(6), owner(7), owner(6)],
             [gone, gone, None, fenced(5)],
         ];
         for (event, row) in events.iter().zip(table) {

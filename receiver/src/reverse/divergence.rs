@@ -156,9 +156,10 @@ pub fn expire(receiver: &Receiver) {
             let old = now.saturating_sub(note.since_unix_ns) > kept;
             // A definition that still names them needs them, however old they are.
             let ours = |file: &PathBuf| file.starts_with(&directory);
-            let used = in_use(receiver, uuid).is_ok_and(|files| files.iter().any(ours));
+            // While libvirt cannot be asked nothing goes.
+            let unused = || in_use(receiver, uuid).is_ok_and(|files| !files.iter().any(ours));
             if old
-                && !used
+                && unused()
                 && let Err(error) = remove_own(receiver, uuid, &directory, &note)
             {
                 tracing::warn!(%uuid, "what was kept aside for long enough: {error:#}");
