@@ -113,9 +113,11 @@ impl AgentService for Control {
         }
         let interval_ms = slow_enough(&examined, request.interval_ms, interval_ms)?;
         self.admit(&examined.name)?;
-        // What was activated here is owned in that generation, which a new receiver does not know.
+        // What was activated here is owned in that generation, which a receiver that knows nothing of it is told. One that
+        // does tells its own.
         let ours = self.agent.config.ownerships().get(&examined.uuid).map_err(|e| Status::internal(e.to_string()))?;
-        let generation = ours.filter(|ours| ours.role == Role::Owner).map_or(0, |ours| ours.generation);
+        let ours = ours.filter(|ours| ours.role == Role::Owner && examined.stored_generation == 0);
+        let generation = ours.map_or(0, |ours| ours.generation);
         let protection = Protection {
             name: examined.name.clone(),
             uuid: examined.uuid.clone(),
@@ -248,6 +250,8 @@ struct Examined {
     /// Whether QEMU can only be talked to through libvirt.
     passthrough: bool,
     findings: Vec<Finding>,
+    /// The generation that the receiver has stored of it; 0: nothing, or it was not asked.
+    stored_generation: u64,
 }
 
 /// The interval for a domain without a QMP socket of its own is longer: the default one silently (a finding says so),
@@ -309,14 +313,15 @@ impl Control {
             let active = domain.state()?.0.is_active();
             let passthrough = active && own_qmp_socket(&domain.live_xml()?).is_none();
             let probe = if active { Some(preflight::probe_request(&domain)?) } else { None };
-            Ok((
-                Examined { name: domain.name().to_owned(), uuid: domain.uuid().to_string(), passthrough, findings },
-                probe,
-            ))
+            let (name, uuid) = (domain.name().to_owned(), domain.uuid().to_string());
+            Ok((Examined { name, uuid, passthrough, findings, stored_generation: 0 }, probe))
         })
         .await?;
         if let (Some(receiver), Some(probe)) = (receiver, probe) {
-            examined.findings.extend(receiver_findings(receiver, ask_receiver(receiver, probe).await));
+            let reply = ask_receiver(receiver, probe).await;
+            let position = reply.as_ref().ok().and_then(|reply| reply.position);
+            examined.stored_generation = position.map_or(0, |position| position.generation);
+            examined.findings.extend(receiver_findings(receiver, reply));
         }
         Ok(examined)
     }

@@ -192,7 +192,7 @@ fn begin(
     };
     if disks.is_empty() {
         let active = receiver.domain_directory(uuid).join(ACTIVE);
-        if active.exists() {
+        if domain.is_none() && active.exists() {
             let message = format!(
                 "a guest ran there whose definition is gone: what it wrote lies in {}, over the standby, and nothing else has it. \
                  Move it away there, or `vmdr forget {name}` there",

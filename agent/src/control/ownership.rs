@@ -212,13 +212,12 @@ pub(super) async fn reprotect(control: &Control, request: ProtectRequest, report
             described.name
         )));
     };
-    has_room(&agent, &described.uuid)?;
+    make_room(&agent, &described.uuid).await?;
     // What is wrong here is found before anything is done there.
     if let Some(error) = refusals(&control.examine(&described.name, None).await?) {
         return Err(error);
     }
     reverse(&receiver, &described, generation, &reports).await?;
-    make_room(&agent, &described.uuid).await?;
     let examined = control.examine(&described.name, Some(&receiver)).await?;
     if let Some(error) = refusals(&examined) {
         return Err(error);
@@ -275,16 +274,6 @@ fn gives_way(phase: Phase) -> bool {
 }
 
 /// A protection from before the guest went away is over; one that goes on stands in the way.
-fn has_room(agent: &Agent, uuid: &str) -> Result<(), Status> {
-    match agent.sessions().get(uuid) {
-        Some(session) if !gives_way(session.shared.status().phase) => {
-            Err(Status::already_exists(format!("domain {} is already protected", session.protection.name)))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Ends it.
 async fn make_room(agent: &Agent, uuid: &str) -> Result<(), Status> {
     let session = {
         let mut sessions = agent.sessions();

@@ -415,6 +415,13 @@ impl Worker {
                     self.fail(&anyhow::anyhow!("the guest ended: {}", self.how_it_ended()));
                     return;
                 }
+                // It is not known who owns it: that comes before anything else.
+                Stop::Again(error) if self.protection.moving.is_some() => {
+                    tracing::warn!(domain = self.protection.name, "{error:#}");
+                    self.set_error(format!("{error:#}"));
+                    self.set_phase(Phase::Moving);
+                    continue;
+                }
                 Stop::Again(error) => {
                     tracing::warn!(domain = self.protection.name, "{error:#}");
                     self.set_error(format!("{error:#}"));

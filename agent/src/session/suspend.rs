@@ -19,7 +19,7 @@ impl Worker {
         match status.phase {
             Phase::Held => Some("the domain is held: release it first".to_owned()),
             Phase::Fenced => Some("another site owns the domain".to_owned()),
-            Phase::Moving => Some("the domain is being moved".to_owned()),
+            _ if self.protection.moving.is_some() => Some("the domain is being moved".to_owned()),
             _ if status.durable_epoch == 0 => Some(
                 "there is no recovery point yet that could stay: wait for the first copy, or end it with `vmdr unprotect`"
                     .to_owned(),
@@ -62,10 +62,6 @@ impl Worker {
         self.set_phase(Phase::Suspended);
         self.shared.status().since_unix_ns = suspended.since_unix_ns;
         loop {
-            // Suspended or not: a host that was started anew asks before the guest runs, and then starts it.
-            if let Err(error) = self.confirm() {
-                self.set_error(format!("{error:#}"));
-            }
             match self.received.recv_timeout(LOOK) {
                 Ok(Input::Resume(answer)) => {
                     self.protection.suspended = None;
@@ -92,7 +88,21 @@ impl Worker {
                 Ok(Input::HandOver(_, answer)) => {
                     let _ = answer.send(Err("the domain is suspended, not protected".to_owned()));
                 }
-                Ok(Input::Link(_) | Input::DevicesChanged | Input::IoError(_)) | Err(RecvTimeoutError::Timeout) => {}
+                Ok(Input::Link(_) | Input::DevicesChanged | Input::IoError(_)) => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    // Suspended or not: a host that was started anew asks before the guest runs, and then starts it.
+                    if let Err(error) = self.confirm() {
+                        tracing::debug!(domain = self.protection.name, "{error:#}");
+                    }
+                    if self.protection.fenced {
+                        self.protection.suspended = None;
+                        if let Err(error) = self.registry.save(&self.protection) {
+                            self.set_error(format!("{error:#}"));
+                        }
+                        self.set_phase(Phase::Fenced);
+                        return None;
+                    }
+                }
             }
             self.shared.status().figures.observe_rpo();
         }
