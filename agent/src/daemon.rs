@@ -174,6 +174,10 @@ pub async fn run(path: &Path) -> anyhow::Result<()> {
     let config = Config::read(path)?;
     let agent = Agent::new(config)?;
     let listener = vmdr_daemon::socket::listen(&agent.config.control_socket).context("listen for the vmdr command")?;
+    // There for as long as the host is: what is in it comes and goes with protections.
+    let ownerships = agent.config.ownerships();
+    let marks = ownerships.directories().1;
+    std::fs::create_dir_all(marks).with_context(|| format!("create {}", marks.display()))?;
     install_hook(&agent.config);
     agent.restore().context("take up what was protected")?;
     let watcher = agent.clone();
