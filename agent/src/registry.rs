@@ -1,11 +1,11 @@
 //! What is protected, on disk: a restarted agent goes on where its predecessor was.
 
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
+use vmdr_daemon::durable;
 
 /// One protected domain.
 #[derive(Clone, Debug, Deserialize, Serialize, PartialEq, Eq)]
@@ -92,30 +92,17 @@ impl Registry {
         Ok(all)
     }
 
-    /// Writes an entry: aside, synced, renamed, the directory synced.
+    /// Writes an entry: whole or not at all.
     pub fn save(&self, protection: &Protection) -> anyhow::Result<()> {
         let path = self.path(&protection.uuid);
-        let aside = path.with_extension("new");
-        let write = || -> std::io::Result<()> {
-            let mut file = File::create(&aside)?;
-            file.write_all(&serde_json::to_vec_pretty(protection)?)?;
-            file.sync_all()?;
-            fs::rename(&aside, &path)?;
-            File::open(&self.directory)?.sync_all()
-        };
-        write().with_context(|| format!("write {}", path.display()))
+        durable::write(&path, &serde_json::to_vec_pretty(protection)?)
+            .with_context(|| format!("write {}", path.display()))
     }
 
     /// Removes an entry; that there is none is no error.
     pub fn remove(&self, uuid: &str) -> anyhow::Result<()> {
         let path = self.path(uuid);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(error).with_context(|| format!("remove {}", path.display()));
-            }
-            _ => {}
-        }
-        File::open(&self.directory).and_then(|directory| directory.sync_all()).context("sync what is protected")
+        durable::remove(&path).with_context(|| format!("remove {}", path.display()))
     }
 
     fn path(&self, uuid: &str) -> PathBuf {

@@ -12,12 +12,13 @@
 //! A restore that fails goes back to Fenced. Each attempt has overlays of its own, and those of an earlier one are only
 //! deleted when the guest was seen running on others or is known not to run at all.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+use vmdr_daemon::durable;
 
 /// What a reader of the record must understand.
 ///
@@ -211,38 +212,15 @@ impl ActiveDirectory {
     pub fn write(&self, uuid: Uuid, name: &str, step: &Step) -> Result<(), RecordError> {
         let path = self.path.join(FILE);
         let record = Record { version: VERSION, uuid, name: name.to_owned(), step: step.clone() };
-        let io = |what| {
-            let path = path.clone();
-            move |source| RecordError::Io { what, path, source }
-        };
         let mut text = serde_json::to_string_pretty(&record)
             .map_err(|e| RecordError::Damaged { path: path.clone(), why: e.to_string() })?;
         text.push('\n');
-        create_directory(&self.path).map_err(io("create the directory of"))?;
-        let aside = self.path.join(format!("{FILE}.new"));
-        let mut file = File::create(&aside).map_err(io("create the activation record"))?;
-        file.write_all(text.as_bytes()).map_err(io("write the activation record"))?;
-        file.sync_all().map_err(io("sync the activation record"))?;
-        fs::rename(&aside, &path).map_err(io("rename the activation record"))?;
-        sync_directory(&self.path).map_err(io("sync the directory of"))
+        durable::write(&path, text.as_bytes()).map_err(|source| RecordError::Io {
+            what: "write the activation record",
+            path,
+            source,
+        })
     }
-}
-
-/// Makes a directory and sees to it that it is still there after a crash.
-pub fn create_directory(path: &Path) -> io::Result<()> {
-    if path.is_dir() {
-        return Ok(());
-    }
-    fs::create_dir(path)?;
-    match path.parent() {
-        Some(parent) => sync_directory(parent),
-        None => Ok(()),
-    }
-}
-
-/// Makes the names in a directory durable.
-pub fn sync_directory(path: &Path) -> io::Result<()> {
-    File::open(path)?.sync_all()
 }
 
 #[cfg(test)]

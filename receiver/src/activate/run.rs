@@ -20,6 +20,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use uuid::Uuid;
+use vmdr_daemon::durable;
 use vmdr_hypervisor::libvirt::DomainState;
 
 use super::content;
@@ -29,7 +30,7 @@ use super::host::{Guest, Host};
 use super::memory::Memory;
 use super::plan::{self, Plan};
 use super::qcow2;
-use super::record::{self, ActiveDirectory, PointId, Pristine, Record, Step};
+use super::record::{ActiveDirectory, PointId, Pristine, Record, Step};
 use super::save_image::{self, Block, Content};
 use super::xml::RAM_BACKEND;
 use super::{ActivateError, Settings};
@@ -267,7 +268,7 @@ impl Activation<'_> {
         let directory = active.attempt(attempt);
         // Made by a predecessor that did not get as far as recording it: nobody has used it.
         files::remove_directory(&directory)?;
-        record::create_directory(&directory).map_err(io("create", &directory))?;
+        durable::create_directory(&directory).map_err(io("create", &directory))?;
         let top = &self.settings.state_directory;
         let mut overlays = Vec::with_capacity(plan.disks.len());
         for (i, (disk, stored)) in plan.disks.iter().zip(&point.disks).enumerate() {
@@ -302,7 +303,7 @@ impl Activation<'_> {
         if plan.memory != Memory::Off {
             write_save_image(image, point, plan)?;
         }
-        record::sync_directory(&directory).map_err(io("sync", &directory))?;
+        durable::sync_directory(&directory).map_err(io("sync", &directory))?;
         Ok(overlays)
     }
 
