@@ -94,8 +94,7 @@ impl AgentService for Control {
 
     async fn protect(&self, request: Request<ProtectRequest>) -> Result<Response<Self::ProtectStream>, Status> {
         let request = request.into_inner();
-        let interval_ms = if request.interval_ms == 0 { self.agent.config.interval_ms } else { request.interval_ms };
-        check_interval(interval_ms).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let interval = self.interval(request.interval_ms)?;
         let receiver =
             if request.receiver.is_empty() { self.agent.config.receiver.clone() } else { Some(request.receiver) };
         let Some(receiver) = receiver else {
@@ -108,37 +107,13 @@ impl AgentService for Control {
         if self.agent.sessions().get(&examined.uuid).is_some_and(|session| !session.is_over()) {
             return Err(Status::already_exists(format!("domain {} is already protected", examined.name)));
         }
-        if let Some(error) = refusals(&examined) {
-            return Err(error);
-        }
-        let interval_ms = slow_enough(&examined, request.interval_ms, interval_ms)?;
-        self.admit(&examined.name)?;
         // What was activated here is owned in that generation, which a receiver that knows nothing of it is told. One that
         // does tells its own.
         let ours = self.agent.config.ownerships().get(&examined.uuid).map_err(|e| Status::internal(e.to_string()))?;
         let ours = ours.filter(|ours| ours.role == Role::Owner && examined.stored_generation == 0);
         let generation = ours.map_or(0, |ours| ours.generation);
-        let protection = Protection {
-            name: examined.name.clone(),
-            uuid: examined.uuid.clone(),
-            receiver,
-            interval_ms,
-            generation,
-            fenced: false,
-            id: uuid::Uuid::new_v4().to_string(),
-            suspended: None,
-            holds_to_move: false,
-            moving: None,
-        };
-        self.agent.registry.save(&protection).map_err(|error| internal(&error))?;
-        if let Err(error) = self.agent.start(protection, true) {
-            let _ = self.agent.registry.remove(&examined.uuid);
-            return Err(internal(&error));
-        }
-        let (sender, progress) = mpsc::channel(16);
-        let agent = self.agent.clone();
-        // Goes on when the command goes away: what was asked for is done.
-        tokio::spawn(async move { follow(agent, examined, sender).await });
+        let (sender, progress) = mpsc::channel(REPORTS_MAX);
+        self.begin(examined, receiver, interval, generation, sender)?;
         Ok(Response::new(Box::pin(ReceiverStream::new(progress))))
     }
 
@@ -254,15 +229,22 @@ struct Examined {
     stored_generation: u64,
 }
 
+/// The time between cuts that was asked for, or else is configured.
+struct Interval {
+    asked: bool,
+    ms: u32,
+}
+
 /// The interval for a domain without a QMP socket of its own is longer: the default one silently (a finding says so),
 /// one that was asked for is refused.
-fn slow_enough(examined: &Examined, asked_ms: u32, interval_ms: u32) -> Result<u32, Status> {
-    if !examined.passthrough || interval_ms >= PASSTHROUGH_INTERVAL_MS_MIN {
-        return Ok(interval_ms);
+fn slow_enough(examined: &Examined, interval: &Interval) -> Result<u32, Status> {
+    if !examined.passthrough || interval.ms >= PASSTHROUGH_INTERVAL_MS_MIN {
+        return Ok(interval.ms);
     }
-    if asked_ms == 0 {
+    if !interval.asked {
         return Ok(PASSTHROUGH_INTERVAL_MS_MIN);
     }
+    let asked_ms = interval.ms;
     Err(Status::invalid_argument(format!(
         "interval {asked_ms} ms is out of range: domain {0} has no QMP socket of its own, through libvirt's monitor \
          {PASSTHROUGH_INTERVAL_MS_MIN} ms and more are possible; `vmdr prepare {0}` and a restart give it one",
@@ -271,6 +253,50 @@ fn slow_enough(examined: &Examined, asked_ms: u32, interval_ms: u32) -> Result<u
 }
 
 impl Control {
+    /// 0: as configured.
+    fn interval(&self, asked_ms: u32) -> Result<Interval, Status> {
+        let asked = asked_ms > 0;
+        let ms = if asked { asked_ms } else { self.agent.config.interval_ms };
+        check_interval(ms).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        Ok(Interval { asked, ms })
+    }
+
+    /// Begins a protection, unless something was found against it.
+    fn begin(
+        &self,
+        examined: Examined,
+        receiver: String,
+        interval: Interval,
+        generation: u64,
+        reports: mpsc::Sender<Result<Progress, Status>>,
+    ) -> Result<(), Status> {
+        if let Some(error) = refusals(&examined) {
+            return Err(error);
+        }
+        let interval_ms = slow_enough(&examined, &interval)?;
+        self.admit(&examined.name)?;
+        let protection = Protection {
+            name: examined.name.clone(),
+            uuid: examined.uuid.clone(),
+            receiver,
+            interval_ms,
+            generation,
+            fenced: false,
+            id: uuid::Uuid::new_v4().to_string(),
+            suspended: None,
+            holds_to_move: false,
+            moving: None,
+        };
+        self.agent.registry.save(&protection).map_err(|error| internal(&error))?;
+        if let Err(error) = self.agent.start(protection, true) {
+            let _ = self.agent.registry.remove(&examined.uuid);
+            return Err(internal(&error));
+        }
+        // Goes on when the command goes away: what was asked for is done.
+        tokio::spawn(follow(self.agent.clone(), examined, reports));
+        Ok(())
+    }
+
     /// Whether this host has memory for the checkpoints of one more domain.
     fn admit(&self, domain: &str) -> Result<(), Status> {
         let config = &self.agent.config;
@@ -477,10 +503,10 @@ fn advice(phase: Phase) -> &'static str {
         }
         Phase::Failed => "see the last error; `vmdr unprotect` and `vmdr protect` begin anew",
         Phase::Fenced => {
-            "another site owns this guest: `vmdr reprotect` there protects it to here, `vmdr failback` there brings it home;              if that site is gone for good: `vmdr own --force` here"
+            "another site owns this guest: `vmdr reprotect` there protects it to here, `vmdr failback` there brings it home; if that site is gone for good: `vmdr own --force` here"
         }
         Phase::Moving => {
-            "the guest is paused until it is known whether the other site has taken it: see to the link and the receiver; if              that site is gone for good: `vmdr own --force`"
+            "the guest is paused until it is known whether the other site has taken it: see to the link and the receiver; if that site is gone for good: `vmdr own --force`"
         }
         Phase::Over => "the guest is owned by this host again: `vmdr reprotect` protects it",
     }

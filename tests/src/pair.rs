@@ -58,11 +58,6 @@ impl Pair {
         Ok(())
     }
 
-    /// SIGKILL for a daemon.
-    pub fn kill(&mut self, at: At, program: Program) -> Result<()> {
-        self.slot(at, program).as_mut().map_or(Ok(()), Daemon::kill)
-    }
-
     /// SIGKILL for everything at a site.
     pub fn lose(&mut self, at: At) -> Result<()> {
         self.rig.kill_site(at)?;

@@ -11,8 +11,7 @@ use vmdr_hypervisor::libvirt::{Connection, DomainState};
 use vmdr_proto::control::{MoveReport, MoveRequest, OwnReply, OwnRequest, Progress, ProtectRequest};
 use vmdr_proto::replication::{GiveBackRequest, OwnerReply, OwnerRequest, ReverseRequest, ReverseState};
 
-use super::{Control, blocking, follow, internal, refusals, slow_enough};
-use crate::config::check_interval;
+use super::{Control, blocking, internal, refusals};
 use crate::daemon::Agent;
 use crate::link::Questions;
 use crate::registry::Protection;
@@ -194,8 +193,7 @@ struct Described {
 /// Protects a guest that came here from another site, back to there. Ends when the session has begun; reports go on.
 pub(super) async fn reprotect(control: &Control, request: ProtectRequest, reports: Reports) -> Result<(), Status> {
     let agent = control.agent.clone();
-    let interval_ms = if request.interval_ms == 0 { agent.config.interval_ms } else { request.interval_ms };
-    check_interval(interval_ms).map_err(|error| Status::invalid_argument(error.to_string()))?;
+    let interval = control.interval(request.interval_ms)?;
     let receiver = if request.receiver.is_empty() { agent.config.receiver.clone() } else { Some(request.receiver) };
     let receiver = receiver.ok_or_else(|| {
         Status::failed_precondition(
@@ -219,30 +217,7 @@ pub(super) async fn reprotect(control: &Control, request: ProtectRequest, report
     }
     reverse(&receiver, &described, generation, &reports).await?;
     let examined = control.examine(&described.name, Some(&receiver)).await?;
-    if let Some(error) = refusals(&examined) {
-        return Err(error);
-    }
-    let interval_ms = slow_enough(&examined, request.interval_ms, interval_ms)?;
-    control.admit(&examined.name)?;
-    let protection = Protection {
-        name: examined.name.clone(),
-        uuid: examined.uuid.clone(),
-        receiver,
-        interval_ms,
-        generation,
-        fenced: false,
-        id: uuid::Uuid::new_v4().to_string(),
-        suspended: None,
-        holds_to_move: false,
-        moving: None,
-    };
-    agent.registry.save(&protection).map_err(|error| internal(&error))?;
-    if let Err(error) = agent.start(protection, true) {
-        let _ = agent.registry.remove(&examined.uuid);
-        return Err(internal(&error));
-    }
-    tokio::spawn(follow(agent.clone(), examined, reports));
-    Ok(())
+    control.begin(examined, receiver, interval, generation, reports)
 }
 
 async fn describe(agent: &Agent, domain: &str) -> Result<Described, Status> {

@@ -209,27 +209,7 @@ impl<'a> Active<'a> {
         self.hear_ordinary(input)
     }
 
-    /// The receiver was asked to take the guest and has not answered: nothing lets it run here meanwhile.
-    fn hear_handing_over(&mut self, input: Input) -> Result<(), Stop> {
-        let moved = || "the domain is being moved".to_owned();
-        match input {
-            Input::Hold(answer) | Input::HoldToMove(answer) | Input::Suspend(answer) => {
-                let _ = answer.send(Err(moved()));
-            }
-            Input::Release(answer) | Input::Resume(answer) => {
-                let _ = answer.send(Err(moved()));
-            }
-            Input::HandOver(_, answer) => {
-                let _ = answer.send(Err(moved()));
-            }
-            // The shim keeps the guest paused, the registry leads back to the end of the move.
-            Input::Unprotect => return Err(Stop::Shutdown),
-            other => return self.hear_ordinary(other),
-        }
-        Ok(())
-    }
-
-    fn hear_ordinary(&mut self, input: Input) -> Result<(), Stop> {
+    pub(super) fn hear_ordinary(&mut self, input: Input) -> Result<(), Stop> {
         match input {
             Input::Hold(answer) => {
                 self.worker.record_hold_to_move(false)?;

@@ -204,6 +204,20 @@ pub enum Input {
     Shutdown,
 }
 
+impl Input {
+    /// Tells whoever waits for an answer that there is nothing to be had, and why.
+    fn refuse(self, why: &str) {
+        let why = why.to_owned();
+        // Who does not wait any more need not know.
+        match self {
+            Self::Suspend(answer) | Self::Hold(answer) | Self::HoldToMove(answer) => drop(answer.send(Err(why))),
+            Self::Resume(answer) | Self::Release(answer) => drop(answer.send(Err(why))),
+            Self::HandOver(_, answer) => drop(answer.send(Err(why))),
+            Self::Link(_) | Self::DevicesChanged | Self::IoError(_) | Self::Unprotect | Self::Shutdown => {}
+        }
+    }
+}
+
 /// A running session.
 #[derive(Debug)]
 pub struct Session {

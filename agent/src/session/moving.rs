@@ -55,7 +55,23 @@ enum Known {
     NotTaken,
 }
 
+/// What an operator is told who asks for something else meanwhile.
+pub(super) const BEING_MOVED: &str = "the domain is being moved";
+
 impl Active<'_> {
+    /// The receiver was asked to take the guest and has not answered: nothing lets it run here meanwhile.
+    pub(super) fn hear_handing_over(&mut self, input: Input) -> Result<(), Stop> {
+        match input {
+            // The shim keeps the guest paused, the registry leads back to the end of the move.
+            Input::Unprotect => Err(Stop::Shutdown),
+            Input::Link(_) | Input::DevicesChanged | Input::IoError(_) | Input::Shutdown => self.hear_ordinary(input),
+            waiting => {
+                waiting.refuse(BEING_MOVED);
+                Ok(())
+            }
+        }
+    }
+
     /// The guest is held: asks the receiver to take it.
     pub(super) fn hand_over(&mut self, protect_back: bool, answer: Answer<Moved>) -> Result<(), Stop> {
         let (phase, durable, cut, cut_unix_ns) = {
@@ -343,15 +359,7 @@ impl Worker {
         loop {
             match self.received.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 Ok(Input::Shutdown) => return Err(Some(Stop::Shutdown)),
-                Ok(Input::Hold(answer) | Input::HoldToMove(answer)) => {
-                    drop(answer.send(Err("the domain is being moved".to_owned())))
-                }
-                Ok(Input::HandOver(_, answer)) => drop(answer.send(Err("the domain is being moved".to_owned()))),
-                Ok(Input::Suspend(answer)) => drop(answer.send(Err("the domain is being moved".to_owned()))),
-                Ok(Input::Release(answer) | Input::Resume(answer)) => {
-                    drop(answer.send(Err("the domain is being moved".to_owned())));
-                }
-                Ok(_) => {}
+                Ok(input) => input.refuse(BEING_MOVED),
                 Err(std::sync::mpsc::RecvTimeoutError::Timeout) => break,
                 Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return Err(Some(Stop::Shutdown)),
             }

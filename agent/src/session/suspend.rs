@@ -6,6 +6,7 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::attach;
+use super::moving::BEING_MOVED;
 use super::{Input, Phase, Stop, Worker};
 use crate::registry::Suspended;
 
@@ -19,7 +20,7 @@ impl Worker {
         match status.phase {
             Phase::Held => Some("the domain is held: release it first".to_owned()),
             Phase::Fenced => Some("another site owns the domain".to_owned()),
-            _ if self.protection.moving.is_some() => Some("the domain is being moved".to_owned()),
+            _ if self.protection.moving.is_some() => Some(BEING_MOVED.to_owned()),
             _ if status.durable_epoch == 0 => Some(
                 "there is no recovery point yet that could stay: wait for the first copy, or end it with `vmdr unprotect`"
                     .to_owned(),

@@ -2,14 +2,15 @@
 //! `divergence`.
 
 use serde::Serialize;
-use vmdr_proto::control::{DivergenceRequest, MoveRequest, OwnRequest, ProtectRequest};
+use vmdr_proto::control::{DivergenceRequest, MoveRequest, OwnRequest};
 
 use super::Out;
+use super::protected_side::{protect_request, protected};
 use crate::args::{Common, Domain, Interval};
 use crate::client::{self, Daemon, answer};
 use crate::failure::Failure;
 use crate::style::Tone;
-use crate::{confirm, json, progress, text};
+use crate::{confirm, progress, text};
 
 #[derive(Serialize)]
 struct Moved {
@@ -66,27 +67,16 @@ pub async fn reprotect(
     interval: Option<Interval>,
     receiver: Option<&str>,
 ) -> Result<(), Failure> {
-    let request = ProtectRequest {
-        domain: domain.0.clone(),
-        interval_ms: interval.map_or(0, |interval| interval.ms),
-        receiver: receiver.unwrap_or_default().to_owned(),
-    };
+    let request = protect_request(domain, interval, receiver);
     let mut agent = client::agent(common).await?;
     let stream = agent.reprotect(request).await;
     let stream = stream.map_err(|status| Failure::from_status(Daemon::Agent, "reprotect", &status))?;
     let outcome = progress::follow(Daemon::Agent, "reprotect", stream.into_inner()).await?;
-    out.result(
-        "reprotect",
-        || json::Protect { domain: domain.0.clone(), protected: true, messages: outcome.messages.clone() },
-        || {
-            let mut table: String = outcome.lasting().map(|message| text::wrapped("", message)).collect();
-            let name = text::one_line(&domain.0);
-            let line = format!("{name} is protected to the other site");
-            table.push_str(&format!("{}\n", out.paint(Tone::Good, &line)));
-            table.push_str(&text::wrapped("", &format!("`vmdr failback {name}` takes it there.")));
-            table
-        },
-    )
+    protected(out, "reprotect", domain, &outcome, || {
+        let name = text::one_line(&domain.0);
+        let line = out.paint(Tone::Good, &format!("{name} is protected to the other site"));
+        format!("{line}\n") + &text::wrapped("", &format!("`vmdr failback {name}` takes it there."))
+    })
 }
 
 #[derive(Serialize)]

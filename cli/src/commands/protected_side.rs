@@ -71,6 +71,30 @@ pub async fn prepare(common: &Common, out: Out, domain: &Domain) -> Result<(), F
     )
 }
 
+/// What `protect` and `reprotect` ask for.
+pub(super) fn protect_request(domain: &Domain, interval: Option<Interval>, receiver: Option<&str>) -> ProtectRequest {
+    ProtectRequest {
+        domain: domain.0.clone(),
+        interval_ms: interval.map_or(0, |interval| interval.ms),
+        receiver: receiver.unwrap_or_default().to_owned(),
+    }
+}
+
+/// What they say once the guest is protected: the warnings, and the last words.
+pub(super) fn protected(
+    out: Out,
+    command: &str,
+    domain: &Domain,
+    outcome: &progress::Outcome,
+    last: impl FnOnce() -> String,
+) -> Result<(), Failure> {
+    out.result(
+        command,
+        || json::Protect { domain: domain.0.clone(), protected: true, messages: outcome.messages.clone() },
+        || outcome.lasting().map(|message| text::wrapped("", message)).collect::<String>() + &last(),
+    )
+}
+
 /// Starts protection and waits for the first recovery point.
 pub async fn protect(
     common: &Common,
@@ -79,25 +103,14 @@ pub async fn protect(
     interval: Option<Interval>,
     receiver: Option<&str>,
 ) -> Result<(), Failure> {
-    let request = ProtectRequest {
-        domain: domain.0.clone(),
-        interval_ms: interval.map_or(0, |interval| interval.ms),
-        receiver: receiver.unwrap_or_default().to_owned(),
-    };
+    let request = protect_request(domain, interval, receiver);
     let mut agent = client::agent(common).await?;
     let stream =
         agent.protect(request).await.map_err(|status| Failure::from_status(Daemon::Agent, "protect", &status))?;
     let outcome = progress::follow(Daemon::Agent, "protect", stream.into_inner()).await?;
-    out.result(
-        "protect",
-        || json::Protect { domain: domain.0.clone(), protected: true, messages: outcome.messages.clone() },
-        || {
-            let mut table: String = outcome.lasting().map(|message| text::wrapped("", message)).collect();
-            let line = format!("{} is protected", text::one_line(&domain.0));
-            table.push_str(&format!("{}\n", out.paint(Tone::Good, &line)));
-            table
-        },
-    )
+    protected(out, "protect", domain, &outcome, || {
+        format!("{}\n", out.paint(Tone::Good, &format!("{} is protected", text::one_line(&domain.0))))
+    })
 }
 
 /// Pauses the guest with a checkpoint that is durable when this ends.
