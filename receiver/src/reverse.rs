@@ -179,12 +179,17 @@ fn begin(
             return Ok(reply(ReverseState::Waiting, message));
         }
     }
-    if receiver.domain_directory(uuid).join(NOTE).exists() && is_base(receiver, &id, generation) {
-        // A predecessor got as far as the copy.
-        put_aside(receiver, uuid)?;
-    }
-    if is_base(receiver, &id, generation) && !receiver_frozen(receiver, &id) {
-        return Ok(reply(ReverseState::Ready, "it is received already"));
+    let stored = receiver.store.domains().into_iter().find(|domain| domain.uuid == id);
+    let frozen = stored.as_ref().is_some_and(|domain| domain.frozen);
+    // There is a recovery point of this generation.
+    if stored.is_some_and(|domain| domain.point_generation == generation) {
+        if receiver.domain_directory(uuid).join(NOTE).exists() {
+            // A predecessor got as far as the copy.
+            put_aside(receiver, uuid)?;
+        }
+        if !frozen {
+            return Ok(reply(ReverseState::Ready, "it is received already"));
+        }
     }
     let disks = match &domain {
         Some(domain) => old_disks(&DomainXml::from_element(&domain.inactive_xml()?)?, &layout),
@@ -200,21 +205,12 @@ fn begin(
             );
             return Ok(reply(ReverseState::Refused, message));
         }
-        if receiver_frozen(receiver, &id) {
+        if frozen {
             receiver.store.set_frozen(&id, false).map_err(|e| store_status(&e))?;
         }
         return Ok(reply(ReverseState::Ready, "nothing of its disks is here: everything is sent"));
     }
     start_copy(receiver, uuid, name, layout, request, disks)
-}
-
-fn receiver_frozen(receiver: &Receiver, id: &str) -> bool {
-    receiver.store.domains().iter().any(|domain| domain.uuid == id && domain.frozen)
-}
-
-/// Whether there is a recovery point of this generation.
-fn is_base(receiver: &Receiver, id: &str, generation: u64) -> bool {
-    receiver.store.domains().iter().any(|domain| domain.uuid == id && domain.point_generation == generation)
 }
 
 /// What is here of the disks, as the definition has them: those that can be read.

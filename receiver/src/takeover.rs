@@ -166,7 +166,7 @@ fn run_until_known(
         if takeover.up {
             return Ok(Some(takeover));
         }
-        if receiver.is_ending() || receiver.store.position(&uuid.to_string())?.generation != takeover.generation {
+        if receiver.is_ending() {
             return Ok(None);
         }
         {
