@@ -109,7 +109,13 @@ pub fn take(
     };
     write(receiver, uuid, &takeover).map_err(internal)?;
     ingest.hand_over(asked.epoch, asked.generation).map_err(|error| match error {
-        StoreError::Refused { .. } | StoreError::Superseded(_) => not_taken(error.to_string()),
+        StoreError::Refused { .. } | StoreError::Superseded(_) => {
+            // An activation can come to the same generation, and shall not find what was asked for here.
+            if let Err(error) = durable::remove(&path(receiver, uuid)) {
+                tracing::warn!(%uuid, %error, "remove the note of a hand-over that was not taken");
+            }
+            not_taken(error.to_string())
+        }
         StoreError::Fenced { .. } => (RefusedCode::Fenced, error.to_string()),
         // It cannot be said whether it is durable: the sender asks.
         _ => (RefusedCode::Io, error.to_string()),

@@ -21,9 +21,12 @@ const MERGE_UNITS_MAX: usize = 1 << 20;
 /// Standbys that seeds have replaced, at most. Each takes as much space as the guest.
 const CHAINS_MAX: usize = 8;
 
-/// Whether somebody else needs this standby's directory.
+/// Whether somebody else needs this standby's directory, or may: one that cannot be read is not removed.
 pub(super) fn is_kept(disk: &dyn Disk, standby: &Path) -> bool {
-    disk.list(standby).is_ok_and(|names| names.iter().any(|name| name == KEPT))
+    match disk.list(standby) {
+        Ok(names) => names.iter().any(|name| name == KEPT),
+        Err(error) => error.kind() != std::io::ErrorKind::NotFound,
+    }
 }
 
 impl Domain {
