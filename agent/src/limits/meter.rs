@@ -100,19 +100,21 @@ mod tests {
 
     #[test]
     fn work_is_measured() {
+        // What is to hold more is measured from earlier until later.
         let meter = Meter::default();
-        meter.thread();
-        meter.own_process();
-        meter.process(std::process::id());
         let begun = Instant::now();
+        meter.process(std::process::id());
+        meter.own_process();
+        meter.thread();
         let mut value = 0_u64;
         while begun.elapsed() < Duration::from_millis(300) {
             value = std::hint::black_box(value.wrapping_mul(31).wrapping_add(7));
         }
-        // On a busy machine less than was waited for, but never more (10 ms are a tick's).
-        let (thread, process) = (meter.thread(), meter.process(std::process::id()));
-        assert!(thread > 0.0 && thread <= begun.elapsed().as_secs_f64(), "{thread}");
-        assert!(process + 0.011 >= thread && meter.own_process() + 1e-3 >= thread, "{process} {thread}");
+        // On a busy machine less than was waited for, but never more. User and system time of a process are told in whole
+        // ticks of 10 ms; a clock that is steered may run slower than that of the processor, by 500 ppm.
+        let (thread, own, process) = (meter.thread(), meter.own_process(), meter.process(std::process::id()));
+        assert!(thread > 0.0 && thread <= begun.elapsed().as_secs_f64() * 1.001, "{thread}");
+        assert!(process + 0.021 >= thread && own >= thread, "{process} {own} {thread}");
         assert_eq!(meter.process(u32::MAX), 0.0);
     }
 
