@@ -16,8 +16,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Endpoint;
 use vmdr_proto::replication::replication_client::ReplicationClient;
 use vmdr_proto::replication::{
-    DescribeReply, DescribeRequest, Durable, FromReceiver, HashesReply, HashesRequest, Heartbeat, Open, Position,
-    ProbeReply, ProbeRequest, Refused, ToReceiver, from_receiver, to_receiver,
+    DescribeReply, DescribeRequest, Durable, FromReceiver, HashesReply, HashesRequest, Heartbeat, NamePointReply,
+    NamePointRequest, Open, Position, ProbeReply, ProbeRequest, Refused, ToReceiver, from_receiver, to_receiver,
 };
 use vmdr_proto::{MESSAGE_BYTES_MAX, REPLICATION_VERSION};
 
@@ -139,6 +139,11 @@ impl Questions {
     /// Hashes of what the receiver has.
     pub async fn hashes(&mut self, request: HashesRequest) -> Result<HashesReply, String> {
         answer(&self.receiver, self.client.hashes(request)).await
+    }
+
+    /// Has the receiver keep a point under a name.
+    pub async fn name_point(&mut self, request: NamePointRequest) -> Result<NamePointReply, String> {
+        answer(&self.receiver, self.client.name_point(request)).await
     }
 
     /// What the receiver could store and run.

@@ -29,6 +29,9 @@ pub struct Protection {
     /// It is suspended.
     #[serde(default)]
     pub suspended: Option<Suspended>,
+    /// Seconds between application-consistent points; 0: only on request.
+    #[serde(default)]
+    pub application_every_seconds: u64,
 }
 
 /// A protection that is suspended: what there is to know of it meanwhile.
@@ -123,6 +126,7 @@ mod tests {
             fenced: false,
             id: "33333333-1111-4111-8111-111111111111".into(),
             suspended: Some(Suspended { since_unix_ns: 2, epoch: 7, cut_unix_ns: 1 }),
+            application_every_seconds: 900,
         };
         registry.save(&one).unwrap();
         fs::write(directory.path().join("protected/x.json"), "{").unwrap();
@@ -133,7 +137,7 @@ mod tests {
         // What an agent wrote that knew less.
         let old = r#"{"name":"db","uuid":"u","receiver":"b:7420","interval_ms":100,"generation":1,"fenced":false}"#;
         let old: Protection = serde_json::from_str(old).unwrap();
-        assert_eq!((old.id.as_str(), old.suspended), ("", None));
+        assert_eq!((old.id.as_str(), old.suspended, old.application_every_seconds), ("", None, 0));
         registry.remove(&one.uuid).unwrap();
         registry.remove(&one.uuid).unwrap();
         assert_eq!(registry.load().unwrap().len(), 1);

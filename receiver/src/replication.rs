@@ -21,13 +21,14 @@ use uuid::Uuid;
 use vmdr_proto::REPLICATION_VERSION;
 use vmdr_proto::replication::replication_server::Replication;
 use vmdr_proto::replication::{
-    DescribeReply, DescribeRequest, FromReceiver, HashesReply, HashesRequest, Open, ProbeReply, ProbeRequest, Refused,
-    RefusedCode, ToReceiver, Welcome, from_receiver, to_receiver,
+    DescribeReply, DescribeRequest, FromReceiver, HashesReply, HashesRequest, NamePointReply, NamePointRequest, Open,
+    ProbeReply, ProbeRequest, Refused, RefusedCode, ToReceiver, Welcome, from_receiver, to_receiver,
 };
 
 use crate::activate::run::{age_seconds, unix_ns};
 use crate::daemon::Receiver;
 use crate::hashes;
+use crate::history;
 use crate::probe;
 use crate::store::{Ingest, PartTail, StoreError, part_head, part_tail};
 
@@ -91,6 +92,12 @@ impl Replication for ReplicationService {
     async fn hashes(&self, request: Request<HashesRequest>) -> Result<Response<HashesReply>, Status> {
         let (receiver, request) = (Arc::clone(&self.receiver), request.into_inner());
         let reply = tokio::task::spawn_blocking(move || hashes::hashes(&receiver.store, &request)).await;
+        reply.map_err(|e| Status::internal(e.to_string()))?.map(Response::new)
+    }
+
+    async fn name_point(&self, request: Request<NamePointRequest>) -> Result<Response<NamePointReply>, Status> {
+        let (receiver, request) = (Arc::clone(&self.receiver), request.into_inner());
+        let reply = tokio::task::spawn_blocking(move || history::name_point(&receiver.store, &request)).await;
         reply.map_err(|e| Status::internal(e.to_string()))?.map(Response::new)
     }
 

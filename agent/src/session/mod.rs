@@ -33,6 +33,7 @@ use uuid::Uuid;
 use vmdr_hypervisor::libvirt::{Connection, Domain};
 
 use self::active::Active;
+pub use self::active::application::Application;
 use self::attach::Attached;
 use self::figures::Figures;
 use self::off::{NotRunning, Off};
@@ -41,6 +42,8 @@ use crate::guard;
 use crate::guest_channel::{self, GuestChannel};
 use crate::limits;
 use crate::link::{self, LinkEvent, Target};
+use crate::quiesce::Frozen;
+use crate::quiesce::stage::Asker;
 use crate::registry::{Protection, Registry};
 use crate::shim_client::ShimError;
 
@@ -127,6 +130,8 @@ pub struct Status {
     pub pending_bytes: u64,
     /// Figures over time.
     pub figures: Figures,
+    /// Application-consistent points.
+    pub application: Application,
 }
 
 impl Status {
@@ -185,6 +190,10 @@ pub enum Input {
     Hold(Answer<u64>),
     /// End a hold.
     Release(Answer<()>),
+    /// Make an application-consistent point; answered when that is durable.
+    Application(Asker),
+    /// What came of freezing the guest. Dropped, it is thawed.
+    Frozen(Result<Frozen, String>),
     /// End the protection: mirrors and shim too.
     Unprotect,
     /// The agent ends; the shim stays.
@@ -224,6 +233,7 @@ impl Session {
                 pending_bytes: 0,
                 waiting_since: None,
                 figures: Figures::default(),
+                application: Application::default(),
             }),
             ending: AtomicBool::new(false),
             limits,
@@ -240,6 +250,7 @@ impl Session {
             inputs: inputs.clone(),
             received,
             runtime,
+            application_due: None,
         };
         let thread = std::thread::Builder::new()
             .name(format!("session {}", protection.name))
@@ -310,10 +321,18 @@ struct Worker {
     inputs: Sender<Input>,
     received: Receiver<Input>,
     runtime: tokio::runtime::Handle,
+    /// When the next application-consistent point is due by the schedule.
+    application_due: Option<Instant>,
 }
 
 impl Worker {
+    fn application_every(&self) -> Option<Duration> {
+        let seconds = self.protection.application_every_seconds;
+        (seconds > 0).then(|| Duration::from_secs(seconds))
+    }
+
     fn run(mut self, mut first: bool) {
+        self.application_due = self.application_every().map(|every| Instant::now() + every);
         if self.protection.fenced {
             self.set_phase(Phase::Fenced);
         }
