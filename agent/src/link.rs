@@ -17,8 +17,8 @@ use tonic::transport::Endpoint;
 use vmdr_proto::replication::replication_client::ReplicationClient;
 use vmdr_proto::replication::{
     DescribeReply, DescribeRequest, Durable, FromReceiver, GiveBackReply, GiveBackRequest, HashesReply, HashesRequest,
-    Heartbeat, Open, OwnerReply, OwnerRequest, Position, ProbeReply, ProbeRequest, Refused, ReverseReply,
-    ReverseRequest, SettleReply, SettleRequest, ToReceiver, from_receiver, to_receiver,
+    Heartbeat, NamePointReply, NamePointRequest, Open, OwnerReply, OwnerRequest, Position, ProbeReply, ProbeRequest,
+    Refused, ReverseReply, ReverseRequest, SettleReply, SettleRequest, ToReceiver, from_receiver, to_receiver,
 };
 use vmdr_proto::{MESSAGE_BYTES_MAX, REPLICATION_VERSION};
 
@@ -162,6 +162,11 @@ impl Questions {
     /// Has the receiver give a domain back.
     pub async fn give_back(&mut self, request: GiveBackRequest) -> Result<GiveBackReply, String> {
         answer(&self.receiver, self.client.give_back(request)).await
+    }
+
+    /// Has the receiver keep a point under a name.
+    pub async fn name_point(&mut self, request: NamePointRequest) -> Result<NamePointReply, String> {
+        answer(&self.receiver, self.client.name_point(request)).await
     }
 
     /// What the receiver could store and run.

@@ -130,6 +130,9 @@ pub enum Command {
         /// Where to send to; port 7420 unless given [default: as configured]
         #[arg(long, value_name = "HOST[:PORT]", value_parser = receiver)]
         receiver: Option<String>,
+        /// Make an application-consistent point so often, like 15m [default: only on request]
+        #[arg(long, value_name = "DURATION", value_parser = whole_seconds)]
+        application_every: Option<u64>,
     },
     /// Pause a protected guest with its standby level with it
     ///
@@ -283,12 +286,12 @@ pub enum Command {
         /// Name or UUID
         domain: Domain,
     },
-    /// Name a recovery point, or release one (backup site)
+    /// Name a recovery point, or release one (backup site; with --application protected host)
     ///
     /// A named point is kept, whatever the retention policy says, until its name is released.
     #[command(
         verbatim_doc_comment,
-        after_help = "Examples:\n  vmdr point create web1 --name before-upgrade\n  vmdr point create web1 --name good --point 3-990\n  vmdr point release web1 --name before-upgrade"
+        after_help = "Examples:\n  vmdr point create web1 --name before-upgrade\n  vmdr point create web1 --name good --point 3-990\n  vmdr point create web1 --name quiet --application   at the protected host\n  vmdr point release web1 --name before-upgrade"
     )]
     Point {
         /// What to do
@@ -372,6 +375,10 @@ pub enum Command {
 #[derive(Debug, Subcommand)]
 pub enum PointAction {
     /// Name a point: the newest one, unless another is given
+    ///
+    /// With --application, at the protected host, another one is made: the guest's applications and file systems are brought to
+    /// rest for a moment, by vmdr's tools or the QEMU guest agent in it. Ends when it is durable and named at the backup site.
+    #[command(verbatim_doc_comment)]
     Create {
         /// Name or UUID
         domain: Domain,
@@ -381,6 +388,9 @@ pub enum PointAction {
         /// Which point, GENERATION-EPOCH
         #[arg(long, value_name = "ID", value_parser = point)]
         point: Option<String>,
+        /// Make one now that is application-consistent, and name that (protected host)
+        #[arg(long, conflicts_with = "point")]
+        application: bool,
     },
     /// Release a name: the retention policy decides about its point again
     Release {
@@ -476,6 +486,14 @@ impl std::str::FromStr for Domain {
 pub struct Interval {
     /// Milliseconds.
     pub ms: u32,
+}
+
+fn whole_seconds(typed: &str) -> Result<u64, String> {
+    let length = humantime::parse_duration(typed).map_err(|e| format!("{e}; write it like 15m"))?;
+    match (length.as_secs(), length.subsec_nanos()) {
+        (1.., 0) => Ok(length.as_secs()),
+        _ => Err(format!("{typed:?} is not a whole number of seconds")),
+    }
 }
 
 fn interval(typed: &str) -> Result<Interval, String> {

@@ -176,6 +176,7 @@ pub struct DomainStatus {
     limited_by: Option<String>,
     guest_tools: Option<String>,
     guest_clock_offset_seconds: Option<f64>,
+    application: Option<Application>,
     peer: Option<String>,
     stored_bytes: Option<u64>,
     points: Option<u64>,
@@ -184,6 +185,29 @@ pub struct DomainStatus {
     alarm: Option<String>,
     last_error: Option<String>,
     advice: Option<String>,
+}
+
+/// Application-consistent points of a domain.
+#[derive(Serialize)]
+pub struct Application {
+    every_seconds: Option<u64>,
+    cut: Option<String>,
+    frozen_seconds: Option<f64>,
+    error: Option<String>,
+}
+
+impl Application {
+    /// Nothing where none was ever asked for.
+    fn new(status: &control::DomainStatus) -> Option<Application> {
+        let made = status.application_cut_unix_ns > 0;
+        let error = (!status.application_error.is_empty()).then(|| status.application_error.clone());
+        (made || error.is_some() || status.application_every_seconds > 0).then(|| Application {
+            every_seconds: (status.application_every_seconds > 0).then_some(status.application_every_seconds),
+            cut: text::instant(status.application_cut_unix_ns),
+            frozen_seconds: made.then_some(status.application_frozen_seconds),
+            error,
+        })
+    }
 }
 
 /// Whether an RPO can be told: there is a recovery point, and the guest does not run here from it.
@@ -226,6 +250,7 @@ impl DomainStatus {
             limited_by: word(&status.limited_by),
             guest_tools: word(&status.guest_tools),
             guest_clock_offset_seconds: status.guest_clock_offset_seconds,
+            application: Application::new(status),
             peer: word(&status.peer),
             stored_bytes: (daemon == Daemon::Receiver).then_some(status.stored_bytes),
             points: (daemon == Daemon::Receiver).then_some(status.points),
@@ -302,12 +327,35 @@ pub struct NamedPoint {
     /// Whether it has the name now.
     pinned: bool,
     point: Point,
+    /// How it was made, with `--application`.
+    application: Option<Made>,
+}
+
+/// How an application-consistent point was made.
+#[derive(Serialize)]
+pub struct Made {
+    frozen_seconds: f64,
+    file_systems: u32,
+    way: String,
+    note: Option<String>,
 }
 
 impl NamedPoint {
+    /// What the agent said of one that it has made.
+    pub fn made(domain: &str, name: &str, point: &control::Point, made: &control::ApplicationPoint) -> NamedPoint {
+        let made = Made {
+            frozen_seconds: made.frozen_seconds,
+            file_systems: made.file_systems,
+            way: made.way.clone(),
+            note: (!made.note.is_empty()).then(|| made.note.clone()),
+        };
+        NamedPoint { application: Some(made), ..NamedPoint::new(domain, name, true, point) }
+    }
+
     /// What the receiver said of a point.
     pub fn new(domain: &str, name: &str, pinned: bool, point: &control::Point) -> NamedPoint {
-        NamedPoint { domain: domain.to_owned(), name: name.to_owned(), pinned, point: Point::from(point) }
+        let (domain, name) = (domain.to_owned(), name.to_owned());
+        NamedPoint { domain, name, pinned, point: Point::from(point), application: None }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use tonic::Status;
 use vmdr_proto::control as wire;
+use vmdr_proto::replication::{NamePointReply, NamePointRequest};
 
 use crate::control::store_status;
 use crate::store::{GivenUp, Point, PointId, Retention, Store, StoreError, Tier};
@@ -88,6 +89,16 @@ pub fn create(store: &Store, uuid: &str, request: &wire::PointRequest) -> Result
     };
     let id = store.pin(uuid, &request.name, id).map_err(|e| store_status(&e))?;
     find(store, uuid, id)
+}
+
+/// Names a point that the agent has just made.
+pub fn name_point(store: &Store, request: &NamePointRequest) -> Result<NamePointReply, Status> {
+    let NamePointRequest { domain_uuid, generation, epoch, name } = request;
+    let id = PointId { generation: *generation, epoch: *epoch };
+    let id = store.pin(domain_uuid, name, Some(id)).map_err(|e| store_status(&e))?;
+    let point = find(store, domain_uuid, id)?;
+    let application = point.consistency == "application";
+    Ok(NamePointReply { cut_unix_ns: point.cut_unix_ns, application, bytes: point.bytes })
 }
 
 /// Releases a name. The point may be gone when this answers.

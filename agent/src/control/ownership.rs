@@ -11,7 +11,7 @@ use vmdr_hypervisor::libvirt::{Connection, DomainState};
 use vmdr_proto::control::{MoveReport, MoveRequest, OwnReply, OwnRequest, Progress, ProtectRequest};
 use vmdr_proto::replication::{GiveBackRequest, OwnerReply, OwnerRequest, ReverseRequest, ReverseState, SettleRequest};
 
-use super::{Control, blocking, follow, internal, refusals, slow_enough};
+use super::{ANSWER_LIMIT, Control, blocking, follow, internal, refusals, slow_enough};
 use crate::config::check_interval;
 use crate::daemon::Agent;
 use crate::link::Questions;
@@ -66,7 +66,7 @@ pub(super) async fn move_away(
         )));
     }
     tell(reports, step("pause the guest with its last epoch", String::new()));
-    if let Err(refused) = control.ask(&protection.name, Input::HoldToMove).await {
+    if let Err(refused) = control.ask(&protection.name, ANSWER_LIMIT, Input::HoldToMove).await {
         release(control, &protection).await;
         return Err(refused);
     }
@@ -135,7 +135,8 @@ async fn wait_protected_back(protection: &Protection, runs: &str) -> Result<(), 
 }
 
 async fn release(control: &Control, protection: &Protection) {
-    let released = tokio::time::timeout(RELEASE_LIMIT, control.ask(&protection.name, Input::Release)).await;
+    let released =
+        tokio::time::timeout(RELEASE_LIMIT, control.ask(&protection.name, ANSWER_LIMIT, Input::Release)).await;
     tracing::info!(domain = protection.name, ?released, "the move was refused: the guest goes on here");
 }
 
@@ -207,6 +208,7 @@ pub(super) async fn reprotect(control: &Control, request: ProtectRequest, report
         fenced: false,
         id: uuid::Uuid::new_v4().to_string(),
         suspended: None,
+        application_every_seconds: 0,
         holds_to_move: false,
         moving: None,
     };

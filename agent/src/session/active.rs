@@ -1,5 +1,6 @@
 //! A session that has a shim: cuts, copies, and what the link says.
 
+pub(super) mod application;
 mod mirrors;
 mod ship;
 
@@ -21,6 +22,8 @@ use super::resume::{Resume, resume};
 use super::{Answer, Input, Phase, RETRY, Stop, Worker};
 use crate::encode::PartEncoder;
 use crate::link::LinkEvent;
+use crate::quiesce::Frozen;
+use crate::quiesce::stage::Stage;
 use crate::resync::Resync;
 use std::path::PathBuf;
 use vmdr_hypervisor::domain_xml::DomainXml;
@@ -99,6 +102,8 @@ pub(super) struct Active<'a> {
     before_stall: Option<Phase>,
     /// Since when the receiver has been asked to take the guest.
     pub(super) asked_over: Option<Instant>,
+    /// An application-consistent point that is being made.
+    application: Stage<Frozen>,
 }
 
 pub(super) enum Never {}
@@ -127,6 +132,7 @@ impl<'a> Active<'a> {
             ended: None,
             before_stall: None,
             asked_over: None,
+            application: Stage::default(),
         }
     }
 
@@ -156,6 +162,7 @@ impl<'a> Active<'a> {
             if self.asked_over.is_some_and(|asked| asked.elapsed() > HAND_OVER_LIMIT) {
                 return Err(Stop::Unsettled);
             }
+            self.look_at_application();
             if Instant::now() >= self.next_cut {
                 let acted = match self.ended {
                     Some(ended) => self.end_step(ended),
@@ -237,6 +244,14 @@ impl<'a> Active<'a> {
             },
             Input::Resume(answer) => {
                 let _ = answer.send(Err("the protection is not suspended".to_owned()));
+                Ok(())
+            }
+            Input::Application(answer) => {
+                self.ask_application(answer);
+                Ok(())
+            }
+            Input::Frozen(result) => {
+                self.froze(result);
                 Ok(())
             }
             Input::Unprotect => Err(Stop::Unprotect),
@@ -392,6 +407,9 @@ impl<'a> Active<'a> {
     fn copy_whole(&mut self, position: &Position, epoch: u64) -> Result<(), Stop> {
         self.in_flight.clear();
         self.sent_layout = None;
+        self.fail_application(
+            "its epoch was given up: the whole guest is compared with the receiver's copy, or copied again",
+        );
         self.resync = self.compare_with(position);
         let whole = if self.resync.is_some() { Whole::Resync } else { Whole::Seed };
         self.attached.shim.arm(self.worker.protection.generation, epoch, whole)?;
@@ -443,7 +461,9 @@ impl<'a> Active<'a> {
             self.in_flight.pop_front();
         }
         status.waiting_since = self.in_flight.front().map(|sent| sent.begun);
+        let durable = status.durable_epoch;
         drop(status);
+        self.application_durable(durable);
         if self.hold.as_ref().is_some_and(|hold| hold.epoch.is_some_and(|held| held <= epoch))
             && let Some(hold) = self.hold.take()
         {
@@ -488,7 +508,7 @@ impl<'a> Active<'a> {
         }
         let limits = self.worker.shared.limits.clone();
         let rest = limits.rest();
-        if !rest.is_zero() && self.hold.is_none() {
+        if !rest.is_zero() && self.hold.is_none() && !self.application.is_frozen() {
             self.next_cut = Instant::now() + rest.min(LOOK);
             return Ok(());
         }
@@ -549,7 +569,8 @@ impl<'a> Active<'a> {
     fn cut(&mut self, pages_max: u64) -> Result<(), Stop> {
         let interval = Duration::from_millis(u64::from(self.worker.protection.interval_ms));
         let started = Instant::now();
-        let hold = self.hold.is_some() && self.mode == Mode::Cuts;
+        // A guest at rest has to run to be thawed: it is held with the next one.
+        let hold = self.hold.is_some() && self.mode == Mode::Cuts && !self.application.is_frozen();
         let limits = self.worker.shared.limits.clone();
         match limits.seat.turn(|| self.attached.shim.cut(pages_max, hold))? {
             Ok(part) if !part.last => {
@@ -564,6 +585,9 @@ impl<'a> Active<'a> {
                 self.mirrors_bad = None;
                 self.io_error.clear();
                 self.before_stall = None;
+                if !hold {
+                    self.thaw_after_cut(&part);
+                }
                 let (epoch, timing, pages) = (part.epoch, part.timing.unwrap_or_default(), part.dirty_pages);
                 let bytes = self.ship(part)?;
                 let mut status = self.worker.shared.status();

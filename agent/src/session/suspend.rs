@@ -87,6 +87,10 @@ impl Worker {
                 Ok(Input::HandOver(_, answer)) => {
                     let _ = answer.send(Err("the domain is suspended, not protected".to_owned()));
                 }
+                Ok(Input::Application(answer)) => {
+                    let _ = answer.send(Err("the domain is suspended, not protected".to_owned()));
+                }
+                Ok(Input::Frozen(late)) => drop(late),
                 Ok(Input::Link(_) | Input::DevicesChanged | Input::IoError(_)) | Err(RecvTimeoutError::Timeout) => {}
             }
             self.shared.status().figures.observe_rpo();

@@ -23,8 +23,8 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
     match &cli.command {
         Command::Doctor { domain } => protected_side::doctor(common, out, domain.as_ref()).await,
         Command::Prepare { domain } => protected_side::prepare(common, out, domain).await,
-        Command::Protect { domain, interval, receiver } => {
-            protected_side::protect(common, out, domain, *interval, receiver.as_deref()).await
+        Command::Protect { domain, interval, receiver, application_every } => {
+            protected_side::protect(common, out, domain, *interval, receiver.as_deref(), *application_every).await
         }
         Command::Hold { domain } => protected_side::hold(common, out, domain).await,
         Command::Release { domain } => protected_side::release(common, out, domain).await,
@@ -42,7 +42,10 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
         Command::Divergence { domain, drop, yes } => ownership::divergence(common, out, domain, *drop, *yes).await,
         Command::Status { domain } => status::status(common, out, domain.as_ref()).await,
         Command::Points { domain } => history::points(common, out, domain).await,
-        Command::Point { action: PointAction::Create { domain, name, point } } => {
+        Command::Point { action: PointAction::Create { domain, name, application: true, .. } } => {
+            history::create_application(common, out, domain, name).await
+        }
+        Command::Point { action: PointAction::Create { domain, name, point, .. } } => {
             history::create(common, out, domain, name, point.as_deref()).await
         }
         Command::Point { action: PointAction::Release { domain, name } } => {

@@ -70,6 +70,7 @@ pub async fn reprotect(
         domain: domain.0.clone(),
         interval_ms: interval.map_or(0, |interval| interval.ms),
         receiver: receiver.unwrap_or_default().to_owned(),
+        application_every_seconds: 0,
     };
     let mut agent = client::agent(common).await?;
     let stream = agent.reprotect(request).await;

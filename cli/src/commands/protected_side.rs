@@ -78,11 +78,13 @@ pub async fn protect(
     domain: &Domain,
     interval: Option<Interval>,
     receiver: Option<&str>,
+    application_every: Option<u64>,
 ) -> Result<(), Failure> {
     let request = ProtectRequest {
         domain: domain.0.clone(),
         interval_ms: interval.map_or(0, |interval| interval.ms),
         receiver: receiver.unwrap_or_default().to_owned(),
+        application_every_seconds: application_every.unwrap_or(0),
     };
     let mut agent = client::agent(common).await?;
     let stream =

@@ -99,6 +99,7 @@ fn table(out: Out, rows: &Rows) -> String {
         let sentences = [
             ("  limited by: ", &status.limited_by),
             ("  last error: ", &status.last_error),
+            ("  no application-consistent point: ", &status.application_error),
             ("  alarm: ", &status.alarm),
             ("  advice: ", &status.advice),
         ];

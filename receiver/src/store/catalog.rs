@@ -101,10 +101,12 @@ impl Chain {
     /// The points, oldest first: those that the sets lead back to, and the standby itself.
     pub fn held(&self, protected: impl Fn(PointId) -> bool) -> Vec<Held> {
         let generation = self.standby.generation;
-        let own = (self.standby.epoch, self.standby.cut_unix_ns);
-        let all = self.sets.iter().map(|set| (set.from, set.point.cut_unix_ns)).chain([own]);
-        let held =
-            all.map(|(epoch, cut_ns)| Held { epoch, cut_ns, protected: protected(PointId { generation, epoch }) });
+        let own = (self.standby.epoch, self.standby.cut_unix_ns, self.application);
+        let all = self.sets.iter().map(|set| (set.from, set.point.cut_unix_ns, set.point.application)).chain([own]);
+        let held = all.map(|(epoch, cut_ns, application)| {
+            let protected = protected(PointId { generation, epoch });
+            Held { epoch, cut_ns, protected, application }
+        });
         held.collect()
     }
 

@@ -403,7 +403,8 @@ impl Domain {
     pub fn pin(&self, name: &str, id: Option<PointId>) -> Result<PointId, StoreError> {
         let refused = |what: String| StoreError::Refused { domain: self.id.clone(), what };
         check_name(name).map_err(refused)?;
-        if id.is_none() {
+        // One that is durable and not applied yet is in no catalog.
+        if id.is_none_or(|id| self.catalog().find(id).is_none()) {
             self.wait_synced()?;
         }
         // So that it is not thinned out between being found and being pinned.

@@ -311,6 +311,7 @@ impl Part {
             digest_high,
             last: id.last,
             cut_unix_ns: if id.last { CUT_UNIX_NS } else { 0 },
+            application: false,
             counts: Some(PartCounts {
                 ram_pages: counts.ram_pages,
                 zero_pages: counts.zero_pages,
