@@ -337,6 +337,7 @@ async fn follow(agent: Agent, examined: Examined, progress: mpsc::Sender<Result<
                     unit: "bytes".to_owned(),
                     message,
                     activation: None,
+                    verification: None,
                 };
                 // A command that went away, or does not read, is no reason to stop.
                 let _ = progress.try_send(Ok(report));

@@ -6,7 +6,7 @@
 use std::io::{IsTerminal, Write};
 
 use tonic::Streaming;
-use vmdr_proto::control::{ActivationReport, Progress};
+use vmdr_proto::control::{ActivationReport, Progress, VerifyReport};
 
 use crate::client::Daemon;
 use crate::failure::Failure;
@@ -22,6 +22,8 @@ pub struct Outcome {
     pub messages: Vec<String>,
     /// The last message of an activation carries it.
     pub report: Option<ActivationReport>,
+    /// The last message of a verification carries it.
+    pub verification: Option<VerifyReport>,
 }
 
 impl Outcome {
@@ -47,6 +49,9 @@ pub async fn follow(daemon: Daemon, request: &str, mut stream: Streaming<Progres
                         outcome.messages.remove(0);
                     }
                     outcome.messages.push(message);
+                }
+                if progress.verification.is_some() {
+                    outcome.verification = progress.verification;
                 }
                 if progress.activation.is_some() {
                     outcome.report = progress.activation;
@@ -141,7 +146,7 @@ mod tests {
     fn warnings_and_the_last_word_stay() {
         let lasting = |messages: &[&str]| {
             let messages = messages.iter().map(|message| (*message).to_owned()).collect();
-            Outcome { messages, report: None }.lasting().map(str::to_owned).collect::<Vec<_>>()
+            Outcome { messages, ..Outcome::default() }.lasting().map(str::to_owned).collect::<Vec<_>>()
         };
         assert_eq!(lasting(&["warning: a", "starting", "seeding", "done"]), ["warning: a", "done"]);
         assert_eq!(lasting(&["warning: a"]), ["warning: a"]);

@@ -6,6 +6,7 @@
 //!   [`hashes`]: what an agent that resyncs compares with.
 //! - [`activate`]: from a recovery point to a running guest, once.
 //! - [`control`]: the `vmdr` command's requests.
+//! - [`verify`]: points are read again in the background.
 //! - [`daemon`]: all of it together; [`config`], [`metrics`], [`stats`].
 
 pub mod activate;
@@ -19,3 +20,4 @@ pub mod probe;
 pub mod replication;
 pub mod stats;
 pub mod store;
+pub mod verify;

@@ -201,7 +201,7 @@ fn policy() -> RetentionReply {
 
 fn progress(step: &str, done: u64, total: u64, unit: &str, message: &str) -> Result<Progress, Status> {
     let (step, unit, message) = (step.into(), unit.into(), message.into());
-    Ok(Progress { step, done, total, unit, message, activation: None })
+    Ok(Progress { step, done, total, unit, message, activation: None, verification: None })
 }
 
 fn stream(messages: Vec<Result<Progress, Status>>) -> Response<Stream> {
@@ -421,6 +421,23 @@ impl Receiver for Daemon {
         let activation = (domain != "unreported").then_some(report);
         let last = Progress { step: "run".into(), activation, ..Progress::default() };
         Ok(stream(vec![progress("apply", 1, 2, "epochs", ""), progress("restore", 0, 0, "", ""), Ok(last)]))
+    }
+
+    type VerifyStream = Stream;
+
+    async fn verify(&self, request: Request<VerifyRequest>) -> Result<Response<Stream>, Status> {
+        let VerifyRequest { domain, point, all, wait } = request.into_inner();
+        self.asked(if all { "verify-all" } else { "verify" }, &domain)?;
+        let damaged = domain == "flipped";
+        let report = VerifyReport {
+            ended: wait,
+            sound: vec![if point.is_empty() { "3-1000".to_owned() } else { point }],
+            damaged: if damaged { vec!["3-1001".to_owned()] } else { Vec::new() },
+            damage: if damaged { vec!["disk vda: 4096 bytes from offset 81920 on".to_owned()] } else { Vec::new() },
+            bytes: 5 << 20,
+        };
+        let last = Progress { step: "verify".into(), verification: Some(report), ..Progress::default() };
+        Ok(stream(vec![progress("verify", 1 << 20, 5 << 20, "bytes", ""), Ok(last)]))
     }
 
     async fn forget(&self, request: Request<DomainRequest>) -> Result<Response<ForgetReply>, Status> {

@@ -229,6 +229,7 @@ impl Stream {
                 from_receiver::Message::Durable(m) => Answer::Durable(m),
                 from_receiver::Message::Refused(m) => Answer::Refused(m),
                 from_receiver::Message::Heartbeat(m) => Answer::Heartbeat(m),
+                from_receiver::Message::Compare(_) => panic!("the standby is said to be damaged"),
             },
             Ok(Some(FromReceiver { message: None })) => panic!("an empty answer"),
             Ok(None) => Answer::End(None),

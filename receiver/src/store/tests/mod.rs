@@ -6,6 +6,7 @@ mod history;
 mod refuse;
 mod round_trip;
 mod sim;
+mod verify;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
