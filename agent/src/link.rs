@@ -70,6 +70,8 @@ pub enum LinkEvent {
     Durable(Durable),
     /// The guest was taken over, in this generation.
     Taken(u64),
+    /// What the receiver has turned out to be damaged: all is to be compared.
+    Compare,
     /// The receiver refused something and ended the stream.
     Refused(Refused),
     /// The connection ended or could not be made; it is tried again.
@@ -258,6 +260,7 @@ async fn connect<T: Send + 'static>(
                 LinkEvent::Up { position: message.position.unwrap_or_default(), sender }
             }
             from_receiver::Message::Welcome(_) | from_receiver::Message::Heartbeat(_) => continue,
+            from_receiver::Message::Compare(_) => LinkEvent::Compare,
             from_receiver::Message::Durable(durable) => LinkEvent::Durable(durable),
             from_receiver::Message::Refused(refused) => LinkEvent::Refused(refused),
             from_receiver::Message::Taken(taken) => LinkEvent::Taken(taken.generation),

@@ -20,7 +20,7 @@ checkpoint of the whole guest (memory, devices, disks) many times a second and s
 site, which can resume the guest from the newest one: same processes, same memory, same disks.
 
 On the protected host:  doctor, prepare, protect, status, hold, release, suspend, resume, unprotect, move.
-At the backup site:     status, points, point, retention, activate, forget.
+At the backup site:     status, points, point, retention, verify, inspect, activate, forget.
 After an activation:    reprotect and failback where the guest runs now; own and divergence where it ran.";
 
 const EXAMPLES: &str = "\
@@ -320,6 +320,43 @@ pub enum Command {
         #[arg(long, conflicts_with_all = ["tiers", "budget"])]
         reset: bool,
     },
+    /// Read recovery points again and compare them with their checksums (backup site)
+    ///
+    /// The newest one, unless another or all are asked for. It is done in the background, at the rate that the receiver is
+    /// configured to; what is found is noted with the points (VERIFIED and `damaged` in `vmdr points`). What of the newest
+    /// point is damaged is sent again by the agent as soon as it is connected. With --wait this ends when it is done, and
+    /// exits with 1 when anything is damaged.
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Examples:\n  vmdr verify web1\n  vmdr verify web1 --all --wait\n  vmdr verify web1 --point before-upgrade --wait"
+    )]
+    Verify {
+        /// Name or UUID
+        domain: Domain,
+        /// This point: GENERATION-EPOCH, or a name that it was given
+        #[arg(long, value_name = "ID", value_parser = point, conflicts_with = "all")]
+        point: Option<String>,
+        /// All points
+        #[arg(long)]
+        all: bool,
+        /// Wait until it is done
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Explain a receiver's state directory, without a daemon
+    ///
+    /// Reads every file of it, names all that is damaged with file and offset, and says of each recovery point whether it
+    /// can be restored. Changes nothing. Runs `vmdr-inspect`, which is installed with the receiver; `vmdr inspect DIR
+    /// --help` has its options. Exits with 1 when anything is damaged.
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Examples:\n  vmdr inspect /var/lib/vmdr/receiver\n  vmdr inspect /var/lib/vmdr/receiver --domain web1 --point 3-990 --json"
+    )]
+    Inspect {
+        /// The state directory, and options of `vmdr-inspect`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "DIR")]
+        arguments: Vec<OsString>,
+    },
     /// Run a domain here, from a recovery point (backup site)
     ///
     /// Shows the plan and what is lost, asks for the domain's name, then starts the guest where it was at the newest
@@ -351,6 +388,9 @@ pub enum Command {
         /// At the newest point that is at least so old
         #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, conflicts_with = "point")]
         before: Option<Duration>,
+        /// Also at a point that is known to be damaged, as it is
+        #[arg(long)]
+        damaged: bool,
     },
     /// Delete what is stored of a domain here (backup site)
     ///

@@ -182,6 +182,10 @@ pub struct DomainStatus {
     points: Option<u64>,
     history_bytes: Option<u64>,
     history_budget_bytes: Option<u64>,
+    verifying: Option<String>,
+    verified: Option<String>,
+    damaged_points: Option<u64>,
+    damage: Option<String>,
     alarm: Option<String>,
     last_error: Option<String>,
     advice: Option<String>,
@@ -223,6 +227,7 @@ impl DomainStatus {
         let rpo = |seconds: f64| has_rpo(status).then_some(seconds).filter(|s| s.is_finite());
         // Only the protected side pauses a guest, and only after its first cut is there a figure.
         let cutting = |value: f64| (status.pause_p50_seconds > 0.0).then_some(value).filter(|v| v.is_finite());
+        let verify = status.verify.clone().unwrap_or_default();
         DomainStatus {
             daemon: match daemon {
                 Daemon::Agent => "agent",
@@ -256,6 +261,10 @@ impl DomainStatus {
             points: (daemon == Daemon::Receiver).then_some(status.points),
             history_bytes: (daemon == Daemon::Receiver).then_some(status.history_bytes),
             history_budget_bytes: (daemon == Daemon::Receiver).then_some(status.history_budget_bytes),
+            verifying: word(&verify.doing),
+            verified: text::instant(verify.verified_unix_ns),
+            damaged_points: (daemon == Daemon::Receiver).then_some(verify.damaged_points),
+            damage: word(&verify.damage),
             alarm: word(&status.alarm),
             last_error: word(&status.last_error),
             advice: word(&status.advice),
@@ -315,6 +324,32 @@ impl From<&control::Point> for Point {
             names: point.names.clone(),
             verified: text::instant(point.verified_unix_ns),
             damaged: point.damaged,
+        }
+    }
+}
+
+/// `verify`.
+#[derive(Serialize)]
+pub struct Verification {
+    domain: String,
+    /// Else it has only begun.
+    ended: bool,
+    sound: Vec<String>,
+    damaged: Vec<String>,
+    damage: Vec<String>,
+    bytes: Option<u64>,
+}
+
+impl Verification {
+    /// What the receiver said.
+    pub fn new(domain: &str, report: &control::VerifyReport) -> Verification {
+        Verification {
+            domain: domain.to_owned(),
+            ended: report.ended,
+            sound: report.sound.clone(),
+            damaged: report.damaged.clone(),
+            damage: report.damage.clone(),
+            bytes: report.ended.then_some(report.bytes),
         }
     }
 }

@@ -72,6 +72,23 @@ async fn an_application_consistent_point_is_the_agents() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn verification_says_what_is_damaged_and_fails_for_it() {
+    let host = Host::with_both();
+    let begun = host.run(&["verify", "web1"]).await;
+    assert_eq!(begun.succeeded(), "web1 is being verified; `vmdr points web1` shows what has been\n");
+    let sound = host.run(&["verify", "web1", "--wait"]).await;
+    assert_eq!(sound.succeeded(), "web1: recovery point 3-1000 is sound: 5.0 MiB read\n");
+    let damaged = host.run(&["verify", "flipped", "--all", "--wait"]).await;
+    assert_eq!(damaged.code, 1, "{}", damaged.stderr);
+    assert!(damaged.stdout.contains("damaged: disk vda: 4096 bytes from offset 81920"), "{}", damaged.stdout);
+    let document = host.run(&["verify", "flipped", "--wait", "-o", "json"]).await;
+    let document: serde_json::Value = serde_json::from_str(&document.stdout).unwrap();
+    assert_eq!((&document["kind"], &document["damaged"][0]), (&"verify".into(), &"3-1001".into()), "{document}");
+    let both = host.run(&["verify", "web1", "--all", "--point", "3-990"]).await;
+    assert_eq!(both.code, 2, "{}", both.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn tables_keep_their_shape() {
     let host = Host::with_both();
     let cases: [(&str, &[&str]); 13] = [

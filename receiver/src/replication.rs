@@ -21,7 +21,7 @@ use uuid::Uuid;
 use vmdr_proto::REPLICATION_VERSION;
 use vmdr_proto::replication::replication_server::Replication;
 use vmdr_proto::replication::{
-    DescribeReply, DescribeRequest, FromReceiver, GiveBackReply, GiveBackRequest, HashesReply, HashesRequest,
+    Compare, DescribeReply, DescribeRequest, FromReceiver, GiveBackReply, GiveBackRequest, HashesReply, HashesRequest,
     NamePointReply, NamePointRequest, Open, OwnerReply, OwnerRequest, ProbeReply, ProbeRequest, Refused, RefusedCode,
     ReverseReply, ReverseRequest, SettleReply, SettleRequest, Taken, ToReceiver, Welcome, from_receiver, to_receiver,
 };
@@ -342,6 +342,13 @@ impl Stream<'_> {
                 Some(to_receiver::Message::Open(_)) => return Err(corrupt("a second Open in a stream")),
                 None => return Err(corrupt("an empty message, or one of a later version")),
             };
+            if self.ingest.wants_comparison() {
+                tracing::warn!(domain = %self.uuid, "the agent is asked to compare everything with the standby, which is damaged");
+                let compare = reply(from_receiver::Message::Compare(Compare {}));
+                if self.replies.blocking_send(compare).is_err() {
+                    return Ok(());
+                }
+            }
             if let Some(answer) = answer
                 && self.replies.blocking_send(reply(answer)).is_err()
             {

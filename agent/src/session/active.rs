@@ -83,6 +83,10 @@ pub(super) struct Active<'a> {
     pub(super) ended: Option<Ended>,
     /// The open epoch is a resync.
     resync: Option<Resync>,
+    /// That resync compares everything, whatever was noted of what was written.
+    comparing: bool,
+    /// The receiver has asked for such a one.
+    compare_wanted: bool,
     /// The receiver did not take differences: send everything.
     no_resync: bool,
     /// What the receiver was sent on this connection.
@@ -121,6 +125,8 @@ impl<'a> Active<'a> {
             hold: None,
             resync: None,
             no_resync: false,
+            comparing: false,
+            compare_wanted: false,
             sent_xml: String::new(),
             sent_layout: None,
             xml_changed: true,
@@ -275,6 +281,11 @@ impl<'a> Active<'a> {
                 self.sender = Some(sender);
                 self.start_from(&position)
             }
+            Input::Link(LinkEvent::Compare) => {
+                // One that is under way already does.
+                self.compare_wanted = !(self.comparing && self.resync.is_some());
+                Ok(())
+            }
             Input::Link(LinkEvent::Durable(durable)) => self.durable(durable.epoch, durable.part),
             Input::Link(LinkEvent::Refused(refused)) => {
                 self.sender = None;
@@ -405,6 +416,8 @@ impl<'a> Active<'a> {
 
     /// Begins `epoch` with the whole guest. Of what the receiver has at `position`, only what differs will be sent.
     fn copy_whole(&mut self, position: &Position, epoch: u64) -> Result<(), Stop> {
+        self.comparing = self.compare_wanted;
+        self.compare_wanted = false;
         self.in_flight.clear();
         self.sent_layout = None;
         self.fail_application(
@@ -412,9 +425,36 @@ impl<'a> Active<'a> {
         );
         self.resync = self.compare_with(position);
         let whole = if self.resync.is_some() { Whole::Resync } else { Whole::Seed };
-        self.attached.shim.arm(self.worker.protection.generation, epoch, whole)?;
+        let generation = self.worker.protection.generation;
+        if self.comparing {
+            self.attached.shim.arm_whole_disks(generation, epoch, whole)?;
+        } else {
+            self.attached.shim.arm(generation, epoch, whole)?;
+        }
         tracing::info!(domain = self.worker.protection.name, epoch, ?whole, "copying the whole guest");
         self.set_mode(Mode::Copy { round: 0, need_pass: true }, true);
+        Ok(())
+    }
+
+    /// What the receiver has is damaged: everything is compared with it, and what differs is sent again.
+    fn compare_all(&mut self) -> Result<(), Stop> {
+        let durable = self.worker.shared.status().durable_epoch;
+        let held = self.attached.shim.state()?.held;
+        if !self.in_flight.is_empty() || durable == 0 || held {
+            // As for mirrors: what is on its way comes first.
+            self.next_cut = Instant::now() + LOOK;
+            return Ok(());
+        }
+        tracing::warn!(
+            domain = self.worker.protection.name,
+            "the receiver's copy is damaged, everything is compared with it"
+        );
+        self.xml_changed = true;
+        self.sent_xml.clear();
+        let generation = self.worker.protection.generation;
+        let position = Position { generation, epoch: durable, ..Position::default() };
+        self.copy_whole(&position, durable + 1)?;
+        self.next_cut = Instant::now();
         Ok(())
     }
 
@@ -496,6 +536,9 @@ impl<'a> Active<'a> {
         }
         if self.mirror_gone {
             return self.begin_mirrors_anew();
+        }
+        if self.compare_wanted {
+            return self.compare_all();
         }
         // Nobody waits for it any more.
         if self.hold.as_ref().is_some_and(|hold| hold.answer.is_closed()) {

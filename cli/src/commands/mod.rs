@@ -15,6 +15,7 @@ mod history;
 mod ownership;
 mod protected_side;
 mod status;
+mod verify;
 
 /// Does what the command line says.
 pub async fn run(cli: &Cli) -> Result<(), Failure> {
@@ -54,8 +55,13 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
         Command::Retention { domain, tiers, budget, reset } => {
             history::retention(common, out, domain, tiers, *budget, *reset).await
         }
-        Command::Activate { domain, dry_run, yes, wait, point, at, before } => {
-            let which = backup_side::Which { point: point.clone(), at_unix_ns: *at, before: *before };
+        Command::Verify { domain, point, all, wait } => {
+            verify::verify(common, out, domain, point.as_deref(), *all, *wait).await
+        }
+        Command::Inspect { arguments } => Err(verify::inspect(arguments, out.is_json())),
+        Command::Activate { domain, dry_run, yes, wait, point, at, before, damaged } => {
+            let which =
+                backup_side::Which { point: point.clone(), at_unix_ns: *at, before: *before, damaged: *damaged };
             let options = backup_side::Activate { dry_run: *dry_run, yes: *yes, wait: *wait, which };
             backup_side::activate(common, out, domain, options).await
         }

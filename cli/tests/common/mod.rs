@@ -485,6 +485,23 @@ impl Receiver for Daemon {
         Ok(Response::new(DivergenceReply { sets: vec![set], freed_bytes: if drop { 1 << 30 } else { 0 } }))
     }
 
+    type VerifyStream = Stream;
+
+    async fn verify(&self, request: Request<VerifyRequest>) -> Result<Response<Stream>, Status> {
+        let VerifyRequest { domain, point, all, wait } = request.into_inner();
+        self.asked(if all { "verify-all" } else { "verify" }, &domain)?;
+        let damaged = domain == "flipped";
+        let report = VerifyReport {
+            ended: wait,
+            sound: vec![if point.is_empty() { "3-1000".to_owned() } else { point }],
+            damaged: if damaged { vec!["3-1001".to_owned()] } else { Vec::new() },
+            damage: if damaged { vec!["disk vda: 4096 bytes from offset 81920 on".to_owned()] } else { Vec::new() },
+            bytes: 5 << 20,
+        };
+        let last = Progress { step: "verify".into(), verification: Some(report), ..Progress::default() };
+        Ok(stream(vec![progress("verify", 1 << 20, 5 << 20, "bytes", ""), Ok(last)]))
+    }
+
     async fn forget(&self, request: Request<DomainRequest>) -> Result<Response<ForgetReply>, Status> {
         self.asked("forget", &request.into_inner().domain)?;
         Ok(Response::new(ForgetReply { freed_bytes: 3 << 30 }))

@@ -230,6 +230,7 @@ impl Stream {
                 from_receiver::Message::Refused(m) => Answer::Refused(m),
                 from_receiver::Message::Heartbeat(m) => Answer::Heartbeat(m),
                 from_receiver::Message::Taken(m) => panic!("nothing was handed over: {m:?}"),
+                from_receiver::Message::Compare(m) => panic!("nothing is damaged: {m:?}"),
             },
             Ok(Some(FromReceiver { message: None })) => panic!("an empty answer"),
             Ok(None) => Answer::End(None),
