@@ -143,6 +143,31 @@ fn reprotecting_sends_what_differs_of_the_disks() -> Result<()> {
     pair.rig.finish()
 }
 
+/// The other site is gone for good: the operator makes the fenced host the owner, and later protects to the site again.
+#[test]
+fn a_fenced_guest_is_owned_again_by_force() -> Result<()> {
+    let mut pair = Pair::new("failback-own", guest(), |_, _| Ok(()))?;
+    pair.vmdr(At::A, "protect", &[])?;
+    pair.wait_durable(At::A)?;
+    pair.activate(At::B)?;
+    pair.wait_state(At::A, "fenced")?;
+    ensure!(pair.states() == ["paused", "running"], "{:?}", pair.states());
+    let refused = pair.vmdr(At::A, "own", &[]).err().context("a guest that runs elsewhere was given back")?;
+    ensure!(format!("{refused:#}").contains("runs there"), "{refused:#}");
+    pair.lose(At::B)?;
+    let owned = pair.vmdr(At::A, "own", &["--force", "--reason", "site B is gone", "--yes"])?;
+    ensure!(owned["running"] == true && owned["generation"] == 3, "{owned}");
+    pair.check("owned by force")?;
+    // It comes back after all, with the guest that was active there off. It must not fence this one.
+    pair.boot(At::B)?;
+    std::thread::sleep(Duration::from_secs(3));
+    ensure!(pair.states() == ["running", "shut off"], "{:?}", pair.states());
+    reprotect(&pair, At::A)?;
+    pair.check("protected again")?;
+    pair.wait_state(At::A, "protected")?;
+    pair.rig.finish()
+}
+
 /// What dies in the middle of a move.
 #[derive(Clone, Copy, Debug)]
 enum Loss {

@@ -9,7 +9,7 @@ use vmdr_daemon::ownership::{Event, Ownership, Role};
 use vmdr_hypervisor::domain_xml::DomainXml;
 use vmdr_hypervisor::libvirt::{Connection, DomainState};
 use vmdr_proto::control::{MoveReport, MoveRequest, OwnReply, OwnRequest, Progress, ProtectRequest};
-use vmdr_proto::replication::{GiveBackRequest, OwnerReply, OwnerRequest, ReverseRequest, ReverseState, SettleRequest};
+use vmdr_proto::replication::{GiveBackRequest, OwnerReply, OwnerRequest, ReverseRequest, ReverseState};
 
 use super::{ANSWER_LIMIT, Control, blocking, follow, internal, refusals, slow_enough};
 use crate::config::check_interval;
@@ -20,6 +20,8 @@ use crate::session::{Input, Phase, attach};
 
 /// Between two questions how far the other site is.
 const LOOK: Duration = Duration::from_millis(200);
+/// How long a guest may be behind before a move of it is refused.
+const BEHIND_LIMIT: Duration = Duration::from_secs(10);
 /// How long the other site may take to end what is left of the guest there.
 const WAITING_LIMIT: Duration = Duration::from_secs(30);
 /// How long a receiver may be silent while it is asked again and again.
@@ -46,7 +48,15 @@ pub(super) async fn move_away(
 ) -> Result<MoveReport, Status> {
     let agent = &control.agent;
     let protection = protection_of(agent, &request.domain)?;
-    let phase = phase_of(agent, &protection.uuid);
+    // A moment in which the receiver does not keep up is no reason.
+    let begun = std::time::Instant::now();
+    let phase = loop {
+        let phase = phase_of(agent, &protection.uuid);
+        if phase != Some(Phase::Behind) || begun.elapsed() > BEHIND_LIMIT {
+            break phase;
+        }
+        tokio::time::sleep(LOOK).await;
+    };
     if phase != Some(Phase::Protected) {
         let name = phase.map_or("not protected", Phase::name);
         return Err(Status::failed_precondition(format!(
@@ -244,14 +254,17 @@ fn record(agent: &Agent, uuid: &str) -> Result<Option<Ownership>, Status> {
     agent.config.ownerships().get(uuid).map_err(|error| Status::internal(error.to_string()))
 }
 
+/// One that does not get on, as after `own --force`, is begun anew too: what its shim has is compared again.
+fn gives_way(phase: Phase) -> bool {
+    matches!(phase, Phase::Fenced | Phase::Over | Phase::Starting | Phase::Disconnected | Phase::Failed)
+}
+
 /// A protection from before the guest went away is over; one that goes on stands in the way.
 async fn make_room(agent: &Agent, uuid: &str) -> Result<(), Status> {
     let session = {
         let mut sessions = agent.sessions();
         match sessions.get(uuid) {
-            Some(session) if matches!(session.shared.status().phase, Phase::Fenced | Phase::Over) => {
-                sessions.remove(uuid)
-            }
+            Some(session) if gives_way(session.shared.status().phase) => sessions.remove(uuid),
             Some(session) => {
                 let name = session.protection.name.clone();
                 return Err(Status::already_exists(format!("domain {name} is already protected")));
@@ -332,8 +345,8 @@ pub(super) async fn own(control: &Control, request: OwnRequest) -> Result<OwnRep
     } else {
         let receiver = receiver.ok_or_else(|| Status::failed_precondition("the other site is not known"))?;
         let mut questions = Questions::connect(&receiver).await.map_err(Status::unavailable)?;
-        let settle = SettleRequest { domain_uuid: uuid.clone(), domain_name: name.clone(), generation: known };
-        let position = questions.settle(settle).await.map_err(Status::unavailable)?;
+        let asked = OwnerRequest { domain_uuid: uuid.clone(), plan: false };
+        let position = questions.owner(asked).await.map_err(Status::unavailable)?;
         let back = GiveBackRequest { domain_uuid: uuid.clone(), generation: position.generation };
         let given = questions.give_back(back).await.map_err(Status::failed_precondition)?;
         Event::GivenBack(given.generation)

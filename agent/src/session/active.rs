@@ -293,6 +293,15 @@ impl<'a> Active<'a> {
                 if self.worker.protection.moving.is_some() {
                     return self.not_taken(&refused);
                 }
+                let known = refused.position.map_or(u64::MAX, |position| position.generation);
+                if refused.code() == RefusedCode::Fenced && known < self.worker.protection.generation {
+                    // This host became the owner by force: what was active there is of an older generation.
+                    let name = &self.worker.protection.name;
+                    return Err(Stop::Again(anyhow!(
+                        "{message}; this host owns it in a newer generation: end what is left of it there, then `vmdr \
+                         reprotect {name}` here"
+                    )));
+                }
                 if refused.code() == RefusedCode::Fenced {
                     // First of all, so that it holds whatever becomes of guest and shim now.
                     self.worker.protection.fenced = true;
