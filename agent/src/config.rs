@@ -52,9 +52,18 @@ pub struct Config {
     pub disk_copy_bytes_per_second: u64,
     /// The clocks of guests with vmdr's tools are kept with this host's.
     pub guest_clock: bool,
+    /// How long a guest may take to bring its file systems to rest for an application-consistent point, in milliseconds.
+    pub freeze_limit_ms: u32,
+    /// How long it may keep them so, in milliseconds.
+    pub frozen_limit_ms: u32,
     /// What protection may cost this host.
     pub limits: Limits,
 }
+
+/// What is possible for `freeze_limit_ms`: the `vmdr` command waits for 60 s.
+const FREEZE_LIMIT_MS: std::ops::RangeInclusive<u32> = 1_000..=30_000;
+/// What is possible for `frozen_limit_ms`.
+const FROZEN_LIMIT_MS: std::ops::RangeInclusive<u32> = 500..=30_000;
 
 impl Default for Config {
     fn default() -> Self {
@@ -75,6 +84,8 @@ impl Default for Config {
             cut_limit_ms: CUT_LIMIT_MS,
             disk_copy_bytes_per_second: 0,
             guest_clock: true,
+            freeze_limit_ms: 20_000,
+            frozen_limit_ms: 5_000,
             limits: Limits::default(),
         }
     }
@@ -102,6 +113,14 @@ impl Config {
         }
         if config.cut_limit_ms == 0 || config.cut_pages_max == 0 {
             bail!("cut_limit_ms and cut_pages_max must not be 0");
+        }
+        for (name, value, range) in [
+            ("freeze_limit_ms", config.freeze_limit_ms, FREEZE_LIMIT_MS),
+            ("frozen_limit_ms", config.frozen_limit_ms, FROZEN_LIMIT_MS),
+        ] {
+            if !range.contains(&value) {
+                bail!("{name} = {value} is out of range: {} to {} are possible", range.start(), range.end());
+            }
         }
         config.limits.check()?;
         Ok(config)
@@ -163,6 +182,8 @@ mod tests {
         assert!(error.contains("25 ms to 60000 ms"), "{error}");
         assert!(Config::parse("interval_ms = \n").unwrap_err().to_string().starts_with("line 1"));
         assert!(Config::parse("arena_bytes = 1").is_err());
+        let error = Config::parse("frozen_limit_ms = 60000").unwrap_err().to_string();
+        assert!(error.contains("500 to 30000"), "{error}");
         assert!(Config::parse("metrics_listen = \"x\"").is_err());
         assert_eq!(Config::parse("metrics_listen = \"\"").unwrap().metrics_listen, None);
         assert_eq!(Config::parse("").unwrap().interval_ms, 100);

@@ -16,11 +16,11 @@ use vmdr_hypervisor::libvirt::Connection;
 use vmdr_proto::REPLICATION_VERSION;
 use vmdr_proto::control::agent_server::{Agent as AgentService, AgentServer};
 use vmdr_proto::control::{
-    DoctorReply, DoctorRequest, DomainRequest, DomainStatus, HoldReply, MoveRequest, OwnReply, OwnRequest,
-    PrepareReply, Progress, ProtectRequest, ReleaseReply, ResumeReply, StatusReply, StatusRequest, SuspendReply,
-    UnprotectReply,
+    ApplicationPoint, DoctorReply, DoctorRequest, DomainRequest, DomainStatus, HoldReply, MoveRequest, OwnReply,
+    OwnRequest, Point, PointRequest, PrepareReply, Progress, ProtectRequest, ReleaseReply, ResumeReply, StatusReply,
+    StatusRequest, SuspendReply, UnprotectReply,
 };
-use vmdr_proto::replication::{ProbeReply, ProbeRequest};
+use vmdr_proto::replication::{NamePointRequest, ProbeReply, ProbeRequest};
 
 use crate::config::check_interval;
 use crate::daemon::Agent;
@@ -28,6 +28,7 @@ use crate::guest_channel::GuestChannel;
 use crate::link::Questions;
 use crate::preflight::domain::PASSTHROUGH_INTERVAL_MS_MIN;
 use crate::preflight::{self, DomainOptions, Finding, HostFacts, Severity};
+use crate::quiesce;
 use crate::registry::Protection;
 use crate::session::{Answer, Input, Phase, Session};
 
@@ -36,6 +37,10 @@ const RECEIVER_REMEDY: &str = "start vmdr-receiver there, or correct the address
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 /// Reports to a command that does not read; what was asked for does not wait for it.
 const REPORTS_MAX: usize = 16;
+/// Beside freezing: how long the cut of an application-consistent point may take until it is durable.
+const APPLICATION_LIMIT: Duration = Duration::from_secs(20);
+/// Between application-consistent points of a schedule, in seconds: each makes the guest's writers wait for a moment.
+const APPLICATION_EVERY_SECONDS: std::ops::RangeInclusive<u64> = 10..=30 * 24 * 3600;
 const PROGRESS_LOOK: Duration = Duration::from_millis(100);
 
 type Reports = Pin<Box<dyn tokio_stream::Stream<Item = Result<Progress, Status>> + Send>>;
@@ -107,13 +112,20 @@ impl AgentService for Control {
         if self.agent.sessions().get(&examined.uuid).is_some_and(|session| !session.is_over()) {
             return Err(Status::already_exists(format!("domain {} is already protected", examined.name)));
         }
+        let every = request.application_every_seconds;
+        if every > 0 && !APPLICATION_EVERY_SECONDS.contains(&every) {
+            let (from, to) = (APPLICATION_EVERY_SECONDS.start(), APPLICATION_EVERY_SECONDS.end());
+            return Err(Status::invalid_argument(format!(
+                "an application-consistent point every {every} s is out of range: {from} s to {to} s are possible"
+            )));
+        }
         // What was activated here is owned in that generation, which a receiver that knows nothing of it is told. One that
         // does tells its own.
         let ours = self.agent.config.ownerships().get(&examined.uuid).map_err(|e| Status::internal(e.to_string()))?;
         let ours = ours.filter(|ours| ours.role == Role::Owner && examined.stored_generation == 0);
         let generation = ours.map_or(0, |ours| ours.generation);
         let (sender, progress) = mpsc::channel(REPORTS_MAX);
-        self.begin(examined, receiver, interval, generation, sender)?;
+        self.begin(examined, receiver, interval, every, generation, sender)?;
         Ok(Response::new(Box::pin(ReceiverStream::new(progress))))
     }
 
@@ -146,22 +158,22 @@ impl AgentService for Control {
     }
 
     async fn hold(&self, request: Request<DomainRequest>) -> Result<Response<HoldReply>, Status> {
-        let epoch = self.ask(&request.into_inner().domain, Input::Hold).await?;
+        let epoch = self.ask(&request.into_inner().domain, ANSWER_LIMIT, Input::Hold).await?;
         Ok(Response::new(HoldReply { epoch }))
     }
 
     async fn release(&self, request: Request<DomainRequest>) -> Result<Response<ReleaseReply>, Status> {
-        self.ask(&request.into_inner().domain, Input::Release).await?;
+        self.ask(&request.into_inner().domain, ANSWER_LIMIT, Input::Release).await?;
         Ok(Response::new(ReleaseReply {}))
     }
 
     async fn suspend(&self, request: Request<DomainRequest>) -> Result<Response<SuspendReply>, Status> {
-        let epoch = self.ask(&request.into_inner().domain, Input::Suspend).await?;
+        let epoch = self.ask(&request.into_inner().domain, ANSWER_LIMIT, Input::Suspend).await?;
         Ok(Response::new(SuspendReply { epoch }))
     }
 
     async fn resume(&self, request: Request<DomainRequest>) -> Result<Response<ResumeReply>, Status> {
-        self.ask(&request.into_inner().domain, Input::Resume).await?;
+        self.ask(&request.into_inner().domain, ANSWER_LIMIT, Input::Resume).await?;
         Ok(Response::new(ResumeReply {}))
     }
 
@@ -199,6 +211,38 @@ impl AgentService for Control {
         ownership::own(self, request.into_inner()).await.map(Response::new)
     }
 
+    async fn create_point(&self, request: Request<PointRequest>) -> Result<Response<ApplicationPoint>, Status> {
+        let request = request.into_inner();
+        let limit = quiesce::Limits::of(&self.agent.config).freeze + APPLICATION_LIMIT;
+        let made = self.ask(&request.domain, limit, Input::Application).await?;
+        let id = format!("{}-{}", made.generation, made.epoch);
+        let mut point = Point {
+            id: id.clone(),
+            generation: made.generation,
+            epoch: made.epoch,
+            cut_unix_ns: made.cut_unix_ns,
+            consistency: "application".to_owned(),
+            ..Point::default()
+        };
+        if !request.name.is_empty() {
+            let named = self.name_point(&request, made.generation, made.epoch).await;
+            point.bytes = named.map_err(|why| {
+                Status::failed_precondition(format!(
+                    "recovery point {id} was made and is application-consistent, but could not be named: {why}"
+                ))
+            })?;
+            point.pinned = true;
+            point.names = vec![request.name];
+        }
+        Ok(Response::new(ApplicationPoint {
+            point: Some(point),
+            frozen_seconds: made.frozen.as_secs_f64(),
+            file_systems: made.file_systems,
+            way: made.way.to_owned(),
+            note: made.note,
+        }))
+    }
+
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
         let name = request.into_inner().domain;
         let sessions = self.agent.sessions();
@@ -224,6 +268,8 @@ struct Examined {
     uuid: String,
     /// Whether QEMU can only be talked to through libvirt.
     passthrough: bool,
+    /// Whether there is a channel to somebody in the guest who can freeze file systems.
+    has_channel: bool,
     findings: Vec<Finding>,
     /// The generation that the receiver has stored of it; 0: nothing, or it was not asked.
     stored_generation: u64,
@@ -267,6 +313,7 @@ impl Control {
         examined: Examined,
         receiver: String,
         interval: Interval,
+        application_every_seconds: u64,
         generation: u64,
         reports: mpsc::Sender<Result<Progress, Status>>,
     ) -> Result<(), Status> {
@@ -274,6 +321,13 @@ impl Control {
             return Err(error);
         }
         let interval_ms = slow_enough(&examined, &interval)?;
+        if application_every_seconds > 0 && !examined.has_channel {
+            return Err(Status::failed_precondition(format!(
+                "domain {} cannot have application-consistent points: {}",
+                examined.name,
+                quiesce::REMEDY
+            )));
+        }
         self.admit(&examined.name)?;
         let protection = Protection {
             name: examined.name.clone(),
@@ -284,6 +338,7 @@ impl Control {
             fenced: false,
             id: uuid::Uuid::new_v4().to_string(),
             suspended: None,
+            application_every_seconds,
             holds_to_move: false,
             moving: None,
         };
@@ -307,7 +362,7 @@ impl Control {
     }
 
     /// Asks a session for something and waits for its answer.
-    async fn ask<T>(&self, name: &str, input: impl FnOnce(Answer<T>) -> Input) -> Result<T, Status> {
+    async fn ask<T>(&self, name: &str, limit: Duration, input: impl FnOnce(Answer<T>) -> Input) -> Result<T, Status> {
         let (sender, answer) = tokio::sync::oneshot::channel();
         {
             let uuid = self.agent.find(name);
@@ -315,14 +370,25 @@ impl Control {
             let session = uuid.as_ref().and_then(|uuid| sessions.get(uuid));
             session.ok_or_else(|| Status::not_found(format!("domain {name} is not protected")))?.tell(input(sender));
         }
-        match tokio::time::timeout(ANSWER_LIMIT, answer).await {
+        match tokio::time::timeout(limit, answer).await {
             Ok(Ok(Ok(value))) => Ok(value),
             Ok(Ok(Err(message))) => Err(Status::failed_precondition(message)),
             Ok(Err(_)) => Err(Status::unavailable(format!("the protection of {name} is being set up anew"))),
-            Err(_) => {
-                Err(Status::deadline_exceeded(format!("no answer within {ANSWER_LIMIT:?}; see `vmdr status {name}`")))
-            }
+            Err(_) => Err(Status::deadline_exceeded(format!("no answer within {limit:?}; see `vmdr status {name}`"))),
         }
+    }
+
+    /// Has the receiver keep a point under a name. What it takes up there, in bytes.
+    async fn name_point(&self, request: &PointRequest, generation: u64, epoch: u64) -> Result<u64, String> {
+        let (receiver, domain_uuid) = {
+            let uuid = self.agent.find(&request.domain).ok_or("the domain is not protected any more")?;
+            let sessions = self.agent.sessions();
+            let session = sessions.get(&uuid).ok_or("the domain is not protected any more")?;
+            (session.protection.receiver.clone(), uuid)
+        };
+        let name = request.name.clone();
+        let mut questions = Questions::connect(&receiver).await?;
+        Ok(questions.name_point(NamePointRequest { domain_uuid, generation, epoch, name }).await?.bytes)
     }
 
     /// Preflight, and the receiver's own opinion.
@@ -337,10 +403,12 @@ impl Control {
             let mut findings = preflight::host::findings(&facts, Ok(&connection), config.arena_bytes);
             findings.extend(preflight::domain::findings(&domain, &facts, &options));
             let active = domain.state()?.0.is_active();
-            let passthrough = active && own_qmp_socket(&domain.live_xml()?).is_none();
+            let live = domain.live_xml()?;
+            let passthrough = active && own_qmp_socket(&live).is_none();
+            let has_channel = quiesce::has_channel(&live);
             let probe = if active { Some(preflight::probe_request(&domain)?) } else { None };
             let (name, uuid) = (domain.name().to_owned(), domain.uuid().to_string());
-            Ok((Examined { name, uuid, passthrough, findings, stored_generation: 0 }, probe))
+            Ok((Examined { name, uuid, passthrough, has_channel, findings, stored_generation: 0 }, probe))
         })
         .await?;
         if let (Some(receiver), Some(probe)) = (receiver, probe) {
@@ -475,6 +543,10 @@ pub fn domain_status(session: &Session) -> DomainStatus {
         limited_by: session.shared.limits.limited_by(),
         guest_clock_offset_seconds: tools.as_ref().and_then(|tools| tools.clock_offset_seconds),
         guest_tools: tools.map(|tools| tools.software).unwrap_or_default(),
+        application_every_seconds: session.protection.application_every_seconds,
+        application_cut_unix_ns: status.application.cut_unix_ns,
+        application_frozen_seconds: status.application.frozen.as_secs_f64(),
+        application_error: status.application.error.clone(),
         // What only a receiver knows.
         ..DomainStatus::default()
     }

@@ -15,6 +15,8 @@ pub struct Extras<'a> {
     pub domain_xml: Option<&'a str>,
     /// What the guest consists of; sent with the first and the last part of an epoch.
     pub layout: Option<&'a Layout>,
+    /// The guest's file systems were at rest at the cut.
+    pub application: bool,
 }
 
 /// Encodes parts, one at a time. Keeps its buffers.
@@ -80,6 +82,7 @@ impl PartEncoder {
             digest_high,
             last: part.last,
             cut_unix_ns: part.cut_unix_ns,
+            application: part.last && extras.application,
             counts: Some(PartCounts {
                 ram_pages: counts.ram_pages,
                 zero_pages: counts.zero_pages,

@@ -1,19 +1,23 @@
-//! The host's end of the channel to a guest's tools: tells them the time.
+//! The host's end of the channel to a guest's tools: tells them the time, and asks them to freeze and thaw.
 //!
 //! Where a domain's definition has a virtio channel named [`vmdr_guest_channel::PORT`], QEMU listens on a unix socket for
 //! whoever wants to talk to the guest. While a domain is protected, a thread of the agent's does. It answers: the guest asks for
-//! the time and steers its own clock; nothing that the guest sends makes the agent do anything but answer, and show two
-//! figures that the guest claims. So a guest without tools, one that talks nonsense and one that floods the channel are
-//! all the same to protection: what is read is limited in speed ([`PACE`]) and in size, what cannot be sent at once is
-//! dropped, and the guest asks again.
+//! the time and steers its own clock; nothing that the guest sends makes the agent do anything but answer, show what the guest
+//! claims, and hand the answer to a question to whoever has asked it ([`Line`]) and waits for so long and no longer. So a guest
+//! without tools, one that talks nonsense and one that floods the channel are all the same to protection: what is read is
+//! limited in speed ([`PACE`]) and in size, what cannot be sent at once is dropped, and the guest asks again.
+//!
+//! QEMU takes one connection. Another one waits until its socket is free, without a thread that hangs in connect(2).
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use vmdr_guest_channel::{Decoder, Frame, Hello, Message, PORT, features};
 use vmdr_hypervisor::xml::Element;
 
@@ -44,6 +48,7 @@ pub struct Tools {
 #[derive(Debug, Default)]
 struct Seen {
     tools: Option<String>,
+    features: u32,
     asked: Option<(Instant, i64)>,
 }
 
@@ -52,6 +57,73 @@ struct Seen {
 pub struct GuestChannel {
     stop: Arc<AtomicBool>,
     seen: Arc<Mutex<Seen>>,
+    line: Arc<Line>,
+}
+
+/// Questions to the guest, over the channel's connection of the moment. One is waited for at a time.
+#[derive(Debug, Default)]
+pub struct Line {
+    stream: Mutex<Option<UnixStream>>,
+    waiting: Mutex<Option<(u32, SyncSender<Message>)>>,
+    number: AtomicU32,
+}
+
+/// Why there is no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoAnswer {
+    /// Nothing is connected, or was until the answer came.
+    #[error("the channel to the guest's tools is not connected")]
+    Closed,
+    /// It did not come in time.
+    #[error("the guest's tools did not answer in time")]
+    Late,
+}
+
+impl Line {
+    /// A number for a question.
+    pub fn number(&self) -> u32 {
+        self.number.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Sends something, if that is possible at once.
+    pub fn tell(&self, number: u32, message: Message) -> Result<(), NoAnswer> {
+        let stream = lock(&self.stream);
+        let stream = stream.as_ref().ok_or(NoAnswer::Closed)?;
+        match send(stream, &Frame { number, message }) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(NoAnswer::Late),
+            Err(_) => Err(NoAnswer::Closed),
+        }
+    }
+
+    /// Asks, and waits for the answer that has the question's number. Whoever waits already waits in vain from then on.
+    pub fn ask(&self, number: u32, message: Message, limit: Duration) -> Result<Message, NoAnswer> {
+        let (sender, answer) = sync_channel(1);
+        *lock(&self.waiting) = Some((number, sender));
+        let told = self.tell(number, message);
+        let answered = told.and_then(|()| {
+            answer.recv_timeout(limit).map_err(|error| match error {
+                RecvTimeoutError::Timeout => NoAnswer::Late,
+                RecvTimeoutError::Disconnected => NoAnswer::Closed,
+            })
+        });
+        lock(&self.waiting).take_if(|(waiting, _)| *waiting == number);
+        answered
+    }
+
+    fn answered(&self, number: u32, message: Message) {
+        if let Some((_, sender)) = lock(&self.waiting).take_if(|(waiting, _)| *waiting == number) {
+            // Whoever has asked may have gone.
+            let _ = sender.try_send(message);
+        }
+    }
+
+    fn set(&self, stream: Option<UnixStream>) {
+        if stream.is_none() {
+            *lock(&self.waiting) = None;
+        }
+        *lock(&self.stream) = stream;
+    }
 }
 
 /// The socket of a running domain's channel to vmdr's tools, if it has one.
@@ -68,10 +140,23 @@ pub fn socket(live: &Element) -> Option<PathBuf> {
 impl GuestChannel {
     /// Talks to the guest behind `socket` from now on. `tell_time`: its clock may be steered.
     pub fn open(domain: &str, socket: PathBuf, tell_time: bool) -> std::io::Result<Self> {
-        let (stop, seen) = (Arc::new(AtomicBool::new(false)), Arc::default());
-        let talk = Talk { domain: domain.to_owned(), tell_time, stop: stop.clone(), seen: Arc::clone(&seen) };
-        std::thread::Builder::new().name(format!("guest {domain}")).spawn(move || talk.run(&socket))?;
-        Ok(Self { stop, seen })
+        let (stop, seen, line) = (Arc::new(AtomicBool::new(false)), Arc::default(), Arc::<Line>::default());
+        // Another agent's questions are answered late, perhaps: not by the same numbers.
+        line.number.store(uuid::Uuid::new_v4().as_fields().0, Ordering::Relaxed);
+        let domain = domain.to_owned();
+        let talk = Talk { domain, tell_time, stop: stop.clone(), seen: Arc::clone(&seen), line: line.clone() };
+        std::thread::Builder::new().name(format!("guest {}", talk.domain)).spawn(move || talk.run(&socket))?;
+        Ok(Self { stop, seen, line })
+    }
+
+    /// Somebody who freezes when asked to, or why there is nobody.
+    pub fn freezer(&self) -> Result<Arc<Line>, &'static str> {
+        let seen = lock(&self.seen);
+        match seen.tools {
+            None => Err("they have not been heard of"),
+            Some(_) if seen.features & features::FREEZE == 0 => Err("they are of a version that cannot freeze"),
+            Some(_) => Ok(Arc::clone(&self.line)),
+        }
     }
 
     /// What the guest's tools say, if there are any.
@@ -90,9 +175,19 @@ impl Drop for GuestChannel {
     }
 }
 
-fn lock(seen: &Mutex<Seen>) -> MutexGuard<'_, Seen> {
-    // Two independent values: valid after a panic.
-    seen.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(values: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Independent values: valid after a panic.
+    values.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Connects, if that is possible at once: not while QEMU's socket has somebody who waits already.
+fn connect(path: &Path) -> std::io::Result<UnixStream> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
 }
 
 struct Talk {
@@ -100,6 +195,7 @@ struct Talk {
     tell_time: bool,
     stop: Arc<AtomicBool>,
     seen: Arc<Mutex<Seen>>,
+    line: Arc<Line>,
 }
 
 impl Talk {
@@ -110,9 +206,10 @@ impl Talk {
     fn run(&self, socket: &Path) {
         while !self.stopped() {
             // Another program may have the socket, or the guest may be ending: both are tried again without a word.
-            if let Ok(stream) = UnixStream::connect(socket) {
+            if let Ok(stream) = connect(socket) {
                 let ended = self.converse(&stream);
                 *lock(&self.seen) = Seen::default();
+                self.line.set(None);
                 if let Err(error) = ended {
                     tracing::debug!(domain = self.domain, "the channel to the guest's tools: {error}");
                 }
@@ -128,6 +225,7 @@ impl Talk {
     fn converse(&self, stream: &UnixStream) -> std::io::Result<()> {
         stream.set_read_timeout(Some(LOOK))?;
         stream.set_write_timeout(Some(SEND_LIMIT))?;
+        self.line.set(Some(stream.try_clone()?));
         let mut from = stream;
         let mut decoder = Decoder::default();
         let mut greet = Instant::now();
@@ -146,7 +244,7 @@ impl Talk {
             let mut rest = &buffer[..bytes];
             while let Some(frame) = decoder.next(&mut rest) {
                 // One that does not read gets no further answers to what it has asked at once.
-                if let Some(message) = self.answer(frame.message)
+                if let Some(message) = self.answer(frame.number, frame.message)
                     && !send(stream, &Frame { number: frame.number, message })?
                 {
                     break;
@@ -162,7 +260,7 @@ impl Talk {
         Hello::own(clock, answer, concat!("vmdr-agent ", env!("CARGO_PKG_VERSION")))
     }
 
-    fn answer(&self, message: Message) -> Option<Message> {
+    fn answer(&self, number: u32, message: Message) -> Option<Message> {
         match message {
             Message::Hello(hello) => {
                 let mut seen = lock(&self.seen);
@@ -176,6 +274,7 @@ impl Talk {
                     );
                 }
                 seen.tools = Some(printable(&hello.software));
+                seen.features = if hello.common_version().is_some() { hello.features } else { 0 };
                 hello.answer.then(|| Message::Hello(self.hello(false)))
             }
             Message::ClockAsk { offset_ns, .. } if self.tell_time => {
@@ -183,13 +282,17 @@ impl Talk {
                 let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
                 Some(Message::ClockIs { host_unix_ns: since.as_nanos() as u64 })
             }
-            Message::Unsupported(_) => None,
+            Message::Frozen { .. } | Message::Thawed { .. } | Message::Unsupported(_) => {
+                self.line.answered(number, message);
+                None
+            }
             other => Some(Message::Unsupported(other.kind())),
         }
     }
 }
 
-/// Sends what the other end takes at once, and says whether it took anything. Half a frame is found to be none.
+/// Sends what the other end takes at once, and says whether it took anything. Half a frame is found to be none. (Two threads
+/// send: the kernel takes a frame of either as a whole, or its beginning.)
 fn send(mut stream: &UnixStream, frame: &Frame) -> std::io::Result<bool> {
     match stream.write(&frame.encode()) {
         Ok(_) => Ok(true),
@@ -203,7 +306,7 @@ fn is_wait(error: &std::io::Error) -> bool {
 }
 
 /// The guest chose it: no control characters get into a terminal or a log.
-fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).collect()
 }
 
@@ -296,6 +399,61 @@ mod tests {
             std::thread::sleep(LOOK);
         }
         assert!(gone(), "the thread goes on");
+    }
+
+    #[test]
+    fn a_question_is_answered_by_its_number_or_not_at_all() {
+        let (channel, mut stream, _directory) = guest(true);
+        assert_eq!(channel.freezer().unwrap_err(), "they have not been heard of");
+        say(&mut stream, 1, Message::Hello(Hello::own(features::CLOCK, true, "old tools")));
+        assert!(matches!(next(&mut stream).message, Message::Hello(_)));
+        while !matches!(next(&mut stream).message, Message::Hello(Hello { answer: false, .. })) {}
+        assert_eq!(channel.freezer().unwrap_err(), "they are of a version that cannot freeze");
+        say(&mut stream, 2, Message::Hello(Hello::own(features::FREEZE, true, "tools")));
+        while !matches!(next(&mut stream).message, Message::Hello(Hello { answer: false, .. })) {}
+        let line = channel.freezer().unwrap();
+        let thawed = |text: &str| Message::Thawed { held: true, frozen_ms: 1, text: text.to_owned() };
+        let limit = Duration::from_secs(20);
+        std::thread::scope(|scope| {
+            let (asker, number) = (line.clone(), line.number());
+            let asked = scope.spawn(move || asker.ask(number, Message::Thaw { freeze: 3 }, limit));
+            let asked_here = next(&mut stream);
+            assert_eq!(asked_here, Frame { number, message: Message::Thaw { freeze: 3 } });
+            say(&mut stream, number.wrapping_add(1), thawed("not asked"));
+            say(&mut stream, number, thawed("asked"));
+            assert_eq!(asked.join().unwrap(), Ok(thawed("asked")));
+        });
+        let late = line.ask(line.number(), Message::Freeze { hold_ms: 1 }, Duration::from_millis(50));
+        assert_eq!(late, Err(NoAnswer::Late));
+        drop(stream);
+        let closed = line.ask(line.number(), Message::Freeze { hold_ms: 1 }, limit);
+        assert_eq!(closed, Err(NoAnswer::Closed));
+    }
+
+    #[test]
+    fn a_channel_that_waits_for_its_turn_leaves_no_thread_behind() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("port");
+        let listener = UnixListener::bind(&path).unwrap();
+        // As QEMU's: one may wait. It does, and the next would wait in connect(2).
+        rustix::net::listen(&listener, 0).unwrap();
+        let _first = connect(&path).unwrap();
+        let channel = GuestChannel::open("web1", path.clone(), true).unwrap();
+        std::thread::sleep(3 * LOOK);
+        assert_eq!(channel.tools(), None);
+        let stop = channel.stop.clone();
+        drop(channel);
+        let until = Instant::now() + Duration::from_secs(20);
+        while Arc::strong_count(&stop) > 1 {
+            assert!(Instant::now() < until, "the thread goes on");
+            std::thread::sleep(LOOK);
+        }
+        // And it is its turn when the socket is free.
+        let channel = GuestChannel::open("web1", path, true).unwrap();
+        drop(listener.accept().unwrap());
+        let (mut stream, _) = listener.accept().unwrap();
+        assert!(matches!(next(&mut stream).message, Message::Hello(_)));
+        drop(channel);
     }
 
     #[test]

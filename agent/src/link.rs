@@ -17,8 +17,8 @@ use tonic::transport::Endpoint;
 use vmdr_proto::replication::replication_client::ReplicationClient;
 use vmdr_proto::replication::{
     DescribeReply, DescribeRequest, Durable, FromReceiver, GiveBackReply, GiveBackRequest, HashesReply, HashesRequest,
-    Heartbeat, Open, OwnerReply, OwnerRequest, Position, ProbeReply, ProbeRequest, Refused, ReverseReply,
-    ReverseRequest, SettleReply, SettleRequest, ToReceiver, from_receiver, to_receiver,
+    Heartbeat, NamePointReply, NamePointRequest, Open, OwnerReply, OwnerRequest, Position, ProbeReply, ProbeRequest,
+    Refused, ReverseReply, ReverseRequest, SettleReply, SettleRequest, ToReceiver, from_receiver, to_receiver,
 };
 use vmdr_proto::{MESSAGE_BYTES_MAX, REPLICATION_VERSION};
 
@@ -70,6 +70,8 @@ pub enum LinkEvent {
     Durable(Durable),
     /// The guest was taken over, in this generation.
     Taken(u64),
+    /// What the receiver has turned out to be damaged: all is to be compared.
+    Compare,
     /// The receiver refused something and ended the stream.
     Refused(Refused),
     /// The connection ended or could not be made; it is tried again.
@@ -164,6 +166,11 @@ impl Questions {
         answer(&self.receiver, self.client.give_back(request)).await
     }
 
+    /// Has the receiver keep a point under a name.
+    pub async fn name_point(&mut self, request: NamePointRequest) -> Result<NamePointReply, String> {
+        answer(&self.receiver, self.client.name_point(request)).await
+    }
+
     /// What the receiver could store and run.
     pub async fn probe(&mut self, request: ProbeRequest) -> Result<ProbeReply, String> {
         answer(&self.receiver, self.client.probe(request)).await
@@ -253,6 +260,7 @@ async fn connect<T: Send + 'static>(
                 LinkEvent::Up { position: message.position.unwrap_or_default(), sender }
             }
             from_receiver::Message::Welcome(_) | from_receiver::Message::Heartbeat(_) => continue,
+            from_receiver::Message::Compare(_) => LinkEvent::Compare,
             from_receiver::Message::Durable(durable) => LinkEvent::Durable(durable),
             from_receiver::Message::Refused(refused) => LinkEvent::Refused(refused),
             from_receiver::Message::Taken(taken) => LinkEvent::Taken(taken.generation),

@@ -29,6 +29,9 @@ pub struct Protection {
     /// It is suspended.
     #[serde(default)]
     pub suspended: Option<Suspended>,
+    /// Seconds between application-consistent points; 0: only on request.
+    #[serde(default)]
+    pub application_every_seconds: u64,
     /// The guest was, or will be, held for a move, and nobody was asked to take it yet: whoever finds it held lets it go on.
     #[serde(default)]
     pub holds_to_move: bool,
@@ -134,6 +137,7 @@ mod tests {
             suspended: Some(Suspended { since_unix_ns: 2, epoch: 7, cut_unix_ns: 1 }),
             holds_to_move: true,
             moving: Some(Moving { epoch: 7, cut_unix_ns: 1, generation: 2, taken: false, protect_back: true }),
+            application_every_seconds: 900,
         };
         registry.save(&one).unwrap();
         fs::write(directory.path().join("protected/x.json"), "{").unwrap();
@@ -144,7 +148,7 @@ mod tests {
         // What an agent wrote that knew less.
         let old = r#"{"name":"db","uuid":"u","receiver":"b:7420","interval_ms":100,"generation":1,"fenced":false}"#;
         let old: Protection = serde_json::from_str(old).unwrap();
-        assert_eq!((old.id.as_str(), old.suspended), ("", None));
+        assert_eq!((old.id.as_str(), old.suspended, old.application_every_seconds), ("", None, 0));
         registry.remove(&one.uuid).unwrap();
         registry.remove(&one.uuid).unwrap();
         assert_eq!(registry.load().unwrap().len(), 1);

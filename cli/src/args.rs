@@ -20,7 +20,7 @@ checkpoint of the whole guest (memory, devices, disks) many times a second and s
 site, which can resume the guest from the newest one: same processes, same memory, same disks.
 
 On the protected host:  doctor, prepare, protect, status, hold, release, suspend, resume, unprotect, move.
-At the backup site:     status, points, point, retention, activate, forget.
+At the backup site:     status, points, point, retention, verify, inspect, activate, forget.
 After an activation:    reprotect and failback where the guest runs now; own and divergence where it ran.";
 
 const EXAMPLES: &str = "\
@@ -130,6 +130,9 @@ pub enum Command {
         /// Where to send to; port 7420 unless given [default: as configured]
         #[arg(long, value_name = "HOST[:PORT]", value_parser = receiver)]
         receiver: Option<String>,
+        /// Make an application-consistent point so often, like 15m [default: only on request]
+        #[arg(long, value_name = "DURATION", value_parser = whole_seconds)]
+        application_every: Option<u64>,
     },
     /// Pause a protected guest with its standby level with it
     ///
@@ -283,12 +286,12 @@ pub enum Command {
         /// Name or UUID
         domain: Domain,
     },
-    /// Name a recovery point, or release one (backup site)
+    /// Name a recovery point, or release one (backup site; with --application protected host)
     ///
     /// A named point is kept, whatever the retention policy says, until its name is released.
     #[command(
         verbatim_doc_comment,
-        after_help = "Examples:\n  vmdr point create web1 --name before-upgrade\n  vmdr point create web1 --name good --point 3-990\n  vmdr point release web1 --name before-upgrade"
+        after_help = "Examples:\n  vmdr point create web1 --name before-upgrade\n  vmdr point create web1 --name good --point 3-990\n  vmdr point create web1 --name quiet --application   at the protected host\n  vmdr point release web1 --name before-upgrade"
     )]
     Point {
         /// What to do
@@ -316,6 +319,43 @@ pub enum Command {
         /// No policy of its own any more
         #[arg(long, conflicts_with_all = ["tiers", "budget"])]
         reset: bool,
+    },
+    /// Read recovery points again and compare them with their checksums (backup site)
+    ///
+    /// The newest one, unless another or all are asked for. It is done in the background, at the rate that the receiver is
+    /// configured to; what is found is noted with the points (VERIFIED and `damaged` in `vmdr points`). What of the newest
+    /// point is damaged is sent again by the agent as soon as it is connected. With --wait this ends when it is done, and
+    /// exits with 1 when anything is damaged.
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Examples:\n  vmdr verify web1\n  vmdr verify web1 --all --wait\n  vmdr verify web1 --point before-upgrade --wait"
+    )]
+    Verify {
+        /// Name or UUID
+        domain: Domain,
+        /// This point: GENERATION-EPOCH, or a name that it was given
+        #[arg(long, value_name = "ID", value_parser = point, conflicts_with = "all")]
+        point: Option<String>,
+        /// All points
+        #[arg(long)]
+        all: bool,
+        /// Wait until it is done
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Explain a receiver's state directory, without a daemon
+    ///
+    /// Reads every file of it, names all that is damaged with file and offset, and says of each recovery point whether it
+    /// can be restored. Changes nothing. Runs `vmdr-inspect`, which is installed with the receiver; `vmdr inspect DIR
+    /// --help` has its options. Exits with 1 when anything is damaged.
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Examples:\n  vmdr inspect /var/lib/vmdr/receiver\n  vmdr inspect /var/lib/vmdr/receiver --domain web1 --point 3-990 --json"
+    )]
+    Inspect {
+        /// The state directory, and options of `vmdr-inspect`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "DIR")]
+        arguments: Vec<OsString>,
     },
     /// Run a domain here, from a recovery point (backup site)
     ///
@@ -348,6 +388,9 @@ pub enum Command {
         /// At the newest point that is at least so old
         #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, conflicts_with = "point")]
         before: Option<Duration>,
+        /// Also at a point that is known to be damaged, as it is
+        #[arg(long)]
+        damaged: bool,
     },
     /// Delete what is stored of a domain here (backup site)
     ///
@@ -372,6 +415,10 @@ pub enum Command {
 #[derive(Debug, Subcommand)]
 pub enum PointAction {
     /// Name a point: the newest one, unless another is given
+    ///
+    /// With --application, at the protected host, another one is made: the guest's applications and file systems are brought to
+    /// rest for a moment, by vmdr's tools or the QEMU guest agent in it. Ends when it is durable and named at the backup site.
+    #[command(verbatim_doc_comment)]
     Create {
         /// Name or UUID
         domain: Domain,
@@ -381,6 +428,9 @@ pub enum PointAction {
         /// Which point, GENERATION-EPOCH
         #[arg(long, value_name = "ID", value_parser = point)]
         point: Option<String>,
+        /// Make one now that is application-consistent, and name that (protected host)
+        #[arg(long, conflicts_with = "point")]
+        application: bool,
     },
     /// Release a name: the retention policy decides about its point again
     Release {
@@ -476,6 +526,14 @@ impl std::str::FromStr for Domain {
 pub struct Interval {
     /// Milliseconds.
     pub ms: u32,
+}
+
+fn whole_seconds(typed: &str) -> Result<u64, String> {
+    let length = humantime::parse_duration(typed).map_err(|e| format!("{e}; write it like 15m"))?;
+    match (length.as_secs(), length.subsec_nanos()) {
+        (1.., 0) => Ok(length.as_secs()),
+        _ => Err(format!("{typed:?} is not a whole number of seconds")),
+    }
 }
 
 fn interval(typed: &str) -> Result<Interval, String> {

@@ -176,14 +176,42 @@ pub struct DomainStatus {
     limited_by: Option<String>,
     guest_tools: Option<String>,
     guest_clock_offset_seconds: Option<f64>,
+    application: Option<Application>,
     peer: Option<String>,
     stored_bytes: Option<u64>,
     points: Option<u64>,
     history_bytes: Option<u64>,
     history_budget_bytes: Option<u64>,
+    verifying: Option<String>,
+    verified: Option<String>,
+    damaged_points: Option<u64>,
+    damage: Option<String>,
     alarm: Option<String>,
     last_error: Option<String>,
     advice: Option<String>,
+}
+
+/// Application-consistent points of a domain.
+#[derive(Serialize)]
+pub struct Application {
+    every_seconds: Option<u64>,
+    cut: Option<String>,
+    frozen_seconds: Option<f64>,
+    error: Option<String>,
+}
+
+impl Application {
+    /// Nothing where none was ever asked for.
+    fn new(status: &control::DomainStatus) -> Option<Application> {
+        let made = status.application_cut_unix_ns > 0;
+        let error = (!status.application_error.is_empty()).then(|| status.application_error.clone());
+        (made || error.is_some() || status.application_every_seconds > 0).then(|| Application {
+            every_seconds: (status.application_every_seconds > 0).then_some(status.application_every_seconds),
+            cut: text::instant(status.application_cut_unix_ns),
+            frozen_seconds: made.then_some(status.application_frozen_seconds),
+            error,
+        })
+    }
 }
 
 /// Whether an RPO can be told: there is a recovery point, and the guest does not run here from it.
@@ -199,6 +227,7 @@ impl DomainStatus {
         let rpo = |seconds: f64| has_rpo(status).then_some(seconds).filter(|s| s.is_finite());
         // Only the protected side pauses a guest, and only after its first cut is there a figure.
         let cutting = |value: f64| (status.pause_p50_seconds > 0.0).then_some(value).filter(|v| v.is_finite());
+        let verify = status.verify.clone().unwrap_or_default();
         DomainStatus {
             daemon: match daemon {
                 Daemon::Agent => "agent",
@@ -226,11 +255,16 @@ impl DomainStatus {
             limited_by: word(&status.limited_by),
             guest_tools: word(&status.guest_tools),
             guest_clock_offset_seconds: status.guest_clock_offset_seconds,
+            application: Application::new(status),
             peer: word(&status.peer),
             stored_bytes: (daemon == Daemon::Receiver).then_some(status.stored_bytes),
             points: (daemon == Daemon::Receiver).then_some(status.points),
             history_bytes: (daemon == Daemon::Receiver).then_some(status.history_bytes),
             history_budget_bytes: (daemon == Daemon::Receiver).then_some(status.history_budget_bytes),
+            verifying: word(&verify.doing),
+            verified: text::instant(verify.verified_unix_ns),
+            damaged_points: (daemon == Daemon::Receiver).then_some(verify.damaged_points),
+            damage: word(&verify.damage),
             alarm: word(&status.alarm),
             last_error: word(&status.last_error),
             advice: word(&status.advice),
@@ -294,6 +328,32 @@ impl From<&control::Point> for Point {
     }
 }
 
+/// `verify`.
+#[derive(Serialize)]
+pub struct Verification {
+    domain: String,
+    /// Else it has only begun.
+    ended: bool,
+    sound: Vec<String>,
+    damaged: Vec<String>,
+    damage: Vec<String>,
+    bytes: Option<u64>,
+}
+
+impl Verification {
+    /// What the receiver said.
+    pub fn new(domain: &str, report: &control::VerifyReport) -> Verification {
+        Verification {
+            domain: domain.to_owned(),
+            ended: report.ended,
+            sound: report.sound.clone(),
+            damaged: report.damaged.clone(),
+            damage: report.damage.clone(),
+            bytes: report.ended.then_some(report.bytes),
+        }
+    }
+}
+
 /// `point create`, `point release`.
 #[derive(Serialize)]
 pub struct NamedPoint {
@@ -302,12 +362,35 @@ pub struct NamedPoint {
     /// Whether it has the name now.
     pinned: bool,
     point: Point,
+    /// How it was made, with `--application`.
+    application: Option<Made>,
+}
+
+/// How an application-consistent point was made.
+#[derive(Serialize)]
+pub struct Made {
+    frozen_seconds: f64,
+    file_systems: u32,
+    way: String,
+    note: Option<String>,
 }
 
 impl NamedPoint {
+    /// What the agent said of one that it has made.
+    pub fn made(domain: &str, name: &str, point: &control::Point, made: &control::ApplicationPoint) -> NamedPoint {
+        let made = Made {
+            frozen_seconds: made.frozen_seconds,
+            file_systems: made.file_systems,
+            way: made.way.clone(),
+            note: (!made.note.is_empty()).then(|| made.note.clone()),
+        };
+        NamedPoint { application: Some(made), ..NamedPoint::new(domain, name, true, point) }
+    }
+
     /// What the receiver said of a point.
     pub fn new(domain: &str, name: &str, pinned: bool, point: &control::Point) -> NamedPoint {
-        NamedPoint { domain: domain.to_owned(), name: name.to_owned(), pinned, point: Point::from(point) }
+        let (domain, name) = (domain.to_owned(), name.to_owned());
+        NamedPoint { domain, name, pinned, point: Point::from(point), application: None }
     }
 }
 

@@ -6,7 +6,7 @@
 use std::io::{IsTerminal, Write};
 
 use tonic::Streaming;
-use vmdr_proto::control::{ActivationReport, MoveReport, Progress};
+use vmdr_proto::control::{ActivationReport, MoveReport, Progress, VerifyReport};
 
 use crate::client::Daemon;
 use crate::failure::Failure;
@@ -24,6 +24,8 @@ pub struct Outcome {
     pub report: Option<ActivationReport>,
     /// The last message of a move carries it.
     pub moved: Option<MoveReport>,
+    /// The last message of a verification carries it.
+    pub verification: Option<VerifyReport>,
 }
 
 impl Outcome {
@@ -49,6 +51,9 @@ pub async fn follow(daemon: Daemon, request: &str, mut stream: Streaming<Progres
                         outcome.messages.remove(0);
                     }
                     outcome.messages.push(message);
+                }
+                if progress.verification.is_some() {
+                    outcome.verification = progress.verification;
                 }
                 if progress.activation.is_some() {
                     outcome.report = progress.activation;

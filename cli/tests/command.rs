@@ -51,6 +51,44 @@ async fn json_keeps_its_shape() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_application_consistent_point_is_the_agents() {
+    let host = Host::with_both();
+    let words = ["point", "create", "web1", "--name", "quiet", "--application"];
+    let said = host.run(&words).await;
+    for part in ["3-999", "application-consistent", "froze 2 file systems for", "/boot/efi (vfat)"] {
+        assert!(said.succeeded().contains(part), "{}", said.stdout);
+    }
+    let ran = host.run(&[&words[..], &["-o", "json"]].concat()).await;
+    let document: serde_json::Value = serde_json::from_str(ran.succeeded()).unwrap();
+    assert_eq!(document["point"]["consistency"], "application");
+    assert_eq!(document["application"]["file_systems"], 2);
+    let refused = host.run(&["point", "create", "bare", "--name", "x", "--application"]).await;
+    assert_eq!(refused.code, 1);
+    assert!(refused.stderr.contains("nobody in the guest can freeze"), "{}", refused.stderr);
+    assert_eq!(host.run(&[&words[..], &["--point", "3-990"]].concat()).await.code, 2);
+    host.run(&["protect", "web1", "--application-every", "15m"]).await.succeeded();
+    assert!(host.calls().contains(&"application every 900".to_owned()), "{:?}", host.calls());
+    assert_eq!(host.run(&["protect", "web1", "--application-every", "100ms"]).await.code, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn verification_says_what_is_damaged_and_fails_for_it() {
+    let host = Host::with_both();
+    let begun = host.run(&["verify", "web1"]).await;
+    assert_eq!(begun.succeeded(), "web1 is being verified; `vmdr points web1` shows what has been\n");
+    let sound = host.run(&["verify", "web1", "--wait"]).await;
+    assert_eq!(sound.succeeded(), "web1: recovery point 3-1000 is sound: 5.0 MiB read\n");
+    let damaged = host.run(&["verify", "flipped", "--all", "--wait"]).await;
+    assert_eq!(damaged.code, 1, "{}", damaged.stderr);
+    assert!(damaged.stdout.contains("damaged: disk vda: 4096 bytes from offset 81920"), "{}", damaged.stdout);
+    let document = host.run(&["verify", "flipped", "--wait", "-o", "json"]).await;
+    let document: serde_json::Value = serde_json::from_str(&document.stdout).unwrap();
+    assert_eq!((&document["kind"], &document["damaged"][0]), (&"verify".into(), &"3-1001".into()), "{document}");
+    let both = host.run(&["verify", "web1", "--all", "--point", "3-990"]).await;
+    assert_eq!(both.code, 2, "{}", both.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn tables_keep_their_shape() {
     let host = Host::with_both();
     let cases: [(&str, &[&str]); 13] = [

@@ -20,8 +20,11 @@ pub enum Command {
     Workload(Workload),
     /// Send one request to a running workload and print its answer.
     Ask(Ask),
-    /// Keep the clock with the host's, over the virtio port of vmdr.
+    /// Keep the clock with the host's and freeze file systems when the host asks for it, over the virtio port of vmdr.
     Daemon(Daemon),
+    /// Freeze file systems until a line comes, the input ends or the time is over: the daemon runs this.
+    #[command(hide = true)]
+    Freeze(Freeze),
     /// Do the same work again and again, and say on the console when each piece of it begins and ends.
     Job(Job),
 }
@@ -102,12 +105,37 @@ pub struct Ask {
     pub request: Vec<String>,
 }
 
-/// Where the host is.
-#[derive(Args)]
+/// Where the host is, and what it may ask for.
+#[derive(Args, Clone, Debug)]
 pub struct Daemon {
     /// The port's device; without it, the one that has vmdr's name.
     #[arg(long)]
     pub port: Option<PathBuf>,
+    /// Directory of programs that are run with "freeze" before file systems are frozen and with "thaw" afterwards.
+    #[arg(long, default_value = HOOKS)]
+    pub hooks: PathBuf,
+    /// Seconds that each of them may take; one that fails or takes longer ends the freeze.
+    #[arg(long, default_value_t = 10)]
+    pub hook_seconds: u32,
+    /// Seconds that file systems stay frozen at most, whatever the host asks for.
+    #[arg(long, default_value_t = 10)]
+    pub freeze_seconds_max: u32,
+}
+
+const HOOKS: &str = "/etc/vmdr/freeze.d";
+
+/// One freeze.
+#[derive(Args)]
+pub struct Freeze {
+    /// As the daemon's.
+    #[arg(long, default_value = HOOKS)]
+    pub hooks: PathBuf,
+    /// As the daemon's.
+    #[arg(long, default_value_t = 10)]
+    pub hook_seconds: u32,
+    /// How long file systems stay frozen at most.
+    #[arg(long)]
+    pub hold_ms: u32,
 }
 
 /// How much work a piece is.

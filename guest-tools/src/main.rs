@@ -2,7 +2,8 @@
 //!
 //! `workload` writes stamped pages all over a RAM area and stamped records to a disk in a known order, counts on the
 //! console and over UDP, and checks at any time whether RAM and disk still agree with each other (see [`workload`]).
-//! `daemon` keeps the guest's clock with the host's (see [`daemon`]); it is for any guest, not for tests alone.
+//! `daemon` keeps the guest's clock with the host's and freezes file systems on request (see [`daemon`], [`freeze`]); it is for
+//! any guest, not for tests alone.
 //! `job` does work of a fixed amount, for benchmarks.
 
 mod aligned;
@@ -10,6 +11,7 @@ mod churn;
 mod cli;
 mod daemon;
 mod disk;
+mod freeze;
 mod ioctl;
 mod job;
 mod ram;
@@ -30,6 +32,7 @@ fn main() -> Result<()> {
         cli::Command::Workload(options) => workload::run(options),
         cli::Command::Ask(options) => serve::ask(&options),
         cli::Command::Daemon(options) => daemon::run(&options),
+        cli::Command::Freeze(options) => freeze::run(options),
         cli::Command::Job(options) => job::run(&options),
     }
 }

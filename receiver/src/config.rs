@@ -44,6 +44,8 @@ pub struct Config {
     pub space_reserve_bytes: u64,
     /// How long which recovery points are kept, of domains that have no policy of their own.
     pub retention: RetentionConfig,
+    /// How points are read again.
+    pub verify: VerifyConfig,
     /// Bridges that have another name here: `"br0" = "br-dr"`.
     pub bridges: BTreeMap<String, String>,
 }
@@ -66,6 +68,31 @@ pub struct TierConfig {
     pub every_seconds: u64,
     /// Up to this age.
     pub for_seconds: u64,
+}
+
+/// `[verify]`: how recovery points are read again and compared with their checksums.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VerifyConfig {
+    /// Bytes read per second, of all domains together.
+    pub bytes_per_second: u64,
+    /// Each domain is verified so often; 0: only when it is asked for.
+    pub every_seconds: u64,
+    /// Then all points, not only the newest.
+    pub all: bool,
+}
+
+impl Default for VerifyConfig {
+    fn default() -> Self {
+        VerifyConfig { bytes_per_second: 50 << 20, every_seconds: 0, all: false }
+    }
+}
+
+impl VerifyConfig {
+    /// How often without being asked.
+    pub fn every(&self) -> Option<Duration> {
+        (self.every_seconds > 0).then(|| Duration::from_secs(self.every_seconds))
+    }
 }
 
 impl Default for RetentionConfig {
@@ -99,6 +126,7 @@ impl Default for Config {
             libvirt_uri: vmdr_hypervisor::libvirt::SYSTEM_URI.to_owned(),
             space_reserve_bytes: StoreOptions::default().space_reserve_bytes,
             retention: RetentionConfig::default(),
+            verify: VerifyConfig::default(),
             bridges: BTreeMap::new(),
         }
     }
@@ -180,6 +208,10 @@ impl Config {
             let at = text.find("libvirt_uri").unwrap_or(0);
             return Err(invalid(at, "libvirt_uri is empty; this host's own is \"qemu:///system\"".to_owned()));
         }
+        if config.verify.bytes_per_second == 0 {
+            let at = text.find("bytes_per_second").unwrap_or(0);
+            return Err(invalid(at, "bytes_per_second = 0: at least 1 is needed".to_owned()));
+        }
         if let Err(what) = config.retention.policy() {
             return Err(invalid(text.find("retention").unwrap_or(0), what));
         }
@@ -215,6 +247,7 @@ mod tests {
             "listen = \"10.0.9.2:7000\"\nstate_dir = \"/srv/vmdr\"\ncontrol_socket = \"/run/x.sock\"\nmetrics_listen = \"\"\n\
              libvirt_uri = \"test:///default\"\nspace_reserve_bytes = 5\nownership_dir = \"/srv/own\"\n\
              agent_socket = \"/run/a.sock\"\ndivergence_days = 7\n[bridges]\n\"br0\" = \"br-dr\"\n\
+             [verify]\nbytes_per_second = 1000\nevery_seconds = 86400\nall = true\n\
              [retention]\nbudget_bytes = 2097152\ntiers = [{ every_seconds = 0, for_seconds = 60 }]\n",
         )
         .unwrap();
@@ -232,6 +265,7 @@ mod tests {
                 budget_bytes: 2 << 20,
                 tiers: vec![TierConfig { every_seconds: 0, for_seconds: 60 }],
             },
+            verify: VerifyConfig { bytes_per_second: 1000, every_seconds: 86400, all: true },
             bridges: BTreeMap::from([("br0".to_owned(), "br-dr".to_owned())]),
         };
         assert_eq!(config, expected);
@@ -248,6 +282,7 @@ mod tests {
             ("# d\u{e4}\nmetrics_listen = \"7421\"", "2:18: ", "is not an address with a port"),
             ("state_dir = \"var\"", "1:1: ", "not an absolute path"),
             ("libvirt_uri = \"\"", "1:1: ", "empty"),
+            ("[verify]\nbytes_per_second = 0", "2:1: ", "at least"),
             ("[bridges]\nbr0 = 3", "2:7: ", "string"),
             ("[retention]\nbudget_bytes = 5", "1:2: ", "at least"),
             ("[retention]\ntiers = [{ every_seconds = 9, for_seconds = 8 }]", "1:2: ", "no sense"),

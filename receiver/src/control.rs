@@ -13,7 +13,7 @@ use vmdr_proto::control::receiver_server::Receiver as Service;
 use vmdr_proto::control::{
     ActivateRequest, ActivationPlan, ActivationReport, DivergenceReply, DivergenceRequest, DomainRequest, DomainStatus,
     ForgetReply, GivenUp, Point, PointRequest, PointsReply, Progress, RetentionReply, RetentionRequest, StatusReply,
-    StatusRequest,
+    StatusRequest, VerifyReport, VerifyRequest, VerifyStatus,
 };
 use vmdr_proto::replication::RefusedCode;
 
@@ -57,6 +57,7 @@ pub(crate) fn store_status(error: &StoreError) -> Status {
     match error {
         StoreError::Unknown(_) | StoreError::NoPoint(_) | StoreError::NoSuchPoint { .. } => Status::not_found(message),
         StoreError::BadUuid(_) => Status::invalid_argument(message),
+        StoreError::Flawed { .. } => Status::failed_precondition(message),
         StoreError::Busy { .. } | StoreError::Frozen(_) | StoreError::Fenced { .. } | StoreError::Refused { .. } => {
             Status::failed_precondition(message)
         }
@@ -115,6 +116,8 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
         last_error.clone_from(trouble);
     } else if let Err(error) = &record {
         last_error = error.to_string();
+    } else if let Some(damage) = &domain.damage {
+        last_error = format!("the standby is damaged: {damage}");
     }
     let name = if domain.name.is_empty() { &domain.uuid } else { &domain.name };
     let (state, advice) = if active {
@@ -130,10 +133,26 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
         let wait =
             if domain.receiving { "wait for the first copy to end" } else { "no agent is connected: look there" };
         ("seeding", wait.to_owned())
+    } else if domain.receiving && domain.damage.is_some() {
+        ("ready", "the agent sends what is damaged again; older points may be sound: see `vmdr points`".to_owned())
     } else if domain.receiving {
         ("ready", String::new())
+    } else if domain.damage.is_some() {
+        let advice =
+            "the newest point is damaged: see `vmdr points` for older ones, or connect the agent, which mends it";
+        ("ready", advice.to_owned())
     } else {
         ("ready", format!("no agent is connected; if its host is lost: `vmdr activate {name}`"))
+    };
+    let summing = domain.unsummed.map(|(done, all)| {
+        let percent = done.saturating_mul(100).checked_div(all).unwrap_or(0);
+        format!("checksums of the standby are being made: {percent} %")
+    });
+    let verify = VerifyStatus {
+        doing: receiver.verifier.doing(&domain.uuid).or(summing).unwrap_or_default(),
+        verified_unix_ns: domain.verified_unix_ns.unwrap_or(0),
+        damaged_points: domain.damaged_points,
+        damage: domain.damage.clone().unwrap_or_default(),
     };
     // A domain whose control record is damaged has its name from the activation, if there was one.
     let recorded = record.ok().flatten().map(|r| r.name);
@@ -161,6 +180,7 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
         history_budget_bytes: domain.history_budget_bytes,
         points: domain.points,
         alarm: domain.alarm.unwrap_or_default(),
+        verify: Some(verify),
         ..DomainStatus::default()
     }
 }
@@ -171,6 +191,8 @@ struct StoredStandby<'a> {
     uuid: Uuid,
     ownerships: &'a Ownerships,
     name: &'a str,
+    /// Also a point that is known to be damaged.
+    damaged: bool,
 }
 
 impl Standby for StoredStandby<'_> {
@@ -188,7 +210,7 @@ impl Standby for StoredStandby<'_> {
     }
 
     fn recovery_point(&self, point: Option<StoredPoint>) -> Result<RecoveryPoint, ActivateError> {
-        Ok(self.store.recovery_point_at(&self.uuid.to_string(), point)?)
+        Ok(self.store.recovery_point_at(&self.uuid.to_string(), point, self.damaged)?)
     }
 
     fn directory(&self) -> std::path::PathBuf {
@@ -208,7 +230,8 @@ pub(crate) fn make_plan(receiver: &Receiver, request: &ActivateRequest) -> Resul
     let (uuid, summary) = find(receiver, &request.domain)?;
     let (store, id) = (&receiver.store, uuid.to_string());
     let chosen = history::choose(store, &id, request)?;
-    let standby = StoredStandby { store, uuid, ownerships: &receiver.ownerships, name: &summary.name };
+    let standby =
+        StoredStandby { store, uuid, ownerships: &receiver.ownerships, name: &summary.name, damaged: request.damaged };
     let active = receiver.active_directory(uuid);
     let record = active.read(uuid).map_err(|e| Status::internal(e.to_string()))?;
     let host = connect(receiver)?;
@@ -277,7 +300,8 @@ pub(crate) fn activate_in(
     }
     let chosen = history::choose(store, &id, request)?;
     let host = connect(receiver)?;
-    let standby = StoredStandby { store, uuid, ownerships: &receiver.ownerships, name: &summary.name };
+    let standby =
+        StoredStandby { store, uuid, ownerships: &receiver.ownerships, name: &summary.name, damaged: request.damaged };
     let settings = receiver.settings();
     let activation = Activation {
         uuid,
@@ -407,6 +431,35 @@ impl Service for ControlService {
             history::change_retention(&receiver.store, &uuid.to_string(), &request)
         })
         .await
+    }
+
+    type VerifyStream = ReceiverStream<Result<Progress, Status>>;
+
+    async fn verify(&self, request: Request<VerifyRequest>) -> Result<Response<Self::VerifyStream>, Status> {
+        let request = request.into_inner();
+        let (messages, stream) = mpsc::channel(PROGRESS_MAX);
+        self.blocking(move |receiver| {
+            let (uuid, summary) = find(receiver, &request.domain)?;
+            let uuid = uuid.to_string();
+            if summary.frozen {
+                let name = &summary.name;
+                return Err(Status::failed_precondition(format!(
+                    "{name} was activated here: its points stay as they are"
+                )));
+            }
+            let scope = history::scope(&receiver.store, &uuid, &request)?;
+            let waiter = request.wait.then(|| messages.clone());
+            receiver.verifier.ask(&uuid, scope, waiter)?;
+            if !request.wait {
+                let verification = Some(VerifyReport::default());
+                let begun = Progress { step: "verify".to_owned(), verification, ..Progress::default() };
+                // The channel is new and has room.
+                let _ = messages.try_send(Ok(begun));
+            }
+            Ok(())
+        })
+        .await?;
+        Ok(Response::new(ReceiverStream::new(stream)))
     }
 
     type ActivateStream = ReceiverStream<Result<Progress, Status>>;

@@ -33,6 +33,7 @@ use crate::reverse::{self, Reversal};
 use crate::stats::Stats;
 use crate::store::{Store, StoreOptions};
 use crate::takeover;
+use crate::verify::{self, Verifier};
 
 /// Silence after which an agent is asked whether it is there; twice that and the connection is given up, so that a host that
 /// vanished is noticed within seconds.
@@ -74,6 +75,8 @@ pub struct Receiver {
     pub ownerships: Ownerships,
     /// Standbys that are being made of what is here already.
     pub reversals: Mutex<HashMap<Uuid, Reversal>>,
+    /// Who reads points again.
+    pub verifier: Verifier,
     sessions: Mutex<HashMap<Uuid, Session>>,
     activations: Mutex<HashMap<Uuid, Arc<tokio::sync::Mutex<()>>>>,
     started: Instant,
@@ -94,6 +97,7 @@ impl Receiver {
             metrics: Metrics::default(),
             ownerships,
             reversals: Mutex::default(),
+            verifier: Verifier::default(),
             sessions: Mutex::default(),
             activations: Mutex::default(),
             started: Instant::now(),
@@ -174,6 +178,9 @@ impl Receiver {
             history_bytes: d.history_bytes,
             history_budget_bytes: d.history_budget_bytes,
             history_alarm: d.alarm.is_some(),
+            damaged_points: d.damaged_points,
+            damaged: d.damage.is_some(),
+            verified_seconds: d.verified_unix_ns.map(|ns| ns as f64 / 1e9),
             receiving: d.receiving,
             active: d.frozen,
             uuid: d.uuid,
@@ -188,6 +195,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).context("watch for SIGINT")?;
     let receiver = tokio::task::spawn_blocking(move || Receiver::open(config)).await.context("open the store")??;
     let receiver = Arc::new(receiver);
+    verify::start(&receiver).context("start the thread that verifies")?;
 
     let listener = listen(receiver.config.listen).await?;
     let address = listener.local_addr().context("ask for the address listened on")?;

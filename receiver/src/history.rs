@@ -2,9 +2,10 @@
 
 use tonic::Status;
 use vmdr_proto::control as wire;
+use vmdr_proto::replication::{NamePointReply, NamePointRequest};
 
 use crate::control::store_status;
-use crate::store::{GivenUp, Point, PointId, Retention, Store, StoreError, Tier};
+use crate::store::{GivenUp, Point, PointId, Retention, Scope, Store, StoreError, Tier};
 
 const SECOND_NS: u64 = 1_000_000_000;
 /// Tiers of a policy, at most.
@@ -52,7 +53,7 @@ pub fn choose(store: &Store, uuid: &str, request: &wire::ActivateRequest) -> Res
         ("", 0) => return Ok(None),
         ("", at) => {
             let points = points()?;
-            let found = points.iter().find(|point| point.cut_unix_ns <= at && !point.damaged);
+            let found = points.iter().find(|point| point.cut_unix_ns <= at && (!point.damaged || request.damaged));
             found.cloned().ok_or_else(|| {
                 let oldest =
                     points.last().map_or_else(|| "there is none".to_owned(), |p| format!("the oldest is {}", p.id()));
@@ -70,14 +71,35 @@ pub fn choose(store: &Store, uuid: &str, request: &wire::ActivateRequest) -> Res
             })?
         }
     };
-    if found.damaged {
+    if found.damaged && !request.damaged {
         return Err(Status::failed_precondition(format!(
-            "what leads back to recovery point {} is damaged; choose a newer one (`vmdr points`)",
+            "recovery point {} is damaged; choose a sound one (`vmdr points`), or take it as it is with --damaged",
             found.id()
         )));
     }
     // Also when it is the newest one now: another may come before it is activated, and was not meant.
     Ok(Some(found.id()))
+}
+
+/// What is to be verified.
+pub fn scope(store: &Store, uuid: &str, request: &wire::VerifyRequest) -> Result<Scope, Status> {
+    match request.point.as_str() {
+        _ if request.all && !request.point.is_empty() => {
+            Err(Status::invalid_argument("a point and all points are asked for: one of them decides"))
+        }
+        _ if request.all => Ok(Scope::All),
+        "" => Ok(Scope::Newest),
+        text => {
+            let named = |point: &&Point| point.id().to_string() == text || point.names.iter().any(|name| name == text);
+            let points = store.points(uuid).map_err(|e| store_status(&e))?;
+            let shown: String = text.chars().take(64).collect();
+            let found = points.iter().find(named);
+            let found = found.ok_or_else(|| {
+                Status::not_found(format!("there is no recovery point {shown:?}; `vmdr points` lists them"))
+            })?;
+            Ok(Scope::Point(found.id()))
+        }
+    }
 }
 
 /// Names a point.
@@ -88,6 +110,16 @@ pub fn create(store: &Store, uuid: &str, request: &wire::PointRequest) -> Result
     };
     let id = store.pin(uuid, &request.name, id).map_err(|e| store_status(&e))?;
     find(store, uuid, id)
+}
+
+/// Names a point that the agent has just made.
+pub fn name_point(store: &Store, request: &NamePointRequest) -> Result<NamePointReply, Status> {
+    let NamePointRequest { domain_uuid, generation, epoch, name } = request;
+    let id = PointId { generation: *generation, epoch: *epoch };
+    let id = store.pin(domain_uuid, name, Some(id)).map_err(|e| store_status(&e))?;
+    let point = find(store, domain_uuid, id)?;
+    let application = point.consistency == "application";
+    Ok(NamePointReply { cut_unix_ns: point.cut_unix_ns, application, bytes: point.bytes })
 }
 
 /// Releases a name. The point may be gone when this answers.

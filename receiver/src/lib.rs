@@ -7,6 +7,7 @@
 //! - [`activate`]: from a recovery point to a running guest, once.
 //! - [`takeover`]: a guest that its owner hands over; [`reverse`]: a standby made of a former owner's disks.
 //! - [`control`]: the `vmdr` command's requests.
+//! - [`verify`]: points are read again in the background.
 //! - [`daemon`]: all of it together; [`config`], [`metrics`], [`stats`].
 
 pub mod activate;
@@ -22,3 +23,4 @@ pub mod reverse;
 pub mod stats;
 pub mod store;
 pub mod takeover;
+pub mod verify;

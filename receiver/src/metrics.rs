@@ -61,6 +61,8 @@ pub struct Metrics {
     pub activation_failures: AtomicU64,
     /// From the request to a running guest.
     pub activation: Histogram,
+    /// Bytes that were read to verify points.
+    pub verified_bytes: AtomicU64,
 }
 
 /// What the store says of one domain.
@@ -86,6 +88,12 @@ pub struct DomainSample {
     pub history_budget_bytes: u64,
     /// Older points will have to go, or have to already.
     pub history_alarm: bool,
+    /// Points that are known to be damaged.
+    pub damaged_points: u64,
+    /// Something of the standby is damaged.
+    pub damaged: bool,
+    /// When a point was last found to be sound, seconds since 1970; `None`: never.
+    pub verified_seconds: Option<f64>,
     /// A stream is open.
     pub receiving: bool,
     /// It was activated here.
@@ -115,6 +123,7 @@ impl Metrics {
             ("vmdr_receiver_durable_parts_total", "Parts acknowledged as durable.", &self.durable_parts),
             ("vmdr_receiver_durable_epochs_total", "Epochs acknowledged as durable.", &self.durable_epochs),
             ("vmdr_receiver_activations_total", "Activations that ended with a running guest.", &self.activations),
+            ("vmdr_receiver_verified_bytes_total", "Bytes read to verify recovery points.", &self.verified_bytes),
             ("vmdr_receiver_activation_failures_total", "Activations that failed.", &self.activation_failures),
         ] {
             family(&mut out, name, "counter", help);
@@ -127,7 +136,7 @@ impl Metrics {
         family(&mut out, "vmdr_receiver_state_free_bytes", "gauge", "Free bytes where the state directory is.");
         let _ = writeln!(out, "vmdr_receiver_state_free_bytes {}", sample.free_bytes);
         type Value = fn(&DomainSample) -> Option<f64>;
-        let gauges: [(&str, &str, Value); 10] = [
+        let gauges: [(&str, &str, Value); 13] = [
             ("vmdr_receiver_domain_generation", "Stored generation.", |d| Some(d.generation as f64)),
             ("vmdr_receiver_domain_durable_epoch", "Newest durable epoch.", |d| Some(d.epoch as f64)),
             ("vmdr_receiver_domain_recovery_point_age_seconds", "Age of the newest recovery point.", |d| {
@@ -141,6 +150,15 @@ impl Metrics {
             }),
             ("vmdr_receiver_domain_history_alarm", "1 while older points will have to go for want of room.", |d| {
                 Some(f64::from(d.history_alarm))
+            }),
+            ("vmdr_receiver_domain_damaged_points", "Recovery points known to be damaged.", |d| {
+                Some(d.damaged_points as f64)
+            }),
+            ("vmdr_receiver_domain_standby_damaged", "1 while something of the standby is damaged.", |d| {
+                Some(f64::from(d.damaged))
+            }),
+            ("vmdr_receiver_domain_verified_timestamp_seconds", "When a point was last found to be sound.", |d| {
+                d.verified_seconds
             }),
             ("vmdr_receiver_domain_receiving", "1 while a stream is open.", |d| Some(f64::from(d.receiving))),
             ("vmdr_receiver_domain_active", "1 once it was activated here.", |d| Some(f64::from(d.active))),
@@ -183,6 +201,9 @@ mod tests {
             history_bytes: 34,
             history_budget_bytes: 56,
             history_alarm: true,
+            damaged_points: 3,
+            damaged: true,
+            verified_seconds: None,
             receiving: true,
             active: false,
         };
@@ -209,6 +230,7 @@ mod tests {
             "vmdr_receiver_commit_seconds_count 3",
             "vmdr_receiver_domain_recovery_point_age_seconds{domain=\"we\\\"b\\\\1\\n\",uuid=\"u\"} 0.25",
             "vmdr_receiver_domain_history_alarm{domain=\"new\",uuid=\"u\"} 1",
+            "vmdr_receiver_domain_damaged_points{domain=\"new\",uuid=\"u\"} 3",
             "vmdr_receiver_state_free_bytes 5",
             "vmdr_receiver_domain_durable_epoch{domain=\"new\",uuid=\"u\"} 9",
             "vmdr_receiver_domain_active{domain=\"new\",uuid=\"u\"} 0",

@@ -21,14 +21,15 @@ use uuid::Uuid;
 use vmdr_proto::REPLICATION_VERSION;
 use vmdr_proto::replication::replication_server::Replication;
 use vmdr_proto::replication::{
-    DescribeReply, DescribeRequest, FromReceiver, GiveBackReply, GiveBackRequest, HashesReply, HashesRequest, Open,
-    OwnerReply, OwnerRequest, ProbeReply, ProbeRequest, Refused, RefusedCode, ReverseReply, ReverseRequest,
-    SettleReply, SettleRequest, Taken, ToReceiver, Welcome, from_receiver, to_receiver,
+    Compare, DescribeReply, DescribeRequest, FromReceiver, GiveBackReply, GiveBackRequest, HashesReply, HashesRequest,
+    NamePointReply, NamePointRequest, Open, OwnerReply, OwnerRequest, ProbeReply, ProbeRequest, Refused, RefusedCode,
+    ReverseReply, ReverseRequest, SettleReply, SettleRequest, Taken, ToReceiver, Welcome, from_receiver, to_receiver,
 };
 
 use crate::activate::run::{age_seconds, unix_ns};
 use crate::daemon::Receiver;
 use crate::hashes;
+use crate::history;
 use crate::probe;
 use crate::reverse;
 use crate::store::{Ingest, PartTail, StoreError, part_head, part_tail};
@@ -127,6 +128,12 @@ impl Replication for ReplicationService {
 
     async fn give_back(&self, request: Request<GiveBackRequest>) -> Result<Response<GiveBackReply>, Status> {
         self.blocking(request, takeover::give_back).await
+    }
+
+    async fn name_point(&self, request: Request<NamePointRequest>) -> Result<Response<NamePointReply>, Status> {
+        let (receiver, request) = (Arc::clone(&self.receiver), request.into_inner());
+        let reply = tokio::task::spawn_blocking(move || history::name_point(&receiver.store, &request)).await;
+        reply.map_err(|e| Status::internal(e.to_string()))?.map(Response::new)
     }
 
     async fn replicate(
@@ -335,6 +342,13 @@ impl Stream<'_> {
                 Some(to_receiver::Message::Open(_)) => return Err(corrupt("a second Open in a stream")),
                 None => return Err(corrupt("an empty message, or one of a later version")),
             };
+            if self.ingest.wants_comparison() {
+                tracing::warn!(domain = %self.uuid, "the agent is asked to compare everything with the standby, which is damaged");
+                let compare = reply(from_receiver::Message::Compare(Compare {}));
+                if self.replies.blocking_send(compare).is_err() {
+                    return Ok(());
+                }
+            }
             if let Some(answer) = answer
                 && self.replies.blocking_send(reply(answer)).is_err()
             {

@@ -105,6 +105,8 @@ pub struct GuestSpec {
     pub uefi: bool,
     /// Further words for its kernel.
     pub kernel_words: String,
+    /// Whether the QEMU guest agent is in it.
+    pub qemu_agent: bool,
     /// Its <memballoon>.
     pub balloon: &'static str,
     /// Whether it has a QMP socket for vmdr alone, or only libvirt's monitor.
@@ -132,6 +134,7 @@ impl GuestSpec {
             disk_shapes: Vec::new(),
             uefi: false,
             kernel_words: String::new(),
+            qemu_agent: false,
             balloon: "<memballoon model='virtio'/>",
             own_qmp: true,
             address: Ipv4Addr::new(10, 78, 0, 10),
@@ -167,6 +170,14 @@ impl GuestSpec {
         let channel = "<channel type='unix'><target type='virtio' name='org.vmdr.guest.0'/></channel>";
         let devices = format!("{}{channel}", self.extra_devices);
         Self { kernel_words: format!("{} vmdr.daemon=1", self.kernel_words), extra_devices: devices, ..self }
+    }
+
+    /// The same with the QEMU guest agent in it, and the channel to that.
+    pub fn qemu_agent(self) -> Self {
+        let channel = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>";
+        let devices = format!("{}{channel}", self.extra_devices);
+        let kernel_words = format!("{} vmdr.agent=1", self.kernel_words);
+        Self { kernel_words, extra_devices: devices, qemu_agent: true, ..self }
     }
 
     /// The same with this address (and a MAC address that follows from it).
@@ -230,7 +241,8 @@ impl GuestSpec {
                 let options = workload.split_whitespace().collect::<Vec<_>>().join(",");
                 let (address, words) = (self.address, &self.kernel_words);
                 let line = format!("console=ttyS0 quiet panic=1 {words} vmdr.ip={address}/24 vmdr.workload={options}");
-                let (kernel, initrd) = (images.kernel(), images.initrd());
+                let initrd = if self.qemu_agent { images.initrd_with_agent() } else { images.initrd() };
+                let kernel = images.kernel();
                 let boot = format!(
                     "<kernel>{}</kernel><initrd>{}</initrd><cmdline>{line}</cmdline>",
                     kernel.display(),

@@ -52,6 +52,11 @@ impl Images {
         self.directory.join("initrd.gz")
     }
 
+    /// The same with the QEMU guest agent.
+    pub fn initrd_with_agent(&self) -> PathBuf {
+        self.directory.join("initrd-agent.gz")
+    }
+
     /// The guest without an operating system, for KVM.
     pub fn bare_metal(&self) -> PathBuf {
         self.directory.join("bare-metal.elf")

@@ -145,10 +145,11 @@ fn parse_stretches(text: &str) -> Vec<Stretch> {
     view.lines().filter_map(stretch).collect()
 }
 
-/// Files below a directory of which the parent's name is `folder`.
+/// Files below a directory of which the parent's name is `folder`, but checksums.
 pub fn files(directory: &Path, folder: &str) -> Result<Vec<PathBuf>> {
-    let found =
-        exec::run(exec::limited(30, "find").arg(directory).args(["-type", "f", "-path", &format!("*/{folder}/*")]))?;
+    let within = format!("*/{folder}/*");
+    let words = ["-type", "f", "-path", &within, "-not", "-name", "*.sums"];
+    let found = exec::run(exec::limited(30, "find").arg(directory).args(words))?;
     Ok(found.lines().map(PathBuf::from).collect())
 }
 

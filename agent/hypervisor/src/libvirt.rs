@@ -510,6 +510,18 @@ impl Domain {
         reply.get_mut("return").map(Value::take).ok_or_else(|| unclear("neither return nor error".to_owned()))
     }
 
+    /// A command to the QEMU guest agent, for whose answer is waited for so many seconds. libvirt marks the domain tainted.
+    pub fn guest_agent(&self, command: &str, seconds: i32) -> Result<Value, Error> {
+        let request = json!({ "execute": command }).to_string();
+        let reply = self
+            .domain
+            .qemu_agent_command(&request, seconds.max(1), 0)
+            .map_err(|e| Error::libvirt(format!("send {command} to the guest agent of {}", self.name), &e))?;
+        let unclear = |message: String| Error::Answer { domain: self.name.clone(), what: command.to_owned(), message };
+        let mut reply: Value = serde_json::from_str(&reply).map_err(|e| unclear(e.to_string()))?;
+        reply.get_mut("return").map(Value::take).ok_or_else(|| unclear("it has no return".to_owned()))
+    }
+
     /// A command for people, through the monitor: what it prints.
     pub fn hmp(&self, line: &str) -> Result<String, Error> {
         let reply = self.qmp("human-monitor-command", json!({ "command-line": line }))?;

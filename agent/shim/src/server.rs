@@ -184,7 +184,11 @@ fn answer(capture: &mut Capture, request: to_shim::Request) -> (from_shim::Reply
     let result = match request {
         Request::Hello(_) | Request::GetState(_) => capture.state().map(from_shim::Reply::State),
         Request::Arm(arm) => {
-            capture.arm(arm.generation, arm.epoch, Whole::of(arm.seed, arm.resync)).and_then(|()| state(capture))
+            let armed = capture.arm(arm.generation, arm.epoch, Whole::of(arm.seed, arm.resync));
+            if arm.whole_disks {
+                capture.compare_whole_disks();
+            }
+            armed.and_then(|()| state(capture))
         }
         Request::Pass(_) => capture.pass().map(|outcome| match outcome {
             Ok(passed) => from_shim::Reply::Passed(Passed {

@@ -11,7 +11,7 @@ use vmdr_hypervisor::libvirt::{Connection, DomainState};
 use vmdr_proto::control::{MoveReport, MoveRequest, OwnReply, OwnRequest, Progress, ProtectRequest};
 use vmdr_proto::replication::{GiveBackRequest, OwnerReply, OwnerRequest, ReverseRequest, ReverseState};
 
-use super::{Control, blocking, internal, refusals};
+use super::{ANSWER_LIMIT, Control, blocking, internal, refusals};
 use crate::daemon::Agent;
 use crate::link::Questions;
 use crate::registry::Protection;
@@ -79,7 +79,7 @@ pub(super) async fn move_away(
     tell(reports, step("pause the guest with its last epoch", String::new()));
     // Whoever comes next finds it moving, or as it was.
     let one_at_a_time = agent.administration.lock().await;
-    if let Err(refused) = control.ask(&protection.name, Input::HoldToMove).await {
+    if let Err(refused) = control.ask(&protection.name, ANSWER_LIMIT, Input::HoldToMove).await {
         release(control, &protection).await;
         return Err(refused);
     }
@@ -160,7 +160,8 @@ async fn wait_protected_back(protection: &Protection, runs: &str) -> Result<(), 
 }
 
 async fn release(control: &Control, protection: &Protection) {
-    let released = tokio::time::timeout(RELEASE_LIMIT, control.ask(&protection.name, Input::Release)).await;
+    let released =
+        tokio::time::timeout(RELEASE_LIMIT, control.ask(&protection.name, ANSWER_LIMIT, Input::Release)).await;
     tracing::info!(domain = protection.name, ?released, "the move was refused: the guest goes on here");
 }
 
@@ -217,7 +218,7 @@ pub(super) async fn reprotect(control: &Control, request: ProtectRequest, report
     }
     reverse(&receiver, &described, generation, &reports).await?;
     let examined = control.examine(&described.name, Some(&receiver)).await?;
-    control.begin(examined, receiver, interval, generation, reports)
+    control.begin(examined, receiver, interval, request.application_every_seconds, generation, reports)
 }
 
 async fn describe(agent: &Agent, domain: &str) -> Result<Described, Status> {

@@ -1,5 +1,6 @@
 //! A session that has a shim: cuts, copies, and what the link says.
 
+pub(super) mod application;
 mod mirrors;
 mod ship;
 
@@ -21,6 +22,8 @@ use super::resume::{Resume, resume};
 use super::{Answer, Input, Phase, RETRY, Stop, Worker};
 use crate::encode::PartEncoder;
 use crate::link::LinkEvent;
+use crate::quiesce::Frozen;
+use crate::quiesce::stage::Stage;
 use crate::resync::Resync;
 use std::path::PathBuf;
 use vmdr_hypervisor::domain_xml::DomainXml;
@@ -80,6 +83,10 @@ pub(super) struct Active<'a> {
     pub(super) ended: Option<Ended>,
     /// The open epoch is a resync.
     resync: Option<Resync>,
+    /// That resync compares everything, whatever was noted of what was written.
+    comparing: bool,
+    /// The receiver has asked for such a one.
+    compare_wanted: bool,
     /// The receiver did not take differences: send everything.
     no_resync: bool,
     /// What the receiver was sent on this connection.
@@ -99,6 +106,8 @@ pub(super) struct Active<'a> {
     before_stall: Option<Phase>,
     /// Since when the receiver has been asked to take the guest.
     pub(super) asked_over: Option<Instant>,
+    /// An application-consistent point that is being made.
+    application: Stage<Frozen>,
 }
 
 pub(super) enum Never {}
@@ -116,6 +125,8 @@ impl<'a> Active<'a> {
             hold: None,
             resync: None,
             no_resync: false,
+            comparing: false,
+            compare_wanted: false,
             sent_xml: String::new(),
             sent_layout: None,
             xml_changed: true,
@@ -127,6 +138,7 @@ impl<'a> Active<'a> {
             ended: None,
             before_stall: None,
             asked_over: None,
+            application: Stage::default(),
         }
     }
 
@@ -156,6 +168,7 @@ impl<'a> Active<'a> {
             if self.asked_over.is_some_and(|asked| asked.elapsed() > HAND_OVER_LIMIT) {
                 return Err(Stop::Unsettled);
             }
+            self.look_at_application();
             if Instant::now() >= self.next_cut {
                 let acted = match self.ended {
                     Some(ended) => self.end_step(ended),
@@ -246,6 +259,14 @@ impl<'a> Active<'a> {
                 let _ = answer.send(Err("the protection is not suspended".to_owned()));
                 Ok(())
             }
+            Input::Application(answer) => {
+                self.ask_application(answer);
+                Ok(())
+            }
+            Input::Frozen(result) => {
+                self.froze(result);
+                Ok(())
+            }
             Input::Unprotect => Err(Stop::Unprotect),
             Input::Shutdown => Err(Stop::Shutdown),
             Input::IoError(what) => {
@@ -266,6 +287,11 @@ impl<'a> Active<'a> {
                 let position = Position { generation: self.worker.protection.generation, ..position };
                 self.sender = Some(sender);
                 self.start_from(&position)
+            }
+            Input::Link(LinkEvent::Compare) => {
+                // One that is under way already does.
+                self.compare_wanted = !(self.comparing && self.resync.is_some());
+                Ok(())
             }
             Input::Link(LinkEvent::Durable(durable)) => self.durable(durable.epoch, durable.part),
             Input::Link(LinkEvent::Refused(refused)) => {
@@ -406,13 +432,45 @@ impl<'a> Active<'a> {
 
     /// Begins `epoch` with the whole guest. Of what the receiver has at `position`, only what differs will be sent.
     fn copy_whole(&mut self, position: &Position, epoch: u64) -> Result<(), Stop> {
+        self.comparing = self.compare_wanted;
+        self.compare_wanted = false;
         self.in_flight.clear();
         self.sent_layout = None;
+        self.fail_application(
+            "its epoch was given up: the whole guest is compared with the receiver's copy, or copied again",
+        );
         self.resync = self.compare_with(position);
         let whole = if self.resync.is_some() { Whole::Resync } else { Whole::Seed };
-        self.attached.shim.arm(self.worker.protection.generation, epoch, whole)?;
+        let generation = self.worker.protection.generation;
+        if self.comparing {
+            self.attached.shim.arm_whole_disks(generation, epoch, whole)?;
+        } else {
+            self.attached.shim.arm(generation, epoch, whole)?;
+        }
         tracing::info!(domain = self.worker.protection.name, epoch, ?whole, "copying the whole guest");
         self.set_mode(Mode::Copy { round: 0, need_pass: true }, true);
+        Ok(())
+    }
+
+    /// What the receiver has is damaged: everything is compared with it, and what differs is sent again.
+    fn compare_all(&mut self) -> Result<(), Stop> {
+        let durable = self.worker.shared.status().durable_epoch;
+        let held = self.attached.shim.state()?.held;
+        if !self.in_flight.is_empty() || durable == 0 || held {
+            // As for mirrors: what is on its way comes first.
+            self.next_cut = Instant::now() + LOOK;
+            return Ok(());
+        }
+        tracing::warn!(
+            domain = self.worker.protection.name,
+            "the receiver's copy is damaged, everything is compared with it"
+        );
+        self.xml_changed = true;
+        self.sent_xml.clear();
+        let generation = self.worker.protection.generation;
+        let position = Position { generation, epoch: durable, ..Position::default() };
+        self.copy_whole(&position, durable + 1)?;
+        self.next_cut = Instant::now();
         Ok(())
     }
 
@@ -459,7 +517,9 @@ impl<'a> Active<'a> {
             self.in_flight.pop_front();
         }
         status.waiting_since = self.in_flight.front().map(|sent| sent.begun);
+        let durable = status.durable_epoch;
         drop(status);
+        self.application_durable(durable);
         if self.hold.as_ref().is_some_and(|hold| hold.epoch.is_some_and(|held| held <= epoch))
             && let Some(hold) = self.hold.take()
         {
@@ -493,6 +553,9 @@ impl<'a> Active<'a> {
         if self.mirror_gone {
             return self.begin_mirrors_anew();
         }
+        if self.compare_wanted {
+            return self.compare_all();
+        }
         // Nobody waits for it any more.
         if self.hold.as_ref().is_some_and(|hold| hold.answer.is_closed()) {
             self.hold = None;
@@ -504,7 +567,7 @@ impl<'a> Active<'a> {
         }
         let limits = self.worker.shared.limits.clone();
         let rest = limits.rest();
-        if !rest.is_zero() && self.hold.is_none() {
+        if !rest.is_zero() && self.hold.is_none() && !self.application.is_frozen() {
             self.next_cut = Instant::now() + rest.min(LOOK);
             return Ok(());
         }
@@ -565,7 +628,8 @@ impl<'a> Active<'a> {
     fn cut(&mut self, pages_max: u64) -> Result<(), Stop> {
         let interval = Duration::from_millis(u64::from(self.worker.protection.interval_ms));
         let started = Instant::now();
-        let hold = self.hold.is_some() && self.mode == Mode::Cuts;
+        // A guest at rest has to run to be thawed: it is held with the next one.
+        let hold = self.hold.is_some() && self.mode == Mode::Cuts && !self.application.is_frozen();
         let limits = self.worker.shared.limits.clone();
         match limits.seat.turn(|| self.attached.shim.cut(pages_max, hold))? {
             Ok(part) if !part.last => {
@@ -580,6 +644,9 @@ impl<'a> Active<'a> {
                 self.mirrors_bad = None;
                 self.io_error.clear();
                 self.before_stall = None;
+                if !hold {
+                    self.thaw_after_cut(&part);
+                }
                 let (epoch, timing, pages) = (part.epoch, part.timing.unwrap_or_default(), part.dirty_pages);
                 let bytes = self.ship(part)?;
                 let mut status = self.worker.shared.status();

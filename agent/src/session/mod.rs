@@ -35,6 +35,7 @@ use vmdr_daemon::ownership::{Event, Ownerships};
 use vmdr_hypervisor::libvirt::{Connection, Domain};
 
 use self::active::Active;
+pub use self::active::application::Application;
 use self::attach::Attached;
 use self::figures::Figures;
 use self::moving::Moved;
@@ -44,6 +45,8 @@ use crate::guard;
 use crate::guest_channel::{self, GuestChannel};
 use crate::limits;
 use crate::link::{self, LinkEvent, Target};
+use crate::quiesce::Frozen;
+use crate::quiesce::stage::Asker;
 use crate::registry::{Protection, Registry};
 use crate::shim_client::ShimError;
 
@@ -136,6 +139,8 @@ pub struct Status {
     pub pending_bytes: u64,
     /// Figures over time.
     pub figures: Figures,
+    /// Application-consistent points.
+    pub application: Application,
 }
 
 impl Status {
@@ -198,6 +203,10 @@ pub enum Input {
     Release(Answer<()>),
     /// Hand the held guest over; answered when it runs there, or is known to have stayed.
     HandOver(bool, Answer<Moved>),
+    /// Make an application-consistent point; answered when that is durable.
+    Application(Asker),
+    /// What came of freezing the guest. Dropped, it is thawed.
+    Frozen(Result<Frozen, String>),
     /// End the protection: mirrors and shim too.
     Unprotect,
     /// The agent ends; the shim stays.
@@ -213,6 +222,9 @@ impl Input {
             Self::Suspend(answer) | Self::Hold(answer) | Self::HoldToMove(answer) => drop(answer.send(Err(why))),
             Self::Resume(answer) | Self::Release(answer) => drop(answer.send(Err(why))),
             Self::HandOver(_, answer) => drop(answer.send(Err(why))),
+            Self::Application(answer) => drop(answer.send(Err(why))),
+            // Thawed with that.
+            Self::Frozen(late) => drop(late),
             Self::Link(_) | Self::DevicesChanged | Self::IoError(_) | Self::Unprotect | Self::Shutdown => {}
         }
     }
@@ -251,6 +263,7 @@ impl Session {
                 pending_bytes: 0,
                 waiting_since: None,
                 figures: Figures::default(),
+                application: Application::default(),
             }),
             ending: AtomicBool::new(false),
             limits,
@@ -270,6 +283,7 @@ impl Session {
             runtime,
             ownerships,
             mover: None,
+            application_due: None,
         };
         let thread = std::thread::Builder::new()
             .name(format!("session {}", protection.name))
@@ -350,10 +364,18 @@ struct Worker {
     ownerships: Ownerships,
     /// Who waits for a move.
     mover: Option<Answer<Moved>>,
+    /// When the next application-consistent point is due by the schedule.
+    application_due: Option<Instant>,
 }
 
 impl Worker {
+    fn application_every(&self) -> Option<Duration> {
+        let seconds = self.protection.application_every_seconds;
+        (seconds > 0).then(|| Duration::from_secs(seconds))
+    }
+
     fn run(mut self, mut first: bool) {
+        self.application_due = self.application_every().map(|every| Instant::now() + every);
         if self.protection.fenced {
             self.set_phase(Phase::Fenced);
         }

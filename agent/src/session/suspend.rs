@@ -89,6 +89,10 @@ impl Worker {
                 Ok(Input::HandOver(_, answer)) => {
                     let _ = answer.send(Err("the domain is suspended, not protected".to_owned()));
                 }
+                Ok(Input::Application(answer)) => {
+                    let _ = answer.send(Err("the domain is suspended, not protected".to_owned()));
+                }
+                Ok(Input::Frozen(late)) => drop(late),
                 Ok(Input::Link(_) | Input::DevicesChanged | Input::IoError(_)) => {}
                 Err(RecvTimeoutError::Timeout) => {
                     // Suspended or not: a host that was started anew asks before the guest runs, and then starts it.

@@ -35,6 +35,8 @@ pub struct Which {
     pub at_unix_ns: Option<u64>,
     /// The newest that is at least so old.
     pub before: Option<Duration>,
+    /// Also one that is known to be damaged.
+    pub damaged: bool,
 }
 
 impl Which {
@@ -58,6 +60,7 @@ pub async fn activate(common: &Common, out: Out, domain: &Domain, options: Activ
         wait: options.wait,
         point: options.which.point.clone().unwrap_or_default(),
         at_unix_ns: options.which.at()?,
+        damaged: options.which.damaged,
     };
     let plan = answer(Daemon::Receiver, "activate", receiver.plan_activation(request.clone())).await?;
     let refused = refused(&plan.findings);
@@ -117,6 +120,10 @@ fn plan_text(out: Out, plan: &ActivationPlan) -> String {
         match &plan.point {
             Some(point) => {
                 text.push_str(&format!("  recovery point: {}\n", point_text(point)));
+                if point.damaged {
+                    let damaged = "  DAMAGED:        some of its memory or disks is not what was written\n";
+                    text.push_str(&out.paint(Tone::Bad, damaged));
+                }
                 let lost = format!(
                     "everything after that: {} until now, and more while you read this",
                     text::seconds(plan.lost_seconds)

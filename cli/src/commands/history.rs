@@ -108,6 +108,33 @@ pub async fn create(
     )
 }
 
+/// Makes an application-consistent point and names it.
+pub async fn create_application(common: &Common, out: Out, domain: &Domain, name: &str) -> Result<(), Failure> {
+    let request = PointRequest { domain: domain.0.clone(), name: name.to_owned(), point: String::new() };
+    let mut agent = client::agent(common).await?;
+    let made = answer(Daemon::Agent, "point create", agent.create_point(request)).await?;
+    let point = made.point.clone().unwrap_or_default();
+    out.result(
+        "point",
+        || json::NamedPoint::made(&domain.0, name, &point, &made),
+        || {
+            let (id, cut) = (text::one_line(&point.id), text::instant_short(point.cut_unix_ns));
+            let said = format!(
+                "{name} is recovery point {id} of {}, cut {cut} UTC, application-consistent; it is kept until it is released\n",
+                text::one_line(&domain.0)
+            );
+            let frozen = format!(
+                "{} froze {} file systems for {}. {}",
+                text::one_line(&made.way),
+                made.file_systems,
+                text::seconds(made.frozen_seconds),
+                text::one_line(&made.note)
+            );
+            said + &text::wrapped("", frozen.trim_end())
+        },
+    )
+}
+
 /// Releases a name.
 pub async fn release(common: &Common, out: Out, domain: &Domain, name: &str) -> Result<(), Failure> {
     let request = PointRequest { domain: domain.0.clone(), name: name.to_owned(), point: String::new() };

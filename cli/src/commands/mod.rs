@@ -15,6 +15,7 @@ mod history;
 mod ownership;
 mod protected_side;
 mod status;
+mod verify;
 
 /// Does what the command line says.
 pub async fn run(cli: &Cli) -> Result<(), Failure> {
@@ -23,8 +24,8 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
     match &cli.command {
         Command::Doctor { domain } => protected_side::doctor(common, out, domain.as_ref()).await,
         Command::Prepare { domain } => protected_side::prepare(common, out, domain).await,
-        Command::Protect { domain, interval, receiver } => {
-            protected_side::protect(common, out, domain, *interval, receiver.as_deref()).await
+        Command::Protect { domain, interval, receiver, application_every } => {
+            protected_side::protect(common, out, domain, *interval, receiver.as_deref(), *application_every).await
         }
         Command::Hold { domain } => protected_side::hold(common, out, domain).await,
         Command::Release { domain } => protected_side::release(common, out, domain).await,
@@ -42,7 +43,10 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
         Command::Divergence { domain, drop, yes } => ownership::divergence(common, out, domain, *drop, *yes).await,
         Command::Status { domain } => status::status(common, out, domain.as_ref()).await,
         Command::Points { domain } => history::points(common, out, domain).await,
-        Command::Point { action: PointAction::Create { domain, name, point } } => {
+        Command::Point { action: PointAction::Create { domain, name, application: true, .. } } => {
+            history::create_application(common, out, domain, name).await
+        }
+        Command::Point { action: PointAction::Create { domain, name, point, .. } } => {
             history::create(common, out, domain, name, point.as_deref()).await
         }
         Command::Point { action: PointAction::Release { domain, name } } => {
@@ -51,8 +55,13 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
         Command::Retention { domain, tiers, budget, reset } => {
             history::retention(common, out, domain, tiers, *budget, *reset).await
         }
-        Command::Activate { domain, dry_run, yes, wait, point, at, before } => {
-            let which = backup_side::Which { point: point.clone(), at_unix_ns: *at, before: *before };
+        Command::Verify { domain, point, all, wait } => {
+            verify::verify(common, out, domain, point.as_deref(), *all, *wait).await
+        }
+        Command::Inspect { arguments } => Err(verify::inspect(arguments, out.is_json())),
+        Command::Activate { domain, dry_run, yes, wait, point, at, before, damaged } => {
+            let which =
+                backup_side::Which { point: point.clone(), at_unix_ns: *at, before: *before, damaged: *damaged };
             let options = backup_side::Activate { dry_run: *dry_run, yes: *yes, wait: *wait, which };
             backup_side::activate(common, out, domain, options).await
         }

@@ -72,11 +72,17 @@ pub async fn prepare(common: &Common, out: Out, domain: &Domain) -> Result<(), F
 }
 
 /// What `protect` and `reprotect` ask for.
-pub(super) fn protect_request(domain: &Domain, interval: Option<Interval>, receiver: Option<&str>) -> ProtectRequest {
+pub(super) fn protect_request(
+    domain: &Domain,
+    interval: Option<Interval>,
+    receiver: Option<&str>,
+    application_every: Option<u64>,
+) -> ProtectRequest {
     ProtectRequest {
         domain: domain.0.clone(),
         interval_ms: interval.map_or(0, |interval| interval.ms),
         receiver: receiver.unwrap_or_default().to_owned(),
+        application_every_seconds: application_every.unwrap_or(0),
     }
 }
 
@@ -102,8 +108,9 @@ pub async fn protect(
     domain: &Domain,
     interval: Option<Interval>,
     receiver: Option<&str>,
+    application_every: Option<u64>,
 ) -> Result<(), Failure> {
-    let request = protect_request(domain, interval, receiver);
+    let request = protect_request(domain, interval, receiver, application_every);
     let mut agent = client::agent(common).await?;
     let stream =
         agent.protect(request).await.map_err(|status| Failure::from_status(Daemon::Agent, "protect", &status))?;

@@ -96,9 +96,12 @@ fn table(out: Out, rows: &Rows) -> String {
         if status.since_unix_ns > 0 && QUIET.contains(&status.state.as_str()) {
             below.push_str(&format!("  since: {}\n", text::instant_short(status.since_unix_ns)));
         }
+        let verify = status.verify.clone().unwrap_or_default();
         let sentences = [
+            ("  verify: ", &verify.doing),
             ("  limited by: ", &status.limited_by),
             ("  last error: ", &status.last_error),
+            ("  no application-consistent point: ", &status.application_error),
             ("  alarm: ", &status.alarm),
             ("  advice: ", &status.advice),
         ];

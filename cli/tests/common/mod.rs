@@ -258,9 +258,12 @@ impl Agent for Daemon {
     type ProtectStream = Stream;
 
     async fn protect(&self, request: Request<ProtectRequest>) -> Result<Response<Stream>, Status> {
-        let ProtectRequest { domain, interval_ms, receiver } = request.into_inner();
+        let ProtectRequest { domain, interval_ms, receiver, application_every_seconds } = request.into_inner();
         self.asked("protect", &domain)?;
         self.calls.lock().unwrap().push(format!("interval {interval_ms} receiver {receiver}").trim_end().to_owned());
+        if application_every_seconds > 0 {
+            self.calls.lock().unwrap().push(format!("application every {application_every_seconds}"));
+        }
         let mut messages = vec![
             progress("check", 0, 0, "", "warning: clock: kvmclock stands still in every pause"),
             progress("copy", 0, 0, "bytes", "starting"),
@@ -328,6 +331,19 @@ impl Agent for Daemon {
         self.asked("own", &domain)?;
         self.calls.lock().unwrap().push(format!("force {force} reason {reason}").trim_end().to_owned());
         Ok(Response::new(OwnReply { name: domain, generation: 5, running: true }))
+    }
+
+    async fn create_point(&self, request: Request<PointRequest>) -> Result<Response<ApplicationPoint>, Status> {
+        let PointRequest { domain, name, .. } = request.into_inner();
+        self.asked("create-point", &format!("{domain} {name}"))?;
+        if domain == "bare" {
+            return Err(Status::failed_precondition("nobody in the guest can freeze its file systems"));
+        }
+        let consistency = "application".into();
+        let point = Point { consistency, names: vec![name], pinned: true, ..point(999, false) };
+        let (way, note) = ("vmdr's tools in the guest".into(), "not frozen: /boot/efi (vfat)".into());
+        let made = ApplicationPoint { point: Some(point), frozen_seconds: 0.04, file_systems: 2, way, note };
+        Ok(Response::new(made))
     }
 
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
@@ -467,6 +483,23 @@ impl Receiver for Daemon {
         };
         let set = Divergence { generation: 4, since_unix_ns: 1, until_unix_ns: 2, files: vec![file] };
         Ok(Response::new(DivergenceReply { sets: vec![set], freed_bytes: if drop { 1 << 30 } else { 0 } }))
+    }
+
+    type VerifyStream = Stream;
+
+    async fn verify(&self, request: Request<VerifyRequest>) -> Result<Response<Stream>, Status> {
+        let VerifyRequest { domain, point, all, wait } = request.into_inner();
+        self.asked(if all { "verify-all" } else { "verify" }, &domain)?;
+        let damaged = domain == "flipped";
+        let report = VerifyReport {
+            ended: wait,
+            sound: vec![if point.is_empty() { "3-1000".to_owned() } else { point }],
+            damaged: if damaged { vec!["3-1001".to_owned()] } else { Vec::new() },
+            damage: if damaged { vec!["disk vda: 4096 bytes from offset 81920 on".to_owned()] } else { Vec::new() },
+            bytes: 5 << 20,
+        };
+        let last = Progress { step: "verify".into(), verification: Some(report), ..Progress::default() };
+        Ok(stream(vec![progress("verify", 1 << 20, 5 << 20, "bytes", ""), Ok(last)]))
     }
 
     async fn forget(&self, request: Request<DomainRequest>) -> Result<Response<ForgetReply>, Status> {

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Duration;
 
 /// Microseconds by which the kernel advances the clock in each tick of a hundredth of a second.
@@ -51,12 +51,23 @@ fn adjust(request: &mut libc::timex) -> io::Result<()> {
     if state < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Waits until there is something to read; whether nobody is at the other end.
-pub fn wait_readable(file: &File, wait: Duration) -> bool {
+/// What a wait has found.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ready {
+    /// Nobody is at the other end.
+    pub hung_up: bool,
+    /// The other one has something to read, or has ended.
+    pub also: bool,
+}
+
+/// Waits until there is something to read from one of them.
+pub fn wait_readable(file: &File, also: Option<BorrowedFd<'_>>, wait: Duration) -> Ready {
     // Rounded up: a wait of half a millisecond is no busy loop.
     let ms = wait.as_millis().saturating_add(1).min(60_000) as libc::c_int;
-    let mut entry = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    // SAFETY: one valid, exclusively borrowed entry. A failure is as good as nothing to read.
-    let _ = unsafe { libc::poll(&mut entry, 1, ms) };
-    entry.revents & libc::POLLHUP != 0
+    let entry = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // A negative descriptor is passed over.
+    let mut entries = [entry(file.as_raw_fd()), entry(also.map_or(-1, |also| also.as_raw_fd()))];
+    // SAFETY: two valid, exclusively borrowed entries. A failure is as good as nothing to read.
+    let _ = unsafe { libc::poll(entries.as_mut_ptr(), 2, ms) };
+    Ready { hung_up: entries[0].revents & libc::POLLHUP != 0, also: entries[1].revents != 0 }
 }

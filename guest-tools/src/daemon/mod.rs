@@ -1,10 +1,14 @@
-//! What runs in a guest all the time: it keeps the clock with the host's.
+//! What runs in a guest all the time: it keeps the clock with the host's, and brings file systems to rest when asked to.
 //!
 //! The guest's time stands still in every pause that protection makes, some per cent of all time: more than NTP can follow. An
 //! agent on the host tells the time over a virtio-serial port ([`vmdr_guest_channel`]); the clock is run faster by as much as
 //! it loses, and stepped forward where that is not enough ([`steer`]). When nobody tells the time any more, the clock is left
 //! to itself at its own rate.
+//!
+//! A freeze is the work of a process of its own ([`freezer`], [`crate::freeze`]); meanwhile nothing is written here but to the
+//! port.
 
+mod freezer;
 mod kernel;
 mod port;
 mod steer;
@@ -14,6 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use vmdr_guest_channel::{Frame, Hello, Message, features};
 
+use self::freezer::Freezer;
 use self::port::Port;
 use self::steer::{Do, Steer};
 use crate::cli::Daemon;
@@ -28,6 +33,9 @@ const SILENCE: Duration = Duration::from_secs(5);
 const ROUND_TRIP_MAX: Duration = Duration::from_millis(20);
 /// ...unless this many in a row did.
 const SLOW_MAX: u32 = 4;
+
+/// How often a host that hangs up is noticed while something is frozen.
+const HANG_UP_LOOK: Duration = Duration::from_millis(20);
 
 /// A question on its way.
 struct Asked {
@@ -46,10 +54,17 @@ struct State {
     asked: Option<Asked>,
     slow: u32,
     offset_ns: i64,
+    freezer: Freezer,
+    /// What there is to log: nothing is written while file systems are frozen.
+    log: Vec<String>,
 }
+
+/// Lines that wait to be logged, at most.
+const LOG_MAX: usize = 16;
 
 /// Runs until the process is ended.
 pub fn run(options: &Daemon) -> Result<()> {
+    crate::freeze::thaw_what_was_left();
     let mut port = Port::wait(options.port.as_deref())?;
     // A predecessor may have been killed with the clock running fast.
     kernel::set_rate(0.0).context("set the clock's rate (root is needed)")?;
@@ -64,22 +79,51 @@ pub fn run(options: &Daemon) -> Result<()> {
         asked: None,
         slow: 0,
         offset_ns: 0,
+        freezer: Freezer::new(options.clone()),
+        log: Vec::new(),
     };
     loop {
         if Instant::now() >= state.next {
             state.speak(&mut port)?;
         }
         let wait = state.next.saturating_duration_since(Instant::now());
-        for frame in port.receive(wait)? {
+        let (frames, ready) = port.receive(wait, state.freezer.output())?;
+        for frame in frames {
             state.hear(&mut port, frame)?;
         }
+        if ready.hung_up && state.freezer.is_active() {
+            state.freezer.abandoned();
+            // That it hangs up is told again and again until its process has ended.
+            std::thread::sleep(HANG_UP_LOOK);
+        }
+        if ready.also {
+            for frame in state.freezer.hear() {
+                port.send(&frame)?;
+            }
+        }
+        state.write_log();
     }
 }
 
 impl State {
+    fn say(&mut self, line: String) {
+        if self.log.len() < LOG_MAX {
+            self.log.push(line);
+        }
+    }
+
+    fn write_log(&mut self) {
+        if self.freezer.is_active() {
+            return;
+        }
+        for line in self.log.drain(..).chain(self.freezer.take_log()) {
+            println!("{line}");
+        }
+    }
+
     fn speak(&mut self, port: &mut Port) -> Result<()> {
         if self.greeted && self.heard.elapsed() > SILENCE {
-            println!("clock: the host is silent, the clock runs at its own rate");
+            self.say("clock: the host is silent, the clock runs at its own rate".to_owned());
             self.greeted = false;
             self.let_go()?;
         }
@@ -113,7 +157,10 @@ impl State {
                 self.heard = Instant::now();
                 let tells_time = hello.features & features::CLOCK != 0;
                 if !self.greeted || self.tells_time != tells_time {
-                    println!("clock: the host {} the time", if tells_time { "tells" } else { "does not tell" });
+                    self.say(format!(
+                        "clock: the host {} the time",
+                        if tells_time { "tells" } else { "does not tell" }
+                    ));
                     self.next = Instant::now();
                 }
                 if self.tells_time && !tells_time {
@@ -128,8 +175,18 @@ impl State {
                     self.told(&asked, host_unix_ns)?;
                 }
             }
+            Message::Freeze { hold_ms } => {
+                if let Some(message) = self.freezer.freeze(frame.number, hold_ms) {
+                    port.send(&Frame { number: frame.number, message })?;
+                }
+            }
+            Message::Thaw { freeze } => {
+                if let Some(message) = self.freezer.thaw(frame.number, freeze) {
+                    port.send(&Frame { number: frame.number, message })?;
+                }
+            }
             Message::Unsupported(_) => {}
-            Message::ClockAsk { .. } | Message::Unknown(_) => {
+            Message::ClockAsk { .. } | Message::Frozen { .. } | Message::Thawed { .. } | Message::Unknown(_) => {
                 let message = Message::Unsupported(frame.message.kind());
                 port.send(&Frame { number: frame.number, message })?;
             }
@@ -156,7 +213,7 @@ impl State {
             Do::Rate => {}
             Do::Step => {
                 if self.offset_ns.unsigned_abs() > 1_000_000_000 {
-                    println!("clock: stepped by {:.3} s", self.offset_ns as f64 / 1e9);
+                    self.say(format!("clock: stepped by {:.3} s", self.offset_ns as f64 / 1e9));
                 }
                 kernel::step(self.offset_ns).context("step the clock (root is needed)")?;
             }
@@ -172,5 +229,5 @@ impl State {
 }
 
 fn own(answer: bool) -> Hello {
-    Hello::own(features::CLOCK, answer, concat!("vmdr-guest-tools ", env!("CARGO_PKG_VERSION")))
+    Hello::own(features::CLOCK | features::FREEZE, answer, concat!("vmdr-guest-tools ", env!("CARGO_PKG_VERSION")))
 }

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use vmdr_guest_channel::{Decoder, Frame, PORT};
 
-use super::kernel;
+use super::kernel::{self, Ready};
 
 /// Where the kernel names the ports. (udev makes links in /dev/virtio-ports of it, but not every guest has udev.)
 const PORTS: &str = "/sys/class/virtio-ports";
@@ -35,9 +36,7 @@ impl Port {
                 break path;
             }
             if !said {
-                println!(
-                    "clock: waiting for the virtio port {PORT}: the domain's definition needs a channel of that name"
-                );
+                println!("waiting for the virtio port {PORT}: the domain's definition needs a channel of that name");
                 said = true;
             }
             std::thread::sleep(LOOK);
@@ -56,12 +55,13 @@ impl Port {
         }
     }
 
-    /// What comes within `wait`; returns with the first that does.
-    pub fn receive(&mut self, wait: Duration) -> Result<Vec<Frame>> {
+    /// What comes within `wait`; returns with the first that does. `also`: something else to wait for, and then also for the
+    /// other end to go away.
+    pub fn receive(&mut self, wait: Duration, also: Option<BorrowedFd<'_>>) -> Result<(Vec<Frame>, Ready)> {
         let until = Instant::now() + wait;
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            let hung_up = kernel::wait_readable(&self.file, left);
+            let ready = kernel::wait_readable(&self.file, also, left);
             let mut buffer = [0; READ_BYTES];
             let bytes = match self.file.read(&mut buffer) {
                 Ok(bytes) => bytes,
@@ -73,10 +73,13 @@ impl Port {
             while let Some(frame) = self.decoder.next(&mut rest) {
                 frames.push(frame);
             }
-            if !frames.is_empty() || left.is_zero() {
-                return Ok(frames);
+            if !frames.is_empty() || left.is_zero() || ready.also {
+                return Ok((frames, ready));
             }
-            if bytes == 0 && hung_up {
+            if bytes == 0 && ready.hung_up {
+                if also.is_some() {
+                    return Ok((frames, ready));
+                }
                 // Nobody is connected at the host: poll would return at once, for ever.
                 std::thread::sleep(left.min(HOST_LOOK));
             }

@@ -20,6 +20,14 @@
 //! | 2 | unsupported | the kind that was not understood u16 |
 //! | 16 | clock ask | the guest's clock u64 (ns since 1970), offset last found i64 (ns), rate steered i32 (ppm) |
 //! | 17 | clock is | the host's clock u64 (ns since 1970) |
+//! | 32 | freeze | how long to stay frozen at most u32 (ms) |
+//! | 33 | frozen | outcome u8 (see [`Outcome`]), file systems u16, skipped ones u16, how long it will stay frozen at most u32 (ms), text (UTF-8, the rest) |
+//! | 34 | thaw | the number of the freeze that it ends u32 |
+//! | 35 | thawed | whether all of them were frozen until now u8, how long they were u32 (ms), text (UTF-8, the rest) |
+//!
+//! A guest that can freeze says so in its hello ([`features::FREEZE`]); one that does not is not asked. *Frozen* answers *freeze*
+//! when hooks have run and file systems are frozen, which may take some time; *thawed* answers *thaw*. A guest thaws by itself
+//! when its own time is over, or the port has no other end any more, and then answers a late *thaw* with "not until now".
 //!
 //! Kinds are given out in blocks of 16, so that what belongs together stays together: 0 to 15 this protocol itself, 16 to 31
 //! the clock, 32 to 47 freeze and thaw, 48 to 63 heartbeat and readiness, 64 to 79 addresses. A kind that an end does not know
@@ -39,6 +47,8 @@ pub const VERSION_MIN: u16 = 1;
 pub const BODY_BYTES_MAX: usize = 512;
 /// The most bytes of a frame.
 pub const FRAME_BYTES_MAX: usize = HEAD_BYTES + BODY_BYTES_MAX + SUM_BYTES;
+/// The most bytes of a text that explains an outcome.
+pub const TEXT_BYTES_MAX: usize = 400;
 /// The most bytes of a software's name that are kept.
 pub const SOFTWARE_BYTES_MAX: usize = 64;
 
@@ -50,6 +60,41 @@ const SUM_BYTES: usize = 4;
 pub mod features {
     /// The host tells the time; the guest steers its clock by it.
     pub const CLOCK: u32 = 1;
+    /// The guest freezes and thaws its file systems when it is asked to.
+    pub const FREEZE: u32 = 2;
+}
+
+/// What came of a freeze.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All is frozen.
+    Frozen,
+    /// It could not be: nothing is frozen, hooks have been undone.
+    Failed,
+    /// Another freeze has not ended yet.
+    Busy,
+    /// A guest of a later version says something else; nothing may be concluded from it.
+    Other(u8),
+}
+
+impl Outcome {
+    fn number(self) -> u8 {
+        match self {
+            Self::Frozen => 0,
+            Self::Failed => 1,
+            Self::Busy => 2,
+            Self::Other(number) => number,
+        }
+    }
+
+    fn of(number: u8) -> Self {
+        match number {
+            0 => Self::Frozen,
+            1 => Self::Failed,
+            2 => Self::Busy,
+            other => Self::Other(other),
+        }
+    }
 }
 
 /// How an end introduces itself.
@@ -101,6 +146,38 @@ pub enum Message {
         /// The host's clock.
         host_unix_ns: u64,
     },
+    /// The host asks the guest to bring its file systems to rest.
+    Freeze {
+        /// How long they may stay so; the guest may take less.
+        hold_ms: u32,
+    },
+    /// They are, or why not.
+    Frozen {
+        /// What came of it.
+        outcome: Outcome,
+        /// How many are frozen.
+        file_systems: u16,
+        /// How many could not be, because they know no freezing.
+        skipped: u16,
+        /// How long they stay so at most.
+        hold_ms: u32,
+        /// For people. Not to be believed, nor printed as it is.
+        text: String,
+    },
+    /// The host has what it wanted, or does not want it any more.
+    Thaw {
+        /// The number of the freeze.
+        freeze: u32,
+    },
+    /// They are in use again.
+    Thawed {
+        /// Whether all were frozen until this was asked for.
+        held: bool,
+        /// How long the first of them was frozen.
+        frozen_ms: u32,
+        /// For people. Not to be believed, nor printed as it is.
+        text: String,
+    },
     /// Of a kind that is not known here, or with a body too short for its kind.
     Unknown(u16),
 }
@@ -113,6 +190,10 @@ impl Message {
             Self::Unsupported(_) => 2,
             Self::ClockAsk { .. } => 16,
             Self::ClockIs { .. } => 17,
+            Self::Freeze { .. } => 32,
+            Self::Frozen { .. } => 33,
+            Self::Thaw { .. } => 34,
+            Self::Thawed { .. } => 35,
             Self::Unknown(kind) => *kind,
         }
     }
@@ -125,8 +206,7 @@ impl Message {
                 body.extend(hello.newest.to_le_bytes());
                 body.extend(hello.features.to_le_bytes());
                 body.push(u8::from(hello.answer));
-                let end = hello.software.floor_char_boundary(SOFTWARE_BYTES_MAX);
-                body.extend(&hello.software.as_bytes()[..end]);
+                body.extend(cut(&hello.software, SOFTWARE_BYTES_MAX));
             }
             Self::Unsupported(kind) => body.extend(kind.to_le_bytes()),
             Self::ClockAsk { guest_unix_ns, offset_ns, rate_ppm } => {
@@ -135,6 +215,20 @@ impl Message {
                 body.extend(rate_ppm.to_le_bytes());
             }
             Self::ClockIs { host_unix_ns } => body.extend(host_unix_ns.to_le_bytes()),
+            Self::Freeze { hold_ms } => body.extend(hold_ms.to_le_bytes()),
+            Self::Frozen { outcome, file_systems, skipped, hold_ms, text } => {
+                body.push(outcome.number());
+                body.extend(file_systems.to_le_bytes());
+                body.extend(skipped.to_le_bytes());
+                body.extend(hold_ms.to_le_bytes());
+                body.extend(cut(text, TEXT_BYTES_MAX));
+            }
+            Self::Thaw { freeze } => body.extend(freeze.to_le_bytes()),
+            Self::Thawed { held, frozen_ms, text } => {
+                body.push(u8::from(*held));
+                body.extend(frozen_ms.to_le_bytes());
+                body.extend(cut(text, TEXT_BYTES_MAX));
+            }
             Self::Unknown(_) => {}
         }
         body
@@ -152,7 +246,7 @@ impl Message {
                 newest: u16::from_le_bytes(fields.take()?),
                 features: u32::from_le_bytes(fields.take()?),
                 answer: fields.take::<1>()? != [0],
-                software: String::from_utf8_lossy(&fields.0[..fields.0.len().min(SOFTWARE_BYTES_MAX)]).into_owned(),
+                software: fields.text(SOFTWARE_BYTES_MAX),
             }),
             2 => Self::Unsupported(u16::from_le_bytes(fields.take()?)),
             16 => Self::ClockAsk {
@@ -161,6 +255,20 @@ impl Message {
                 rate_ppm: i32::from_le_bytes(fields.take()?),
             },
             17 => Self::ClockIs { host_unix_ns: u64::from_le_bytes(fields.take()?) },
+            32 => Self::Freeze { hold_ms: u32::from_le_bytes(fields.take()?) },
+            33 => Self::Frozen {
+                outcome: Outcome::of(u8::from_le_bytes(fields.take()?)),
+                file_systems: u16::from_le_bytes(fields.take()?),
+                skipped: u16::from_le_bytes(fields.take()?),
+                hold_ms: u32::from_le_bytes(fields.take()?),
+                text: fields.text(TEXT_BYTES_MAX),
+            },
+            34 => Self::Thaw { freeze: u32::from_le_bytes(fields.take()?) },
+            35 => Self::Thawed {
+                held: fields.take::<1>()? == [1],
+                frozen_ms: u32::from_le_bytes(fields.take()?),
+                text: fields.text(TEXT_BYTES_MAX),
+            },
             _ => return None,
         })
     }
@@ -199,6 +307,16 @@ impl Fields<'_> {
         self.0 = rest;
         Some(*field)
     }
+
+    /// What is left, up to a limit.
+    fn text(&self, bytes_max: usize) -> String {
+        String::from_utf8_lossy(&self.0[..self.0.len().min(bytes_max)]).into_owned()
+    }
+}
+
+/// The beginning of a text, whole characters of it.
+fn cut(text: &str, bytes_max: usize) -> &[u8] {
+    &text.as_bytes()[..text.floor_char_boundary(bytes_max)]
 }
 
 /// FNV-1a: tells a frame from bytes that look like one; it is no protection against forgery.

@@ -1,7 +1,9 @@
 //! Frames in, frames out, whatever lies between them.
 
 use proptest::prelude::*;
-use vmdr_guest_channel::{Decoder, FRAME_BYTES_MAX, Frame, Hello, Message, SOFTWARE_BYTES_MAX, VERSION};
+use vmdr_guest_channel::{
+    Decoder, FRAME_BYTES_MAX, Frame, Hello, Message, Outcome, SOFTWARE_BYTES_MAX, TEXT_BYTES_MAX, VERSION,
+};
 
 fn message() -> impl Strategy<Value = Message> {
     prop_oneof![
@@ -21,8 +23,28 @@ fn message() -> impl Strategy<Value = Message> {
             rate_ppm
         }),
         any::<u64>().prop_map(|host_unix_ns| Message::ClockIs { host_unix_ns }),
+        any::<u32>().prop_map(|hold_ms| Message::Freeze { hold_ms }),
+        (outcome(), any::<u16>(), any::<u16>(), any::<u32>(), "[a-zé ]{0,90}").prop_map(
+            |(outcome, file_systems, skipped, hold_ms, text)| Message::Frozen {
+                outcome,
+                file_systems,
+                skipped,
+                hold_ms,
+                text
+            }
+        ),
+        any::<u32>().prop_map(|freeze| Message::Thaw { freeze }),
+        (any::<bool>(), any::<u32>(), "[a-zé ]{0,90}").prop_map(|(held, frozen_ms, text)| Message::Thawed {
+            held,
+            frozen_ms,
+            text
+        }),
         (100u16..).prop_map(Message::Unknown),
     ]
+}
+
+fn outcome() -> impl Strategy<Value = Outcome> {
+    prop_oneof![Just(Outcome::Frozen), Just(Outcome::Failed), Just(Outcome::Busy), (3u8..).prop_map(Outcome::Other),]
 }
 
 fn frame() -> impl Strategy<Value = Frame> {
@@ -92,6 +114,14 @@ fn a_long_name_is_cut_at_a_character() {
     let frames = decode(&Frame { number: 1, message: Message::Hello(hello) }.encode(), 700);
     let Some(Frame { message: Message::Hello(hello), .. }) = frames.first() else { panic!("{frames:?}") };
     assert_eq!(hello.software, "é".repeat(SOFTWARE_BYTES_MAX / 2));
+}
+
+#[test]
+fn a_long_reason_is_cut_at_a_character() {
+    let frozen =
+        |text: String| Message::Frozen { outcome: Outcome::Failed, file_systems: 1, skipped: 2, hold_ms: 3, text };
+    let frames = decode(&Frame { number: 1, message: frozen("é".repeat(TEXT_BYTES_MAX)) }.encode(), 700);
+    assert_eq!(frames, [Frame { number: 1, message: frozen("é".repeat(TEXT_BYTES_MAX / 2)) }]);
 }
 
 #[test]

@@ -35,9 +35,11 @@ const TAG_HISTORY: u16 = 0x800A;
 const TAG_CHAIN: u16 = 0x800B;
 const TAG_PIN: u16 = 0x800C;
 const TAG_RETENTION: u16 = 0x000D;
+const TAG_SMALL_SUMS: u16 = 0x8047;
 
 const STANDBY_BYTES: usize = 64;
 const HISTORY_BYTES: usize = 64;
+const SMALL_SUMS_BYTES: usize = 40;
 
 /// The standby: which directory, and what it contains for certain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,6 +75,22 @@ pub struct HistoryMark {
     pub floor: u64,
     /// The standby's epoch is application-consistent.
     pub application: bool,
+}
+
+/// Checksums of the small files of a standby, XXH3-64. (A layout file has its own.) Where they are, there are checksums of the
+/// images too, and a program that does not know of them must not change those.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SmallSums {
+    /// The N of the `standby.N`.
+    pub dir: u64,
+    /// The E of the `device-E.state` that is meant.
+    pub device_epoch: u64,
+    /// Its checksum.
+    pub device: u64,
+    /// The E of the `domain-E.xml` that is meant.
+    pub xml_epoch: u64,
+    /// Its checksum.
+    pub xml: u64,
 }
 
 /// A standby that a seed has replaced, kept for the points in it.
@@ -146,6 +164,8 @@ pub struct Control {
     pub pins: Vec<Pin>,
     /// What this domain's own retention policy is, if it has one: bytes of history at most, and the tiers.
     pub retention: Option<(u64, Vec<Tier>)>,
+    /// Of the standbys that there are.
+    pub small_sums: Vec<SmallSums>,
     /// Fields of later versions that need not be understood.
     extra: Vec<(u16, Vec<u8>)>,
 }
@@ -167,8 +187,18 @@ impl Control {
             chains: Vec::new(),
             pins: Vec::new(),
             retention: None,
+            small_sums: Vec::new(),
             extra: Vec::new(),
         }
+    }
+
+    /// Notes the checksums of a standby's small files, and forgets those of standbys that are not there any more.
+    pub fn put_small_sums(&mut self, sums: SmallSums) {
+        self.small_sums.retain(|of| of.dir != sums.dir);
+        self.small_sums.push(sums);
+        let there: Vec<u64> =
+            self.standby.iter().chain(self.chains.iter().map(|c| &c.standby)).map(|s| s.dir).collect();
+        self.small_sums.retain(|of| there.contains(&of.dir));
     }
 
     /// Reads the record of the domain directory `dir`, which must be that of domain `uuid`.
@@ -241,6 +271,11 @@ impl Control {
             let numbers = tiers.iter().flat_map(|tier| [tier.every_ns, tier.for_ns]);
             let bytes: Vec<u8> = std::iter::once(*budget).chain(numbers).flat_map(u64::to_le_bytes).collect();
             field(&mut to, TAG_RETENTION, &bytes);
+        }
+        for sums in &self.small_sums {
+            let SmallSums { dir, device_epoch, device, xml_epoch, xml } = *sums;
+            let numbers = [dir, device_epoch, device, xml_epoch, xml];
+            field(&mut to, TAG_SMALL_SUMS, &numbers.map(u64::to_le_bytes).concat());
         }
         for (tag, bytes) in &self.extra {
             field(&mut to, *tag, bytes);
@@ -338,6 +373,16 @@ impl Control {
                     let tiers =
                         (0..length / 16).map(|i| Tier { every_ns: number(1 + i * 2), for_ns: number(2 + i * 2) });
                     control.retention = Some((number(0), tiers.collect()));
+                }
+                TAG_SMALL_SUMS => {
+                    long(SMALL_SUMS_BYTES)?;
+                    control.small_sums.push(SmallSums {
+                        dir: number(0),
+                        device_epoch: number(1),
+                        device: number(2),
+                        xml_epoch: number(3),
+                        xml: number(4),
+                    });
                 }
                 _ if tag & TAG_CRITICAL != 0 => {
                     return Err(Fault::Damaged(format!("field {tag:#x} is of a later version, use that")));
@@ -444,6 +489,7 @@ mod tests {
             ],
             pins: vec![Pin { generation: 4, epoch: 5, name: "before-upgrade".to_owned() }],
             retention: Some((50, vec![Tier { every_ns: 0, for_ns: 51 }, Tier { every_ns: 52, for_ns: 53 }])),
+            small_sums: vec![SmallSums { dir: 3, device_epoch: 7, device: 60, xml_epoch: 9, xml: 61 }],
             extra: vec![(0x17, vec![1, 2, 3])],
             ..Control::new([0xab; 16], "gast", 2)
         }

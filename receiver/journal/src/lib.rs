@@ -20,17 +20,19 @@ mod history;
 mod journal;
 mod record;
 mod scan;
+mod survey;
 
-pub use control::{CONTROL_FILE, Chain, Control, HistoryMark, Pin, Seed, Standby, Tier};
+pub use control::{CONTROL_FILE, Chain, Control, HistoryMark, Pin, Seed, SmallSums, Standby, Tier};
 pub use disk::{Disk, File, FsDisk, LockGuard, Mode, write_all};
 pub use error::JournalError;
 pub use history::{
     Array, Entry, HISTORY_SEGMENT_BYTES, HistoryLog, HistoryScan, Key, Place, PointTail, Set, UNIT_BYTES, read_back,
-    read_set, read_unit, segments,
+    read_set, read_unit, read_unit_as_kept, segments, unit_sum,
 };
 pub use journal::{Journal, read_chunk, remove_segments_before, segment_path};
 pub use record::{ChunkAt, Kind, Part, PartHead, PartTail};
 pub use scan::{Damage, Recovered, Torn};
+pub use survey::{RecordSeen, SegmentSeen, survey_journal, survey_segment};
 
 /// A part is put into a new segment when the newest one is this long, so that applied epochs can be deleted in steps.
 pub const SEGMENT_BYTES: u64 = 64 << 20;

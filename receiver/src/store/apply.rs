@@ -17,14 +17,16 @@ use std::time::Instant;
 
 use vmdr_codec::{PAGE_BYTES, Record};
 use vmdr_journal::{
-    Array, HistoryLog, HistoryMark, JournalError, Key, PointTail, Set, Standby, UNIT_BYTES, read_chunk,
-    remove_segments_before,
+    Array, HistoryLog, HistoryMark, JournalError, Key, PointTail, Set, SmallSums, Standby, UNIT_BYTES, read_chunk,
+    remove_segments_before, unit_sum,
 };
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::StoreError;
 use super::domain::{Domain, Epoch};
+use super::flaws::{Flaw, small_flaws, small_units};
 use super::images::{StandbyFiles, ZERO_BYTES};
-use super::pending::{Recorder, ZERO_UNIT};
+use super::pending::{Flawed, Recorder, ZERO_UNIT};
 use super::standby::{self, write_aside};
 
 /// Memory for what is gathered before it is written.
@@ -43,6 +45,8 @@ pub(super) struct Applier {
     pub interrupted: bool,
     /// The images may be a mixture up to this epoch, which no before-images can undo: only the journal can, up to there.
     pub blind_until: u64,
+    /// Checksums of the small files.
+    pub sums: SmallSums,
     small: Small,
 }
 
@@ -52,6 +56,9 @@ struct Small {
     device: Vec<u8>,
     xml: Vec<u8>,
     layout: Vec<u8>,
+    /// What was read of the device state, or the XML, is not what was written.
+    device_flawed: bool,
+    xml_flawed: bool,
 }
 
 /// A batch that was gathered.
@@ -62,6 +69,8 @@ struct Batch {
     cut_unix_ns: u64,
     application: bool,
     changed: Changed,
+    /// What of the small files was damaged, and by which epoch it is mended.
+    mended: Vec<Flawed>,
 }
 
 #[derive(Default)]
@@ -78,11 +87,29 @@ impl Applier {
         log: HistoryLog,
         durable: Standby,
         mark: HistoryMark,
+        sums: Option<SmallSums>,
     ) -> Result<Self, JournalError> {
+        let (interrupted, blind_until, small) = (false, 0, Small::default());
         let mut applier =
-            Self { files, log, durable, mark, interrupted: false, blind_until: 0, small: Small::default() };
+            Self { files, log, durable, mark, interrupted, blind_until, sums: SmallSums::default(), small };
         applier.small = applier.read_small(&durable)?;
+        let found = applier.small.sums(&durable);
+        applier.sums = sums.filter(|sums| same_files(sums, &durable)).unwrap_or(found);
+        applier.small.device_flawed = applier.sums.device != found.device;
+        applier.small.xml_flawed = applier.sums.xml != found.xml;
         Ok(applier)
+    }
+
+    /// What of the standby is known to be damaged without reading its images.
+    pub fn small_flaws(&self) -> Vec<Flaw> {
+        let Small { device, xml, device_flawed, xml_flawed, .. } = &self.small;
+        small_flaws(device_flawed.then_some(device.len()), xml_flawed.then_some(xml.len()))
+    }
+
+    /// Reads the small files again; whether device state and XML are not what they should be.
+    pub fn check_small(&self) -> Result<Vec<Flaw>, JournalError> {
+        let small = self.read_small(&self.durable)?;
+        Ok(small_flaws_of(&self.sums, &small.device, &small.xml))
     }
 
     fn read_small(&self, durable: &Standby) -> Result<Small, JournalError> {
@@ -94,6 +121,7 @@ impl Applier {
             device: standby::read_small(disk, &device, vmdr_codec::DEVICE_STATE_BYTES_MAX)?,
             xml: standby::read_small(disk, &xml, vmdr_codec::DOMAIN_XML_BYTES_MAX)?,
             layout: layout_body(&standby::read_layout(disk, &layout)?, &layout)?,
+            ..Small::default()
         })
     }
 
@@ -148,6 +176,7 @@ impl Applier {
             cut_unix_ns: self.durable.cut_unix_ns,
             application: self.mark.application,
             changed: Changed::default(),
+            mended: Vec::new(),
         };
         for epoch in epochs {
             let begun = self.log.begin(self.durable.generation, batch.epoch, epoch.epoch);
@@ -158,6 +187,12 @@ impl Applier {
         }
         self.flush(domain, newest)?;
         Ok(batch)
+    }
+
+    /// A batch that goes no further than to have written the images.
+    #[cfg(test)]
+    pub fn gather_for_test(&mut self, domain: &Domain, epochs: &[Arc<Epoch>]) {
+        assert!(self.gather(domain, epochs).is_ok());
     }
 
     fn payloads(&mut self, domain: &Domain, epoch: &Epoch, newest: u64) -> Result<(), StoreError> {
@@ -252,19 +287,30 @@ impl Applier {
             false => old.layout.clone(),
         };
         let new = Small {
+            device_flawed: old.device_flawed && brought.device_state.is_none(),
+            xml_flawed: old.xml_flawed && brought.xml.is_none(),
             device: brought.device_state.unwrap_or_else(|| old.device.clone()),
             xml: brought.xml.unwrap_or_else(|| old.xml.clone()),
             layout,
         };
-        batch.changed.device |= new.device != old.device;
-        batch.changed.xml |= new.xml != old.xml;
+        let device_mended = old.device_flawed && !new.device_flawed;
+        let xml_mended = old.xml_flawed && !new.xml_flawed;
+        for (mended, array) in [(device_mended, Array::Device), (xml_mended, Array::Xml)] {
+            if mended {
+                let bytes = if array == Array::Device { old.device.len() } else { old.xml.len() };
+                let keys = (0..small_units(bytes)).map(|unit| Key { array, unit });
+                batch.mended.extend(keys.map(|key| Flawed { key, healed_by: Some(epoch.epoch) }));
+            }
+        }
+        batch.changed.device |= new.device != old.device || device_mended;
+        batch.changed.xml |= new.xml != old.xml || xml_mended;
         batch.changed.layout |= new.layout != old.layout;
-        for (array, old, new) in [
-            (Array::Device, &old.device, &new.device),
-            (Array::Xml, &old.xml, &new.xml),
-            (Array::Layout, &old.layout, &new.layout),
+        for (array, old, new, flawed) in [
+            (Array::Device, &old.device, &new.device, old.device_flawed),
+            (Array::Xml, &old.xml, &new.xml, old.xml_flawed),
+            (Array::Layout, &old.layout, &new.layout, false),
         ] {
-            differences(&mut self.log, array, old, new)?;
+            differences(&mut self.log, array, old, new, flawed)?;
         }
         batch.small = new;
         batch.epoch = epoch.epoch;
@@ -275,10 +321,17 @@ impl Applier {
 
     /// Makes a batch durable and says so in the control record; the journal up to there is then not needed.
     fn checkpoint(&mut self, domain: &Domain, batch: Batch) -> Result<(), StoreError> {
-        let Batch { sets, small, epoch, cut_unix_ns, application, changed } = batch;
+        let Batch { sets, small, epoch, cut_unix_ns, application, changed, mut mended } = batch;
         let blind = self.blind_until > self.durable.epoch;
         let mut durable = Standby { epoch, cut_unix_ns, applying: epoch, ..self.durable };
         self.write(domain, &mut durable, &small, &changed).map_err(|error| domain.failure(error))?;
+        mended.extend(self.files.take_flawed());
+        let flaws = domain.flaws_after(durable.dir, &mended)?;
+        let sums = SmallSums {
+            device: if changed.device { xxh3_64(&small.device) } else { self.sums.device },
+            xml: if changed.xml { xxh3_64(&small.xml) } else { self.sums.xml },
+            ..small.sums(&durable)
+        };
         let committed = self.log.place();
         let mut mark =
             HistoryMark { committed, announced: committed, announced_for: epoch, application, floor: self.mark.floor };
@@ -296,10 +349,14 @@ impl Applier {
             control.standby = Some(durable);
             control.history = mark;
             control.journal_first = first;
+            control.put_small_sums(sums);
         })?;
         let before = std::mem::replace(&mut self.durable, durable);
-        (self.mark, self.small, self.interrupted) = (mark, small, false);
+        (self.mark, self.small, self.sums, self.interrupted) = (mark, small, sums, false);
         domain.catalog().advance(durable, application, sets, blind);
+        if let Some(flaws) = flaws {
+            domain.set_flaws(durable.dir, flaws);
+        }
         {
             let mut shared = domain.shared();
             while shared.backlog.front().is_some_and(|waiting| waiting.epoch <= epoch) {
@@ -363,15 +420,60 @@ fn layout_body(layout: &vmdr_codec::Layout, path: &std::path::Path) -> Result<Ve
     layout.to_bytes().map_err(|e| JournalError::Damaged { path: path.to_owned(), what: e.to_string() })
 }
 
-/// Records the units of `old` that `new` has otherwise.
-fn differences(log: &mut HistoryLog, array: Array, old: &[u8], new: &[u8]) -> Result<(), JournalError> {
+impl Small {
+    fn sums(&self, durable: &Standby) -> SmallSums {
+        let Standby { dir, device_epoch, xml_epoch, .. } = *durable;
+        SmallSums { dir, device_epoch, device: xxh3_64(&self.device), xml_epoch, xml: xxh3_64(&self.xml) }
+    }
+}
+
+/// Device state and XML of a standby.
+pub(super) fn small_files(
+    disk: &dyn vmdr_journal::Disk,
+    dir: &std::path::Path,
+    durable: &Standby,
+) -> Result<(Vec<u8>, Vec<u8>), JournalError> {
+    let device = standby::device_path(dir, durable.device_epoch);
+    let xml = standby::xml_path(dir, durable.xml_epoch);
+    let device = standby::read_small(disk, &device, vmdr_codec::DEVICE_STATE_BYTES_MAX)?;
+    Ok((device, standby::read_small(disk, &xml, vmdr_codec::DOMAIN_XML_BYTES_MAX)?))
+}
+
+/// Checksums of the small files of a standby that has become one just now.
+pub(super) fn small_sums(
+    disk: &dyn vmdr_journal::Disk,
+    dir: &std::path::Path,
+    durable: &Standby,
+) -> Result<SmallSums, JournalError> {
+    let (device, xml) = small_files(disk, dir, durable)?;
+    Ok(Small { device, xml, ..Small::default() }.sums(durable))
+}
+
+/// What of device state and XML is not what the checksums are of.
+pub(super) fn small_flaws_of(sums: &SmallSums, device: &[u8], xml: &[u8]) -> Vec<Flaw> {
+    let device = (xxh3_64(device) != sums.device).then_some(device.len());
+    small_flaws(device, (xxh3_64(xml) != sums.xml).then_some(xml.len()))
+}
+
+/// Whether the checksums are of these files.
+pub(super) fn same_files(sums: &SmallSums, durable: &Standby) -> bool {
+    (sums.dir, sums.device_epoch, sums.xml_epoch) == (durable.dir, durable.device_epoch, durable.xml_epoch)
+}
+
+/// Records the units of `old` that `new` has otherwise; `flawed`: `old` is not what it should be.
+fn differences(log: &mut HistoryLog, array: Array, old: &[u8], new: &[u8], flawed: bool) -> Result<(), JournalError> {
     if old == new {
         return Ok(());
     }
     for unit in 0..old.len().max(new.len()).div_ceil(UNIT_BYTES) {
         let (was, is) = (padded(old, unit), padded(new, unit));
         if was != is {
-            log.before(Key { array, unit: unit as u64 }, (was != ZERO_UNIT).then_some(&was))?;
+            let key = Key { array, unit: unit as u64 };
+            if flawed {
+                log.before_with(key, &was, !unit_sum(&was), true)?;
+            } else {
+                log.before(key, (was != ZERO_UNIT).then_some(&was))?;
+            }
         }
     }
     Ok(())

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use vmdr_journal::{HistoryMark, HistoryScan, Set, Standby};
 
+use super::flaws::Flaw;
 use super::retention::Held;
 
 /// Which point.
@@ -44,6 +45,8 @@ pub(super) struct Chain {
     pub sets: Vec<Set>,
     /// The `from` of sets that turned out to be damaged: nothing older can be gone back to.
     pub bad: BTreeSet<u64>,
+    /// What of the standby is known to be damaged, or was.
+    pub flaws: Vec<Flaw>,
 }
 
 impl Chain {
@@ -69,12 +72,12 @@ impl Chain {
             let found = if scan.damage.is_empty() { "sets are missing".to_owned() } else { scan.damage.join("; ") };
             format!("the history reaches back to epoch {at} only and not to {floor}: {found}")
         });
-        (Self { standby, application: mark.application, sets, bad: BTreeSet::new() }, missing)
+        (Self { standby, application: mark.application, sets, bad: BTreeSet::new(), flaws: Vec::new() }, missing)
     }
 
     /// A standby without a past.
     pub fn begin(standby: Standby, application: bool) -> Self {
-        Self { standby, application, sets: Vec::new(), bad: BTreeSet::new() }
+        Self { standby, application, sets: Vec::new(), bad: BTreeSet::new(), flaws: Vec::new() }
     }
 
     /// The oldest epoch that can be gone back to.
@@ -93,18 +96,25 @@ impl Chain {
         &self.sets[self.sets.partition_point(|set| set.from < epoch)..]
     }
 
-    /// Whether nothing on the way back to `epoch` is known to be damaged.
+    /// Whether nothing that the point at `epoch` consists of is known to be damaged; `u64::MAX`: the standby as it is now.
     pub fn is_good(&self, epoch: u64) -> bool {
+        self.can_be_read(epoch) && !self.flaws.iter().any(|flaw| flaw.concerns(epoch))
+    }
+
+    /// Whether the way back to `epoch` can be gone, to whatever is there.
+    pub fn can_be_read(&self, epoch: u64) -> bool {
         self.bad.range(epoch..).next().is_none()
     }
 
     /// The points, oldest first: those that the sets lead back to, and the standby itself.
     pub fn held(&self, protected: impl Fn(PointId) -> bool) -> Vec<Held> {
         let generation = self.standby.generation;
-        let own = (self.standby.epoch, self.standby.cut_unix_ns);
-        let all = self.sets.iter().map(|set| (set.from, set.point.cut_unix_ns)).chain([own]);
-        let held =
-            all.map(|(epoch, cut_ns)| Held { epoch, cut_ns, protected: protected(PointId { generation, epoch }) });
+        let own = (self.standby.epoch, self.standby.cut_unix_ns, self.application);
+        let all = self.sets.iter().map(|set| (set.from, set.point.cut_unix_ns, set.point.application)).chain([own]);
+        let held = all.map(|(epoch, cut_ns, application)| {
+            let protected = protected(PointId { generation, epoch });
+            Held { epoch, cut_ns, protected, application }
+        });
         held.collect()
     }
 
@@ -129,6 +139,10 @@ pub(super) struct Catalog {
     /// Readers at work, by their numbers, and the next number.
     pub readers: BTreeSet<u64>,
     pub next_reader: u64,
+    /// Rises whenever more damage of a standby becomes known.
+    pub flaws_found: u64,
+    /// The same as of the last closer look.
+    pub flaws_located: u64,
     /// What can be removed once no reader before this number is at work.
     pub doomed: Vec<(u64, Doomed)>,
 }

@@ -132,6 +132,8 @@ pub(super) struct Shared {
     pub stalls: u64,
     pub retry_wanted: bool,
     pub damage: Option<String>,
+    /// Checksums of the standby are being made: of so many bytes, of so many in all.
+    pub unsummed: Option<(u64, u64)>,
     pub frozen: bool,
     /// The stream that may write; older ones may not.
     pub stream: u64,

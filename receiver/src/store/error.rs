@@ -77,6 +77,17 @@ pub enum StoreError {
         /// What is wrong with it.
         what: String,
     },
+    /// A point that is known to be damaged.
+    #[error(
+        "domain {domain}: recovery point {point} is damaged; `vmdr points` lists those that are sound, and `--damaged` takes \
+         this one as it is"
+    )]
+    Flawed {
+        /// The domain.
+        domain: String,
+        /// The point.
+        point: String,
+    },
     /// What is stored belongs to another domain.
     #[error("domain {domain}: {what}: move the directory to where it belongs")]
     WrongDomain {
@@ -125,7 +136,9 @@ impl StoreError {
             StoreError::NoSuchPoint { .. } | StoreError::Refused { .. } => RefusedCode::Sequence,
             StoreError::Corrupt { .. } => RefusedCode::Corrupt,
             StoreError::Full { .. } => RefusedCode::Full,
-            StoreError::Locked(_) | StoreError::Io { .. } | StoreError::Damaged { .. } => RefusedCode::Io,
+            StoreError::Locked(_) | StoreError::Io { .. } | StoreError::Damaged { .. } | StoreError::Flawed { .. } => {
+                RefusedCode::Io
+            }
         }
     }
 

@@ -4,6 +4,9 @@
 //! is in use is changed in three steps instead, which the caller calls in this order: [`StandbyFiles::record`] gathers
 //! writes in memory and what they replace in the history; the history is made durable; [`StandbyFiles::flush`] writes.
 //! Whatever happens then, [`StandbyFiles::roll_back`] brings back what was there before.
+//!
+//! Beside each image lie checksums of its units ([`super::sums`]), which go forward and back with it. What is read of an
+//! image to be kept in the history is checked against them.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,10 +15,11 @@ use vmdr_codec::{
     Assembler, DEVICE_STATE_BYTES_MAX, DISK_PIECE_BYTES_MAX, DOMAIN_XML_BYTES_MAX, Layout, PAGE_BYTES, PageData,
     RamPages, Record,
 };
-use vmdr_journal::{Array, Disk, File, JournalError, Mode, Place, UNIT_BYTES, read_back, write_all};
+use vmdr_journal::{Array, Disk, File, JournalError, Mode, Place, UNIT_BYTES, read_back, unit_sum, write_all};
 
-use super::pending::{Pending, Recorder, Run, Source};
+use super::pending::{Flawed, Pending, Recorder, Run, Source};
 use super::standby::{disk_path, history_dir, ram_path};
+use super::sums::{self, Sums, units};
 
 /// Pages written at once.
 const RUN_PAGES: usize = 256;
@@ -52,6 +56,8 @@ struct Image {
     length: u64,
     resized: bool,
     dirty: bool,
+    /// `None`: there are none yet.
+    sums: Option<Sums>,
 }
 
 /// What was applied beside pages and extents since it was last taken.
@@ -154,6 +160,79 @@ impl StandbyFiles {
         self.apply(record, Some(to))
     }
 
+    /// The units that were found to be damaged while writes to them were gathered, since this was last asked.
+    pub fn take_flawed(&mut self) -> Vec<Flawed> {
+        self.pending.take_flawed()
+    }
+
+    /// How much of the images has checksums, and how much there is, in bytes. Equal: all of it.
+    pub fn summed_bytes(&self) -> (u64, u64) {
+        let all = self.ram.iter().chain(&self.disks);
+        all.fold((0, 0), |(done, all), image| {
+            let built = image.sums.as_ref().map_or(0, Sums::built).saturating_mul(UNIT_BYTES as u64);
+            (done + built.min(image.length), all + image.length)
+        })
+    }
+
+    /// The images that there are, and their lengths.
+    pub fn images(&self) -> Vec<(Array, u64)> {
+        let ram = self.ram.iter().enumerate().map(|(n, image)| (Array::Ram(n as u16), image.length));
+        let disks = self.disks.iter().enumerate().map(|(n, image)| (Array::Disk(n as u16), image.length));
+        ram.chain(disks).filter(|(_, length)| *length > 0).collect()
+    }
+
+    /// The first unit from `unit` on that is not known to be zero; `u64::MAX`: none.
+    pub fn next_unit(&self, array: Array, unit: u64) -> Result<u64, JournalError> {
+        let image = find(&self.ram, &self.disks, array, &self.dir)?;
+        let at = image.data_from(unit * UNIT_BYTES as u64)?;
+        Ok(if at == u64::MAX { at } else { at / UNIT_BYTES as u64 })
+    }
+
+    /// Reads units, and says which of them do not match their checksums. The images must be exactly one epoch.
+    pub fn read_checked(&self, array: Array, first: u64, into: &mut [u8]) -> Result<Vec<u64>, JournalError> {
+        let image = find(&self.ram, &self.disks, array, &self.dir)?;
+        image.read(into, first * UNIT_BYTES as u64)?;
+        let mut sums = vec![0; into.len() / UNIT_BYTES];
+        let known = Source::sums(image, first, &mut sums)?;
+        let units = into.as_chunks::<UNIT_BYTES>().0.iter().zip(&sums[..known]).enumerate();
+        Ok(units.filter(|(_, (content, sum))| unit_sum(content) != **sum).map(|(i, _)| first + i as u64).collect())
+    }
+
+    /// Makes checksums where there are none, of at most `most` bytes of data. The images must be exactly one epoch. Returns
+    /// how many were read; 0: there was nothing to do.
+    pub fn make_sums(&mut self, most: usize) -> Result<u64, JournalError> {
+        let Self { disk, ram, disks, .. } = self;
+        let lacks = |image: &&mut Image| image.sums.as_ref().is_none_or(|sums| sums.built() != u64::MAX);
+        let Some(image) = ram.iter_mut().chain(disks).find(lacks) else { return Ok(0) };
+        let mut sums = match image.sums.take() {
+            Some(sums) => sums,
+            None => Sums::begin(&**disk, &image.path)?,
+        };
+        let (unit_bytes, end) = (UNIT_BYTES as u64, units(image.length));
+        let data = image.data_from(sums.built() * unit_bytes)? / unit_bytes;
+        sums.skip_to(data.min(end));
+        let count = (most.div_ceil(UNIT_BYTES) as u64).min(end - sums.built());
+        let mut contents = vec![0; count as usize * UNIT_BYTES];
+        image.read(&mut contents, sums.built() * unit_bytes)?;
+        sums.add(&contents)?;
+        if sums.built() >= end {
+            sums.complete(&**disk, &image.path, end)?;
+        }
+        image.sums = Some(sums);
+        Ok((contents.len() as u64).max(1))
+    }
+
+    /// Forgets the checksums, because writes were interrupted that nothing takes back: they are made anew later. Durable with
+    /// the next [`StandbyFiles::sync`].
+    pub fn drop_sums(&mut self) -> Result<(), JournalError> {
+        for image in self.ram.iter_mut().chain(&mut self.disks) {
+            sums::remove(&*self.disk, &image.path)?;
+            image.sums = None;
+        }
+        self.names_changed = true;
+        Ok(())
+    }
+
     /// Memory that gathered writes take.
     pub fn pending_bytes(&self) -> u64 {
         self.pending.bytes()
@@ -197,9 +276,10 @@ impl StandbyFiles {
         for image in ram.iter_mut().chain(&mut *disks).filter(|image| image.resized) {
             set_length(image, image.length)?;
         }
-        pending.drain(&mut |array, offset, run| {
+        pending.drain(&mut |array, offset, run, sums| {
             let image = find_mut(ram, disks, array, dir)?;
-            put(image, offset, run)
+            put(image, offset, run)?;
+            put_sums(image, offset / UNIT_BYTES as u64, run, sums)
         })
     }
 
@@ -224,7 +304,8 @@ impl StandbyFiles {
             set_length(image, image.length)?;
         }
         let Self { disk, ram, disks, dir, .. } = self;
-        read_back(&**disk, &history_dir(dir), from, to, &mut |key, count, content| {
+        read_back(&**disk, &history_dir(dir), from, to, &mut |entry, content| {
+            let (key, count) = (entry.key, entry.count);
             let small = matches!(key.array, Array::Device | Array::Xml | Array::Layout);
             let there = |images: &[Image], n: u16| usize::from(n) < images.len();
             let gone = match key.array {
@@ -240,7 +321,8 @@ impl StandbyFiles {
                 Some(content) => Run::Data(content),
                 None => Run::Zero(u64::from(count) * UNIT_BYTES as u64),
             };
-            put(image, key.unit * UNIT_BYTES as u64, run)
+            put(image, key.unit * UNIT_BYTES as u64, run)?;
+            put_sums(image, key.unit, run, &[entry.sum()])
         })?;
         self.sync()
     }
@@ -251,6 +333,9 @@ impl StandbyFiles {
             if image.dirty {
                 image.file.sync().map_err(JournalError::io("sync", &image.path))?;
                 image.dirty = false;
+            }
+            if let Some(sums) = &mut image.sums {
+                sums.sync()?;
             }
         }
         if self.names_changed {
@@ -275,7 +360,7 @@ impl StandbyFiles {
                 let array = Array::Disk(disk);
                 match &mut to {
                     Some(to) => pending.write(find(ram, disks, array, dir)?, array, offset, bytes, to)?,
-                    None => write(find_mut(ram, disks, array, dir)?, bytes, offset)?,
+                    None => seed(find_mut(ram, disks, array, dir)?, offset, Run::Data(bytes))?,
                 }
             }
             Record::DiskZero { disk, offset, length } => self.zero(Array::Disk(disk), offset, length, to)?,
@@ -305,7 +390,7 @@ impl StandbyFiles {
     ) -> Result<(), JournalError> {
         match to {
             Some(to) => self.record_zero(array, offset, length, to),
-            None => put(find_mut(&mut self.ram, &mut self.disks, array, &self.dir)?, offset, Run::Zero(length)),
+            None => seed(find_mut(&mut self.ram, &mut self.disks, array, &self.dir)?, offset, Run::Zero(length)),
         }
     }
 
@@ -338,7 +423,7 @@ impl StandbyFiles {
         let (array, offset) = (Array::Ram(block), first * PAGE_BYTES as u64);
         match to {
             Some(to) => pending.write(find(ram, disks, array, dir)?, array, offset, run, to)?,
-            None => write(find_mut(ram, disks, array, dir)?, run, offset)?,
+            None => seed(find_mut(ram, disks, array, dir)?, offset, Run::Data(run))?,
         }
         run.clear();
         Ok(())
@@ -379,9 +464,13 @@ impl StandbyFiles {
     fn image(&mut self, path: PathBuf, new: bool, length: u64) -> Result<Image, JournalError> {
         let mode = if new { Mode::Create } else { Mode::Write };
         let file = self.disk.open(&path, mode).map_err(JournalError::io("open", &path))?;
+        let sums = match new {
+            true => Some(Sums::create(&*self.disk, &path)?),
+            false => Sums::open(&*self.disk, &path, Mode::Write)?,
+        };
         self.names_changed |= new;
         // What an earlier process wrote may not be on the disk, and is not written again if it is in no later epoch.
-        Ok(Image { path, file, length, resized: false, dirty: true })
+        Ok(Image { path, file, length, resized: false, dirty: true, sums })
     }
 }
 
@@ -395,7 +484,21 @@ impl Source for Image {
     fn data_from(&self, offset: u64) -> Result<u64, JournalError> {
         let at = self.file.data_from(offset).map_err(JournalError::io("read", &self.path))?;
         let length = self.file.length().map_err(JournalError::io("read", &self.path))?;
-        Ok(if at >= length { u64::MAX } else { at })
+        let at = if at >= length { u64::MAX } else { at };
+        // What is a hole and should not be one is something to look at, too.
+        let sum = match &self.sums {
+            Some(sums) => sums.data_from(offset / UNIT_BYTES as u64)?,
+            None => u64::MAX,
+        };
+        Ok(at.min(sum.saturating_mul(UNIT_BYTES as u64).max(offset)))
+    }
+
+    fn sums(&self, first: u64, into: &mut [u64]) -> Result<usize, JournalError> {
+        self.sums.as_ref().map_or(Ok(0), |sums| sums.read(first, into))
+    }
+
+    fn length(&self) -> u64 {
+        self.length
     }
 }
 
@@ -446,6 +549,63 @@ fn put(image: &mut Image, offset: u64, run: Run<'_>) -> Result<(), JournalError>
     }
 }
 
+/// Notes the checksums of a run of units that was written.
+fn put_sums(image: &mut Image, first: u64, run: Run<'_>, of: &[u64]) -> Result<(), JournalError> {
+    let room = units(image.length).saturating_sub(first);
+    let Some(sums) = image.sums.as_mut().filter(|_| room > 0) else { return Ok(()) };
+    match run {
+        Run::Data(_) => sums.write(first, &of[..of.len().min(room as usize)]),
+        // Zeroes that do not have the sum of zeroes: something that is damaged was written over in part.
+        Run::Zero(_) if of.first().is_some_and(|sum| *sum != 0) => {
+            sums.write(first, &of[..of.len().min(room as usize)])
+        }
+        Run::Zero(length) => sums.zero(first, units(length).min(room)),
+    }
+}
+
+/// Writes a run of a seed, with its checksums. After an error they may not be those of the image until the same is written
+/// again, which the sender does.
+fn seed(image: &mut Image, offset: u64, run: Run<'_>) -> Result<(), JournalError> {
+    put(image, offset, run)?;
+    let Some(mut sums) = image.sums.take() else { return Ok(()) };
+    let result = sum_seed(image, &mut sums, offset, run);
+    image.sums = Some(sums);
+    result
+}
+
+fn sum_seed(image: &Image, sums: &mut Sums, offset: u64, run: Run<'_>) -> Result<(), JournalError> {
+    let unit_bytes = UNIT_BYTES as u64;
+    let end = match run {
+        Run::Data(bytes) => offset + bytes.len() as u64,
+        Run::Zero(length) => offset.saturating_add(length),
+    };
+    let end = end.min(image.length);
+    // Of units that were written in part, all is read.
+    let mut part = |unit: u64| {
+        let mut content = [0; UNIT_BYTES];
+        image.read(&mut content, unit * unit_bytes)?;
+        sums.write(unit, &[unit_sum(&content)])
+    };
+    let (first, last) = (offset.div_ceil(unit_bytes), end / unit_bytes);
+    if !offset.is_multiple_of(unit_bytes) && offset < end {
+        part(offset / unit_bytes)?;
+    }
+    if !end.is_multiple_of(unit_bytes) && end > offset && last * unit_bytes >= offset {
+        part(last)?;
+    }
+    if first >= last {
+        return Ok(());
+    }
+    match run {
+        Run::Zero(_) => sums.zero(first, last - first),
+        Run::Data(bytes) => {
+            let whole = &bytes[(first * unit_bytes - offset) as usize..(last * unit_bytes - offset) as usize];
+            let all: Vec<u64> = whole.as_chunks::<UNIT_BYTES>().0.iter().map(unit_sum).collect();
+            sums.write(first, &all)
+        }
+    }
+}
+
 fn write(image: &mut Image, bytes: &[u8], offset: u64) -> Result<(), JournalError> {
     if bytes.is_empty() {
         return Ok(());
@@ -469,5 +629,8 @@ fn set_length(image: &mut Image, length: u64) -> Result<(), JournalError> {
     image.dirty = true;
     image.file.set_length(length).map_err(JournalError::io("resize", &image.path))?;
     (image.length, image.resized) = (length, false);
+    if let Some(sums) = &mut image.sums {
+        sums.set_units(units(length))?;
+    }
     Ok(())
 }

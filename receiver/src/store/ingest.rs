@@ -16,7 +16,7 @@ use vmdr_journal::{
     HistoryLog, HistoryMark, JournalError, Kind, PartHead, PartTail, Place, Seed, Standby, remove_segments_before,
 };
 
-use super::apply::Applier;
+use super::apply::{Applier, small_sums};
 use super::catalog::Chain;
 use super::check::{Checked, PartCheck};
 use super::domain::{Content, Domain, Epoch, IngestState, OpenEpoch, OpenPart, Shared};
@@ -33,6 +33,10 @@ pub struct Ingest {
     pub(super) domain: Arc<Domain>,
     pub(super) stream: u64,
     pub(super) generation: u64,
+    /// The damage of the standby that the sender was told of.
+    pub(super) told: u64,
+    /// The newest durable epoch when the stream was opened: it may mend what is damaged.
+    pub(super) opened_at: u64,
 }
 
 impl Ingest {
@@ -44,6 +48,22 @@ impl Ingest {
     /// How far the domain has come.
     pub fn position(&self) -> Position {
         self.domain.shared().position
+    }
+
+    /// Whether the standby turned out to be damaged, so that the sender should compare all of it with what it has: said once
+    /// for what is found, and not in the middle of an epoch of several parts.
+    pub fn wants_comparison(&mut self) -> bool {
+        let busy = {
+            let shared = self.domain.shared();
+            shared.position.open_epoch > 0 || shared.applied < self.opened_at
+        };
+        let mut catalog = self.domain.catalog();
+        let found = catalog.flaws_found;
+        if busy || found <= self.told {
+            return false;
+        }
+        self.told = found;
+        catalog.standby().is_some_and(|chain| chain.open_flaws().next().is_some())
     }
 
     /// Begins a part. One that was begun and not ended is given up. Waits while too much is durable but not applied.
@@ -482,6 +502,8 @@ impl Domain {
         let chain = chain.map(|before| vmdr_journal::Chain { standby: before.durable, history: before.mark });
         let chain = chain.filter(|chain| self.keeps_chain(chain));
         let mark = HistoryMark { floor: epoch, application: tail.application, ..HistoryMark::default() };
+        let sums = small_sums(&*self.disk, &self.standby_dir(durable.dir), &durable);
+        let sums = sums.map_err(|error| self.failure(error))?;
         self.change_control(|control| {
             control.standby = Some(durable);
             control.history = mark;
@@ -489,12 +511,13 @@ impl Domain {
             control.seed = None;
             control.journal_first = first;
             control.damage = None;
+            control.put_small_sums(sums);
         })?;
         let Some(OpenEpoch { content: Content::Seed { mut files, .. }, .. }) = ingest.open.take() else {
             return Ok(());
         };
         files.give_up_part(layout.clone());
-        let applier = Applier::new(*files, log, durable, mark).map_err(|error| self.failure(error))?;
+        let applier = Applier::new(*files, log, durable, mark, Some(sums)).map_err(|error| self.failure(error))?;
         let before = current.replace(applier);
         self.catalog().seeded(Chain::begin(durable, tail.application), chain.is_some());
         ingest.layout = Some(layout);

@@ -31,18 +31,22 @@ mod catalog;
 mod check;
 mod domain;
 mod error;
+mod flaws;
 mod images;
 mod ingest;
+pub mod inspect;
 mod pending;
 mod points;
 mod reader;
 mod recover;
 mod retention;
 mod standby;
+mod sums;
 #[cfg(test)]
 mod tests;
 mod thin;
 mod verified;
+mod verify;
 mod wire;
 
 use std::collections::HashMap;
@@ -62,6 +66,7 @@ pub use ingest::Ingest;
 pub use points::{DiskImage, GivenUp, Point, RamImage, RecoveryPoint, Verified, VerifiedImage};
 pub use reader::{Change, PointReader};
 pub use retention::Retention;
+pub use verify::{Progress, Scope, Verdict, Verification};
 pub use vmdr_journal::{Array, Kind, PartHead, PartTail, Tier};
 pub use wire::{part_head, part_tail};
 
@@ -166,6 +171,14 @@ pub struct DomainSummary {
     pub history_budget_bytes: u64,
     /// Older points will soon have to go, or have to already.
     pub alarm: Option<String>,
+    /// What of the standby is damaged.
+    pub damage: Option<String>,
+    /// Recovery points that are known to be damaged.
+    pub damaged_points: u64,
+    /// When a point was last found to be sound.
+    pub verified_unix_ns: Option<u64>,
+    /// Checksums of the standby are being made: of so many bytes, of so many in all.
+    pub unsummed: Option<(u64, u64)>,
     /// Why the domain cannot be used, or what is damaged, or why it does not get on.
     pub trouble: Option<String>,
 }
@@ -304,13 +317,33 @@ impl Store {
         self.domain(uuid)?.recovery_point()
     }
 
-    /// A recovery point; `None`: the newest, once it is applied and synced.
-    pub fn recovery_point_at(&self, uuid: &str, id: Option<PointId>) -> Result<RecoveryPoint, StoreError> {
+    /// A recovery point; `None`: the newest, once it is applied and synced. One that is known to be damaged is refused, unless
+    /// it is taken as it is (`damaged`).
+    pub fn recovery_point_at(
+        &self,
+        uuid: &str,
+        id: Option<PointId>,
+        damaged: bool,
+    ) -> Result<RecoveryPoint, StoreError> {
         let newest = self.recovery_point(uuid);
         match (id, newest) {
+            (Some(id), Ok(newest)) if (newest.generation, newest.epoch) != (id.generation, id.epoch) => {
+                Ok(Arc::new(PointReader::open(self.domain(uuid)?, Some(id), damaged)?).recovery_point())
+            }
+            (Some(id), Err(_)) => {
+                Ok(Arc::new(PointReader::open(self.domain(uuid)?, Some(id), damaged)?).recovery_point())
+            }
+            (_, Ok(newest)) => {
+                if !damaged && self.domain(uuid)?.newest_is_damaged() {
+                    let point = PointId { generation: newest.generation, epoch: newest.epoch }.to_string();
+                    return Err(StoreError::Flawed { domain: newest.uuid, point });
+                }
+                Ok(newest)
+            }
+            (None, Err(_)) if !damaged && self.domain(uuid)?.newest_is_damaged() => {
+                Err(StoreError::Flawed { domain: uuid.to_owned(), point: "the newest".to_owned() })
+            }
             (None, newest) => newest,
-            (Some(id), Ok(newest)) if (newest.generation, newest.epoch) == (id.generation, id.epoch) => Ok(newest),
-            (id, _) => Ok(Arc::new(self.read_point(uuid, id)?).recovery_point()),
         }
     }
 
@@ -329,7 +362,56 @@ impl Store {
     /// Reads a recovery point, without activating it and whatever is applied meanwhile; `None`: the newest. As long as the
     /// reader lives the point is kept.
     pub fn read_point(&self, uuid: &str, id: Option<PointId>) -> Result<PointReader, StoreError> {
-        PointReader::open(self.domain(uuid)?, id)
+        PointReader::open(self.domain(uuid)?, id, false)
+    }
+
+    /// [`Store::read_point`] of one that may be damaged: what is, is given as it was found.
+    pub fn read_damaged_point(&self, uuid: &str, id: Option<PointId>) -> Result<PointReader, StoreError> {
+        PointReader::open(self.domain(uuid)?, id, true)
+    }
+
+    /// Begins to verify points. See [`Verification`].
+    pub fn begin_verification(&self, uuid: &str, scope: Scope) -> Result<Verification, StoreError> {
+        Verification::begin(self.domain(uuid)?, scope)
+    }
+
+    /// The UUIDs of the domains that there are.
+    pub fn uuids(&self) -> Vec<String> {
+        self.slots().keys().map(Uuid::to_string).collect()
+    }
+
+    /// When a point of a domain was last found to be sound, and whether something is damaged of which it is not known where.
+    /// Nothing of a domain that has no point, or that was activated.
+    pub fn last_verified(&self, uuid: &str) -> Option<(Option<u64>, bool)> {
+        let domain = self.working(uuid)?;
+        let shared = domain.shared();
+        if shared.frozen || shared.position.epoch == 0 {
+            return None;
+        }
+        drop(shared);
+        let mut catalog = domain.catalog();
+        let unknown = catalog.standby().is_some_and(|chain| chain.open_flaws().any(|flaw| flaw.array == Array::Layout));
+        Some((catalog.verified.values().max().copied(), unknown))
+    }
+
+    /// One step of what is to be done for a domain without being asked: checksums where there are none, of at most `bytes`,
+    /// and a closer look at damage. Returns bytes read; 0: there is nothing to do.
+    pub fn tend(&self, uuid: &str, bytes: usize) -> Result<u64, StoreError> {
+        self.working(uuid).map_or(Ok(0), |domain| domain.tend(bytes))
+    }
+
+    /// Hashes (XXH3-128) of neighbouring pieces of an image of the standby, which must be at `epoch`. Of what is damaged it is
+    /// one that nothing has.
+    pub fn hashes(
+        &self,
+        uuid: &str,
+        epoch: u64,
+        array: Array,
+        first: u64,
+        pieces: usize,
+        piece_bytes: usize,
+    ) -> Result<Vec<u128>, StoreError> {
+        self.domain(uuid)?.hashes(epoch, array, first, pieces, piece_bytes)
     }
 
     /// Names a point, which is kept until it is released; `None`: the newest, as of now. Returns which it is.
@@ -439,6 +521,16 @@ impl Store {
         match &*state {
             SlotState::Open(domain) => Ok(domain.clone()),
             SlotState::Absent | SlotState::Broken(_) => Err(StoreError::Unknown(uuid.to_string())),
+        }
+    }
+
+    /// A domain that is in order; one that is not, or is being opened, is left alone.
+    fn working(&self, uuid: &str) -> Option<Arc<Domain>> {
+        let slot = self.slots().get(&parse(uuid).ok()?).cloned()?;
+        let state = slot.0.try_lock().ok()?;
+        match &*state {
+            SlotState::Open(domain) if domain.shared().failed.is_none() => Some(domain.clone()),
+            _ => None,
         }
     }
 

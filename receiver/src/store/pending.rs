@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use vmdr_journal::{Array, HistoryLog, JournalError, Key, UNIT_BYTES};
+use vmdr_journal::{Array, HistoryLog, JournalError, Key, UNIT_BYTES, unit_sum};
 
 /// Bytes that a unit takes here beside its content.
 const UNIT_OVERHEAD_BYTES: u64 = 96;
@@ -20,8 +20,12 @@ pub(super) static ZERO_UNIT: [u8; UNIT_BYTES] = [0; UNIT_BYTES];
 pub(super) trait Source {
     /// Fills `buffer` from `offset` on.
     fn read(&self, buffer: &mut [u8], offset: u64) -> Result<(), JournalError>;
-    /// Everything from `offset` up to what this returns is zero.
+    /// Everything from `offset` up to what this returns is zero, and has the checksums of that.
     fn data_from(&self, offset: u64) -> Result<u64, JournalError>;
+    /// Fills `into` with the checksums that the units from `first` on should have; returns of how many that is known.
+    fn sums(&self, first: u64, into: &mut [u64]) -> Result<usize, JournalError>;
+    /// Where it ends: behind that it is always zero.
+    fn length(&self) -> u64;
 }
 
 /// See the module's documentation.
@@ -30,14 +34,36 @@ pub(super) struct Pending {
     units: BTreeMap<Key, Unit>,
     bytes: u64,
     buffer: Vec<u8>,
+    sums: Vec<u64>,
+    flawed: Vec<Flawed>,
 }
 
 #[derive(Debug)]
 struct Unit {
     /// `None`: zero.
     content: Option<Box<[u8; UNIT_BYTES]>>,
+    /// Its checksum. That of something else if part of it comes from a unit that was damaged.
+    sum: u64,
+    flawed: bool,
     /// The epoch whose set has what it was before.
     recorded: u64,
+}
+
+/// A unit of the standby that turned out to be damaged when it was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Flawed {
+    pub key: Key,
+    /// The epoch that has written all of it, so that it is in order from there on; `None`: only a part of it.
+    pub healed_by: Option<u64>,
+}
+
+/// What a unit was before a write.
+#[derive(Debug, Clone, Copy)]
+struct Before {
+    sum: u64,
+    flawed: bool,
+    /// It was read from the image.
+    read: bool,
 }
 
 /// Where before-images go: the log, in which a set is open, and the epoch of that.
@@ -52,7 +78,13 @@ impl Pending {
         self.bytes
     }
 
+    /// What was found to be damaged since this was last asked.
+    pub fn take_flawed(&mut self) -> Vec<Flawed> {
+        std::mem::take(&mut self.flawed)
+    }
+
     pub fn clear(&mut self) {
+        self.flawed.clear();
         self.units.clear();
         self.bytes = 0;
     }
@@ -78,7 +110,9 @@ impl Pending {
             old.clear();
             old.resize((units * unit_bytes) as usize, 0);
             let result = self.read(source, array, first, &mut old);
-            let result = result.and_then(|()| self.change(array, first, &old, (at % unit_bytes) as usize, piece, to));
+            let end = source.length();
+            let result =
+                result.and_then(|()| self.change(array, first, &old, (at % unit_bytes) as usize, piece, end, to));
             self.buffer = old;
             result?;
             done += piece.len();
@@ -116,18 +150,22 @@ impl Pending {
                 }
             }
             self.read(source, array, unit, &mut old)?;
-            self.change(array, unit, &old, 0, &ZERO_UNIT, to)?;
+            self.change(array, unit, &old, 0, &ZERO_UNIT, source.length(), to)?;
             unit += 1;
         }
         self.write(source, array, end, &ZERO_UNIT[..(range.end - end) as usize], to)
     }
 
-    /// What units are now.
-    fn read(&self, source: &dyn Source, array: Array, first: u64, into: &mut [u8]) -> Result<(), JournalError> {
+    /// What units are now, and, in `self.sums`, what the image's checksums are as far as they are known.
+    fn read(&mut self, source: &dyn Source, array: Array, first: u64, into: &mut [u8]) -> Result<(), JournalError> {
+        self.sums.clear();
         let count = (into.len() / UNIT_BYTES) as u64;
         let range = Key { array, unit: first }..Key { array, unit: first + count };
         if self.units.range(range.clone()).count() < count as usize {
             source.read(into, first * UNIT_BYTES as u64)?;
+            self.sums.resize(count as usize, 0);
+            let known = source.sums(first, &mut self.sums)?;
+            self.sums.truncate(known);
         }
         for (key, unit) in self.units.range(range) {
             let at = (key.unit - first) as usize * UNIT_BYTES;
@@ -136,7 +174,20 @@ impl Pending {
         Ok(())
     }
 
-    /// `old` is what the units from `first` on are; `bytes` go to `offset` in them.
+    /// What is known of a unit that is `old` now, the one with number `i` of those that were read.
+    fn before(&self, key: Key, i: usize, old: &[u8; UNIT_BYTES]) -> Before {
+        match self.units.get(&key) {
+            Some(unit) => Before { sum: unit.sum, flawed: unit.flawed, read: false },
+            None => {
+                let found = unit_sum(old);
+                let sum = self.sums.get(i).copied().unwrap_or(found);
+                Before { sum, flawed: sum != found, read: true }
+            }
+        }
+    }
+
+    /// `old` is what the units from `first` on are; `bytes` go to `offset` in them; the array ends at `array_end`.
+    #[expect(clippy::too_many_arguments)]
     fn change(
         &mut self,
         array: Array,
@@ -144,59 +195,88 @@ impl Pending {
         old: &[u8],
         offset: usize,
         bytes: &[u8],
+        array_end: u64,
         to: &mut Recorder<'_>,
     ) -> Result<(), JournalError> {
         for (i, old) in old.as_chunks::<UNIT_BYTES>().0.iter().enumerate() {
             let start = (i * UNIT_BYTES).max(offset);
             let end = ((i + 1) * UNIT_BYTES).min(offset + bytes.len());
-            if start >= end || old[start - i * UNIT_BYTES..end - i * UNIT_BYTES] == bytes[start - offset..end - offset]
-            {
+            if start >= end {
                 continue;
             }
-            let mut new = *old;
-            new[start - i * UNIT_BYTES..end - i * UNIT_BYTES].copy_from_slice(&bytes[start - offset..end - offset]);
+            let within = start - i * UNIT_BYTES..end - i * UNIT_BYTES;
+            let bytes = &bytes[start - offset..end - offset];
             let key = Key { array, unit: first + i as u64 };
-            let before = self.units.get(&key);
-            if before.is_none_or(|unit| unit.recorded != to.epoch) {
-                to.log.before(key, (*old != ZERO_UNIT).then_some(old))?;
+            let same = old[within.clone()] == *bytes;
+            let before = self.before(key, i, old);
+            // What is damaged may by chance be what comes now; its checksum is not.
+            if same && !before.flawed {
+                continue;
             }
+            let unit_end = key.unit * UNIT_BYTES as u64 + within.end as u64;
+            let whole = within.start == 0 && (within.end == UNIT_BYTES || unit_end >= array_end);
+            if before.flawed && (before.read || whole) {
+                self.flawed.push(Flawed { key, healed_by: whole.then_some(to.epoch) });
+            }
+            let mut new = if whole { ZERO_UNIT } else { *old };
+            new[within].copy_from_slice(bytes);
+            if self.units.get(&key).is_none_or(|unit| unit.recorded != to.epoch) {
+                if before.flawed || *old != ZERO_UNIT {
+                    to.log.before_with(key, old, before.sum, before.flawed)?;
+                } else {
+                    to.log.before(key, None)?;
+                }
+            }
+            let flawed = before.flawed && !whole;
+            // A checksum that this content cannot have.
+            let sum = unit_sum(&new) ^ u64::from(flawed);
             let content = (new != ZERO_UNIT).then(|| Box::new(new));
             self.bytes += cost(content.is_some());
-            if let Some(before) = self.units.insert(key, Unit { content, recorded: to.epoch }) {
+            if let Some(before) = self.units.insert(key, Unit { content, sum, flawed, recorded: to.epoch }) {
                 self.bytes -= cost(before.content.is_some());
             }
         }
         Ok(())
     }
 
-    /// Gives everything to `write` or `zero`, in order and in runs: array, offset, and bytes or how many.
-    pub fn drain(
-        &mut self,
-        write: &mut dyn FnMut(Array, u64, Run<'_>) -> Result<(), JournalError>,
-    ) -> Result<(), JournalError> {
+    /// Gives everything to `write`, in order and in runs: array, offset, bytes or how many zeroes, and their checksums (of
+    /// zeroes none, unless they are not in order).
+    pub fn drain(&mut self, write: Drain<'_>) -> Result<(), JournalError> {
         let unit_bytes = UNIT_BYTES as u64;
         let units = std::mem::take(&mut self.units);
         self.bytes = 0;
         let mut all = units.iter().peekable();
         let mut bytes: Vec<u8> = Vec::with_capacity(RUN_UNITS as usize * UNIT_BYTES);
+        let mut sums: Vec<u64> = Vec::with_capacity(RUN_UNITS as usize);
         while let Some((key, unit)) = all.next() {
             let mut count = 1;
             bytes.clear();
+            sums.clear();
             bytes.extend_from_slice(unit.content.as_deref().map_or(&[][..], |content| &content[..]));
             let zero = unit.content.is_none();
+            if !zero || unit.flawed {
+                sums.push(unit.sum);
+            }
             while let Some((_, more)) = all.next_if(|(next, more)| {
                 let follows = next.array == key.array && next.unit == key.unit + count;
-                follows && more.content.is_none() == zero && (zero || count < RUN_UNITS)
+                let orderly = !zero || (!more.flawed && !unit.flawed);
+                follows && orderly && more.content.is_none() == zero && (zero || count < RUN_UNITS)
             }) {
                 count += 1;
                 bytes.extend_from_slice(more.content.as_deref().map_or(&[][..], |content| &content[..]));
+                if !zero {
+                    sums.push(more.sum);
+                }
             }
             let run = if zero { Run::Zero(count * unit_bytes) } else { Run::Data(&bytes) };
-            write(key.array, key.unit * unit_bytes, run)?;
+            write(key.array, key.unit * unit_bytes, run, &sums)?;
         }
         Ok(())
     }
 }
+
+/// Is given a run of units: the array, the offset, the run, and the checksums.
+pub(super) type Drain<'a> = &'a mut dyn FnMut(Array, u64, Run<'_>, &[u64]) -> Result<(), JournalError>;
 
 /// Neighbouring units, to be written at once.
 #[derive(Debug, Clone, Copy)]

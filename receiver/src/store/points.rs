@@ -201,7 +201,8 @@ impl Domain {
         shared.stream += 1;
         shared.stream_open = true;
         self.changed.notify_all();
-        Ok(Ingest { domain: self.clone(), stream: shared.stream, generation })
+        let opened_at = shared.position.epoch;
+        Ok(Ingest { domain: self.clone(), stream: shared.stream, generation, told: 0, opened_at })
     }
 
     pub fn raise_generation(&self, generation: u64) -> Result<u64, StoreError> {
@@ -366,7 +367,7 @@ impl Domain {
                 Some(set) => point(id, set.point.cut_unix_ns, set.point.application, set.bytes(), is_newest, damaged),
                 None => {
                     let bytes = if is_newest { bytes } else { chain_bytes(&catalog, chain.standby.dir) };
-                    point(id, chain.standby.cut_unix_ns, chain.application, bytes, is_newest, false)
+                    point(id, chain.standby.cut_unix_ns, chain.application, bytes, is_newest, damaged)
                 }
             });
         }
@@ -374,7 +375,8 @@ impl Domain {
             && !points.first().is_some_and(|first| first.newest)
         {
             // Durable and not applied yet.
-            points.insert(0, point(id, cut_unix_ns, application, bytes, true, false));
+            let damaged = catalog.chains.last().is_some_and(|chain| catalog.current && !chain.is_good(u64::MAX));
+            points.insert(0, point(id, cut_unix_ns, application, bytes, true, damaged));
         }
         points
     }
@@ -403,7 +405,8 @@ impl Domain {
     pub fn pin(&self, name: &str, id: Option<PointId>) -> Result<PointId, StoreError> {
         let refused = |what: String| StoreError::Refused { domain: self.id.clone(), what };
         check_name(name).map_err(refused)?;
-        if id.is_none() {
+        // One that is durable and not applied yet is in no catalog.
+        if id.is_none_or(|id| self.catalog().find(id).is_none()) {
             self.wait_synced()?;
         }
         // So that it is not thinned out between being found and being pinned.
@@ -462,6 +465,18 @@ impl Domain {
             }
             catalog.verified.insert(id, unix_ns);
             let there: BTreeSet<PointId> = catalog.points().map(|(_, id, _)| id).collect();
+            catalog.verified.retain(|id, _| there.contains(id));
+            catalog.verified.clone()
+        };
+        verified::write(&*self.disk, &self.dir, &all).map_err(|error| StoreError::of(&self.id, error))
+    }
+
+    /// [`Domain::note_verified`] of several; those that are not there any more do not matter.
+    pub fn note_all_verified(&self, ids: &[PointId], unix_ns: u64) -> Result<(), StoreError> {
+        let all = {
+            let mut catalog = self.catalog();
+            let there: BTreeSet<PointId> = catalog.points().map(|(_, id, _)| id).collect();
+            catalog.verified.extend(ids.iter().map(|id| (*id, unix_ns)));
             catalog.verified.retain(|id, _| there.contains(id));
             catalog.verified.clone()
         };
@@ -533,7 +548,10 @@ impl Domain {
             let catalog = self.catalog();
             summary.history_bytes = catalog.history_bytes();
             summary.points = catalog.chains.iter().map(|chain| chain.sets.len() as u64 + 1).sum();
+            summary.damaged_points = catalog.points().filter(|(chain, id, _)| !chain.is_good(id.epoch)).count() as u64;
+            summary.verified_unix_ns = catalog.verified.values().max().copied();
         }
+        summary.damage = self.damage_of_standby();
         let shared = self.shared();
         summary.name = shared.name.clone();
         summary.position = shared.position;
@@ -543,6 +561,7 @@ impl Domain {
         summary.backlog_bytes = shared.backlog_bytes;
         summary.receiving = shared.stream_open;
         summary.frozen = shared.frozen;
+        summary.unsummed = shared.unsummed;
         let trouble = shared.failed.clone().or(shared.stalled.clone()).or(shared.over_budget.clone());
         summary.trouble = trouble.or(shared.damage.clone());
         summary.alarm = shared.alarm.clone();

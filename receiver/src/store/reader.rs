@@ -4,8 +4,8 @@
 //!
 //! - Every byte it gives is of its point, whatever is applied, thinned out or seeded meanwhile. As long as it lives, its
 //!   point and what leads there is kept.
-//! - Every before-image was checked against its checksums, when the reader was opened and again when it is read. Damage is an
-//!   error. (The standby's own images have no checksums: see `docs/journal.md`.)
+//! - Every before-image was checked against its checksums, when the reader was opened and again when it is read, and what is
+//!   read of the standby's images too. Damage is an error, unless the reader was opened to have what is left.
 //! - It holds up the standby's next batch only for the time of one `read`.
 //!
 //! Opening costs what lies between the point and the standby, in time and, some 100 bytes for each unit of 4 KiB, in memory.
@@ -15,14 +15,19 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmdr_codec::{DEVICE_STATE_BYTES_MAX, DOMAIN_XML_BYTES_MAX, Layout, PAGE_BYTES};
-use vmdr_journal::{Array, Entry, File, JournalError, Key, Mode, PointTail, Set, UNIT_BYTES, read_set, read_unit};
+use vmdr_journal::{
+    Array, Entry, File, JournalError, Key, Mode, PointTail, Set, Standby, UNIT_BYTES, read_set, read_unit,
+    read_unit_as_kept, unit_sum,
+};
 
 use super::StoreError;
-use super::apply::Applier;
+use super::apply::{self, Applier};
 use super::catalog::{Catalog, PointId};
 use super::domain::Domain;
+use super::flaws::Flaw;
 use super::points::{DiskImage, RamImage, RecoveryPoint};
 use super::standby::{self, image_path};
+use super::sums::Sums;
 
 /// A recovery point that can be read. See the module's documentation.
 #[derive(Debug)]
@@ -37,6 +42,8 @@ pub struct PointReader {
     layout: Layout,
     device_state: Vec<u8>,
     domain_xml: String,
+    /// What is damaged is given as it is.
+    tolerant: bool,
     state: Mutex<State>,
 }
 
@@ -59,8 +66,8 @@ struct State {
     images: HashMap<Array, Image>,
 }
 
-/// An open image and its path; `None`: there is none, which reads as zeroes.
-type Image = Option<(PathBuf, Box<dyn File>)>;
+/// An open image, its path and checksums; `None`: there is none, which reads as zeroes.
+type Image = Option<(PathBuf, Box<dyn File>, Option<Sums>)>;
 
 /// What each unit was, where the standby has it otherwise.
 #[derive(Debug, Default)]
@@ -127,7 +134,8 @@ impl Patches {
 }
 
 impl PointReader {
-    pub(super) fn open(domain: Arc<Domain>, id: Option<PointId>) -> Result<Self, StoreError> {
+    /// `tolerant`: also one that is known to be damaged, as far as it can be read.
+    pub(super) fn open(domain: Arc<Domain>, id: Option<PointId>, tolerant: bool) -> Result<Self, StoreError> {
         if id.is_none_or(|id| domain.catalog().find(id).is_none()) {
             match domain.wait_synced() {
                 Err(StoreError::NoPoint(_)) if id.is_some() => {}
@@ -144,7 +152,10 @@ impl PointReader {
             let newest = newest.map(|s| PointId { generation: s.generation, epoch: s.epoch });
             let id = id.or(newest).ok_or_else(|| StoreError::NoPoint(domain.id.clone()))?;
             let Some(chain) = catalog.find(id).cloned() else { return Err(domain.no_such_point(id)) };
-            if !chain.is_good(id.epoch) {
+            if !tolerant && chain.can_be_read(id.epoch) && !chain.is_good(id.epoch) {
+                return Err(flawed(&domain, id));
+            }
+            if !chain.can_be_read(id.epoch) {
                 let what = format!("the history on the way back to point {id} is damaged; choose a newer one");
                 return Err(StoreError::Damaged { domain: domain.id.clone(), what });
             }
@@ -174,6 +185,7 @@ impl PointReader {
             layout: Layout::default(),
             device_state: Vec::new(),
             domain_xml: String::new(),
+            tolerant,
             state: Mutex::new(State { base: durable.epoch, index: Index::default(), images: HashMap::new() }),
         };
         let dir = domain.standby_dir(durable.dir);
@@ -184,6 +196,7 @@ impl PointReader {
         let device = standby::read_small(disk, &device, DEVICE_STATE_BYTES_MAX).map_err(of)?;
         let xml_path = standby::xml_path(&dir, durable.xml_epoch);
         let xml = standby::read_small(disk, &xml_path, DOMAIN_XML_BYTES_MAX).map_err(of)?;
+        reader.check_small(&device, &xml, &durable)?;
         drop(guard);
         let patches = reader.index(&sets)?;
         let wrong =
@@ -272,7 +285,8 @@ impl PointReader {
                 into.fill(0);
                 continue;
             }
-            read_unit(&*self.domain.disk, &history, slot.segment, entry, slot.at, &mut unit)
+            let read = if self.tolerant { read_unit_as_kept } else { read_unit };
+            read(&*self.domain.disk, &history, slot.segment, entry, slot.at, &mut unit)
                 .map_err(|error| StoreError::of(&self.domain.id, error))?;
             into.copy_from_slice(&unit[(start - from) as usize..(stop - from) as usize]);
         }
@@ -295,12 +309,16 @@ impl PointReader {
         self.follow(&mut state, guard.as_ref())?;
         self.open_image(&mut state, array)?;
         let own = match state.images.get(&array) {
-            Some(Some((path, file))) => {
+            Some(Some((path, file, sums))) => {
                 let failed = |e| StoreError::of(&self.domain.id, JournalError::io("read", path)(e));
                 let end = file.length().map_err(failed)?;
                 let at = if offset < end { file.data_from(offset) } else { Ok(end) };
-                at.map(|at| if at >= end { length } else { at })
-                    .map_err(|e| StoreError::of(&self.domain.id, JournalError::io("read", path)(e)))?
+                let at = at.map(|at| if at >= end { length } else { at });
+                let at = at.map_err(|e| StoreError::of(&self.domain.id, JournalError::io("read", path)(e)))?;
+                // What is a hole and should not be one is found when it is read.
+                let sum = sums.as_ref().map_or(Ok(u64::MAX), |sums| sums.data_from(offset / UNIT_BYTES as u64));
+                let sum = sum.map_err(|error| StoreError::of(&self.domain.id, error))?;
+                at.min(sum.saturating_mul(UNIT_BYTES as u64).max(offset))
             }
             _ => length,
         };
@@ -389,6 +407,7 @@ impl PointReader {
 
     /// Reads sets into the index; returns what they say of the small parts.
     fn index(&mut self, sets: &[Set]) -> Result<Patches, StoreError> {
+        let tolerant = self.tolerant;
         let mut patches = BTreeMap::new();
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let mut unit = Box::new([0; UNIT_BYTES]);
@@ -400,8 +419,13 @@ impl PointReader {
                     return Ok(());
                 }
                 let wrong = |what| JournalError::Damaged { path: dir.clone(), what };
-                entry.content(stored, &mut unit).map_err(wrong)?;
-                for n in 0..u64::from(entry.count).min(DEVICE_STATE_BYTES_MAX / UNIT_BYTES as u64) {
+                let units = 0..u64::from(entry.count).min(DEVICE_STATE_BYTES_MAX / UNIT_BYTES as u64);
+                if tolerant {
+                    entry.as_kept(stored, &mut unit).map_err(wrong)?;
+                } else if !units.clone().all(|n| patches.contains_key(&Key { unit: entry.key.unit + n, ..entry.key })) {
+                    entry.content(stored, &mut unit).map_err(wrong)?;
+                }
+                for n in units {
                     let key = Key { unit: entry.key.unit + n, ..entry.key };
                     patches.entry(key).or_insert_with(|| (!entry.is_zero()).then(|| unit.clone()));
                 }
@@ -465,7 +489,10 @@ impl PointReader {
         let opened = match image_path(&dir, &self.layout, array) {
             None => None,
             Some(path) => match self.domain.disk.open(&path, Mode::Read) {
-                Ok(file) => Some((path, file)),
+                Ok(file) => {
+                    let sums = Sums::open(&*self.domain.disk, &path, Mode::Read);
+                    Some((path, file, sums.map_err(|error| StoreError::of(&self.domain.id, error))?))
+                }
                 // A block that went before a restart.
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
                 Err(e) => return Err(StoreError::of(&self.domain.id, JournalError::io("open", &path)(e))),
@@ -477,15 +504,62 @@ impl PointReader {
 
     fn read_image(&self, state: &mut State, array: Array, offset: u64, buffer: &mut [u8]) -> Result<(), StoreError> {
         self.open_image(state, array)?;
-        let got = match state.images.get(&array) {
-            Some(Some((path, file))) => {
-                let got = file.read_at(buffer, offset).map_err(JournalError::io("read", path));
-                got.map_err(|error| StoreError::of(&self.domain.id, error))?
-            }
-            _ => 0,
+        let Some(Some((path, file, sums))) = state.images.get(&array) else {
+            buffer.fill(0);
+            return Ok(());
         };
-        buffer[got..].fill(0);
-        Ok(())
+        let of = |error| StoreError::of(&self.domain.id, error);
+        let Some(sums) = sums.as_ref().filter(|_| !self.tolerant) else {
+            let got = file.read_at(buffer, offset).map_err(JournalError::io("read", path)).map_err(of)?;
+            buffer[got..].fill(0);
+            return Ok(());
+        };
+        // Checksums are of whole units.
+        let unit_bytes = UNIT_BYTES as u64;
+        let first = offset / unit_bytes;
+        let count = ((offset + buffer.len() as u64).div_ceil(unit_bytes) - first) as usize;
+        let mut known = vec![0; count];
+        let counted = sums.read(first, &mut known).map_err(of)?;
+        let mut whole = Vec::new();
+        let skipped = (offset - first * unit_bytes) as usize;
+        let aligned = skipped == 0 && buffer.len() == count * UNIT_BYTES;
+        let units: &mut [u8] = if aligned {
+            &mut *buffer
+        } else {
+            whole.resize(count * UNIT_BYTES, 0);
+            &mut whole
+        };
+        let got = file.read_at(units, first * unit_bytes).map_err(JournalError::io("read", path)).map_err(of)?;
+        units[got..].fill(0);
+        let mut found = Vec::new();
+        for (i, content) in units.as_chunks::<UNIT_BYTES>().0.iter().enumerate().take(counted) {
+            let unit = first + i as u64;
+            // What the point has otherwise does not matter to it.
+            if unit_sum(content) != known[i] && state.index.within(array, unit, unit + 1).next().is_none() {
+                found.push(Flaw::of(array, unit, 1));
+            }
+        }
+        if !aligned {
+            buffer.copy_from_slice(&whole[skipped..skipped + buffer.len()]);
+        }
+        if found.is_empty() { Ok(()) } else { self.found(&found) }
+    }
+
+    /// Notes damage of the standby that the point consists of.
+    fn found(&self, found: &[Flaw]) -> Result<(), StoreError> {
+        self.domain.note_flaws(self.dir, found)?;
+        Err(flawed(&self.domain, self.id))
+    }
+
+    fn check_small(&self, device: &[u8], xml: &[u8], durable: &Standby) -> Result<(), StoreError> {
+        let sums = self.domain.control().small_sums.iter().find(|sums| sums.dir == durable.dir).copied();
+        let Some(sums) = sums.filter(|sums| apply::same_files(sums, durable) && !self.tolerant) else { return Ok(()) };
+        let mut found = apply::small_flaws_of(&sums, device, xml);
+        if let Some(chain) = self.domain.catalog().chain(self.dir) {
+            // It is known, and that this point has it otherwise.
+            found.retain(|flaw| !chain.open_flaws().any(|known| known.array == flaw.array));
+        }
+        if found.is_empty() { Ok(()) } else { self.found(&found) }
     }
 }
 
@@ -500,6 +574,10 @@ impl Drop for PointReader {
         drop(catalog);
         self.domain.remove_doomed();
     }
+}
+
+fn flawed(domain: &Domain, id: PointId) -> StoreError {
+    StoreError::Flawed { domain: domain.id.clone(), point: id.to_string() }
 }
 
 fn hold(catalog: &mut Catalog, id: PointId) {

@@ -18,6 +18,7 @@ use super::apply::Applier;
 use super::catalog::{Catalog, Chain, Doomed};
 use super::check::PartCheck;
 use super::domain::{Content, Domain, Epoch, IngestState, OpenEpoch, Shared, standby_dir};
+use super::flaws::{self, Flaw};
 use super::images::StandbyFiles;
 use super::standby::{self, read_layout};
 use super::thin::is_kept;
@@ -28,12 +29,13 @@ use super::{Position, StoreError, StoreOptions};
 const DAMAGED: &str = "damaged-standby.";
 
 /// Follows the journal from the control record's epoch on.
-struct Replay {
-    standby: Option<Standby>,
-    layout: Option<Arc<Layout>>,
-    epochs: Vec<Epoch>,
-    open: Option<OpenEpoch>,
-    broken: Option<String>,
+#[derive(Debug, Default)]
+pub(super) struct Replay {
+    pub standby: Option<Standby>,
+    pub layout: Option<Arc<Layout>>,
+    pub epochs: Vec<Epoch>,
+    pub open: Option<OpenEpoch>,
+    pub broken: Option<String>,
 }
 
 impl Domain {
@@ -52,6 +54,17 @@ impl Domain {
         let opened = open_standby(&disk, dir, &mut control).map_err(of)?;
         let (mut applier, layout) = opened.map_or((None, None), |(applier, layout)| (Some(applier), Some(layout)));
         let mut catalog = open_history(&*disk, dir, &mut control).map_err(of)?;
+        if let (Some(applier), Some(layout), Some(chain)) = (&applier, &layout, catalog.standby()) {
+            chain.flaws = flaws::recheck(&*disk, applier.files.dir(), applier.durable.epoch, layout);
+            // What is known already has been looked at: which points it concerns.
+            let known = |flaw: &Flaw| chain.open_flaws().any(|known| known.array == flaw.array);
+            let more: Vec<Flaw> = applier.small_flaws().into_iter().filter(|flaw| !known(flaw)).collect();
+            chain.flaws.extend(more);
+            if let damage @ 1.. = chain.open_flaws().count() {
+                tracing::error!(domain = %id, damage, "the standby is known to be damaged");
+                catalog.flaws_found = 1;
+            }
+        }
         if let Some(applier) = &mut applier {
             applier.mark.floor = control.history.floor;
             applier.log.set_segment_bytes(options.history_segment_bytes);
@@ -89,7 +102,8 @@ impl Domain {
             (None, _) => None,
         };
         let layout = replay.layout.take();
-        let shared = shared(&control, replay, open.as_ref(), &journal);
+        let mut shared = shared(&control, replay, open.as_ref(), &journal);
+        shared.unsummed = applier.as_ref().map(|applier| applier.files.summed_bytes()).filter(|(done, all)| done < all);
         let domain = Arc::new(Domain {
             uuid,
             id: id.clone(),
@@ -275,6 +289,7 @@ fn open_standby(
             Err(error @ JournalError::Damaged { .. }) => {
                 tracing::error!(%error, epoch = durable.epoch, "the standby cannot be taken back, the journal is needed");
                 files.forget(layout.clone());
+                files.drop_sums()?;
                 blind_until = durable.applying;
             }
             Err(error) => return Err(error),
@@ -282,7 +297,8 @@ fn open_standby(
     }
     let (durable, mark) = (control.standby.unwrap_or(durable), control.history);
     let log = HistoryLog::open(disk.clone(), &standby::history_dir(&at), control.uuid, mark.committed)?;
-    let mut applier = Applier::new(files, log, durable, mark)?;
+    let sums = control.small_sums.iter().find(|sums| sums.dir == durable.dir).copied();
+    let mut applier = Applier::new(files, log, durable, mark, sums)?;
     applier.blind_until = blind_until;
     Ok(Some((applier, layout)))
 }
@@ -295,7 +311,8 @@ fn open_history(disk: &dyn Disk, dir: &Path, control: &mut Control) -> Result<Ca
     for of in control.chains.iter_mut().chain(&mut current.clone()) {
         let history = standby::history_dir(&standby_dir(dir, of.standby.dir));
         let scan = HistoryScan::read(disk, &history, &control.uuid, of.history.committed)?;
-        let (chain, lost) = Chain::new(of.standby, &of.history, &scan);
+        let (mut chain, lost) = Chain::new(of.standby, &of.history, &scan);
+        chain.flaws = flaws::read(disk, &standby_dir(dir, of.standby.dir));
         if let Some(lost) = lost {
             tracing::error!(damage = %lost, "history");
             of.history.floor = chain.floor();
@@ -324,7 +341,9 @@ fn open_seed(disk: &Arc<dyn Disk>, dir: &Path, control: &mut Control) -> Result<
     let staging = standby_dir(dir, seed.dir);
     let open = || {
         let layout = Arc::new(read_layout(&**disk, &standby::layout_path(&staging, seed.epoch))?);
-        let files = StandbyFiles::open(disk.clone(), &staging, layout.clone())?;
+        let mut files = StandbyFiles::open(disk.clone(), &staging, layout.clone())?;
+        // A part may have been on its way: what of it is in the images is in no order that sums could tell of.
+        files.drop_sums()?;
         let names = disk.list(&staging).map_err(JournalError::io("list", &staging))?;
         let xml = standby::xml_path(&staging, seed.epoch);
         let has_xml = names.iter().any(|name| staging.join(name) == xml);
@@ -387,12 +406,12 @@ fn shared(control: &Control, replay: Replay, open: Option<&OpenEpoch>, journal: 
 
 impl Replay {
     /// The newest epoch that is durable: in the standby, or whole in the journal.
-    fn durable(&self) -> u64 {
+    pub fn durable(&self) -> u64 {
         let standby = self.standby.map_or(0, |standby| standby.epoch);
         self.epochs.last().map_or(standby, |epoch| epoch.epoch)
     }
 
-    fn part(&mut self, part: &Part, payloads: &[Bytes]) {
+    pub fn part(&mut self, part: &Part, payloads: &[Bytes]) {
         let Some(standby) = self.standby else { return };
         if self.broken.is_some() || part.head.generation != standby.generation || part.head.epoch <= standby.epoch {
             return;

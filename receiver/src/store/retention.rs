@@ -1,8 +1,10 @@
 //! Which points are kept: a policy, and what has to be done for it. No I/O.
 //!
 //! A policy is a list of tiers, "one of every so long, up to this age", and a budget of bytes. Of each stretch of time of a
-//! tier the earliest point stays, so that a point kept by a coarse tier was kept by the finer ones before. The time by which
-//! points age is the newest point's cut: a protected host that is silent does not cost its history.
+//! tier the earliest application-consistent point stays, or else the earliest, so that a point kept by a coarse tier was kept by
+//! the finer ones before. An application-consistent one also stays for [`NAMING_NS`], whatever the policy, so that who has asked
+//! for it can name it. The time by which points age is the newest point's cut: a protected host that is silent does not cost its
+//! history.
 //!
 //! What goes when the history outgrows its budget, or the disk is nearly full, in this order:
 //! 1. what the policy does not ask for any more;
@@ -17,6 +19,8 @@ use vmdr_journal::{Set, Tier};
 
 /// Neighbouring sets of like span that become one while it is not settled yet which points of theirs stay.
 const MERGE_SETS: usize = 16;
+/// How long an application-consistent point is kept in any case: it costs the guest something, and is named once it is durable.
+const NAMING_NS: u64 = 60_000_000_000;
 /// Of the budget, the part in use from which on there is an alarm, in percent.
 pub const ALARM_PERCENT: u64 = 80;
 /// Of the budget, the part that is left in use when points had to go, in percent.
@@ -66,6 +70,8 @@ pub struct Held {
     pub cut_ns: u64,
     /// It is pinned or being read.
     pub protected: bool,
+    /// It is application-consistent.
+    pub application: bool,
 }
 
 /// What to do next with the history of one standby.
@@ -79,13 +85,20 @@ pub enum Step {
 
 /// For each point whether the policy or a pin keeps it. `points` are in order; the last is the standby itself.
 fn kept(points: &[Held], policy: &Retention, now_ns: u64) -> Vec<bool> {
-    let mut kept = Vec::with_capacity(points.len());
-    let mut last = None;
-    for (i, point) in points.iter().enumerate() {
-        let stretch = policy.stretch(point.cut_ns, now_ns);
-        let first = stretch.is_some() && stretch != last;
-        last = stretch;
-        kept.push(first || point.protected || i + 1 == points.len());
+    let fresh = |point: &Held| point.application && now_ns.saturating_sub(point.cut_ns) <= NAMING_NS;
+    let mut kept: Vec<bool> = points.iter().map(|point| point.protected || fresh(point)).collect();
+    let stretches: Vec<_> = points.iter().map(|point| policy.stretch(point.cut_ns, now_ns)).collect();
+    let mut start = 0;
+    for run in stretches.chunk_by(|one, next| one == next) {
+        let inside = &points[start..start + run.len()];
+        if run[0].is_some() {
+            let best = inside.iter().position(|point| point.application).unwrap_or(0);
+            kept[start + best] = true;
+        }
+        start += run.len();
+    }
+    if let Some(newest) = kept.last_mut() {
+        *newest = true;
     }
     kept
 }
@@ -164,11 +177,13 @@ mod tests {
         epoch: u64,
         now_ns: u64,
         rewritten: u64,
+        applications: Vec<u64>,
     }
 
     impl Model {
         fn new() -> Self {
-            Model { sets: Vec::new(), epoch: 1, now_ns: 1_000_000 * SECOND_NS, rewritten: 0 }
+            let (sets, applications) = (Vec::new(), Vec::new());
+            Model { sets, epoch: 1, now_ns: 1_000_000 * SECOND_NS, rewritten: 0, applications }
         }
 
         fn cut(&mut self, after_ns: u64) {
@@ -181,7 +196,15 @@ mod tests {
 
         fn held(&self, pinned: &[u64]) -> Vec<Held> {
             let all = self.sets.iter().map(|set| (set.from, set.point.cut_unix_ns)).chain([(self.epoch, self.now_ns)]);
-            all.map(|(epoch, cut_ns)| Held { epoch, cut_ns, protected: pinned.contains(&epoch) }).collect()
+            let protected = |epoch| pinned.contains(&epoch);
+            let application = |epoch| self.applications.contains(&epoch);
+            all.map(|(epoch, cut_ns)| Held {
+                epoch,
+                cut_ns,
+                protected: protected(epoch),
+                application: application(epoch),
+            })
+            .collect()
         }
 
         fn take(&mut self, step: Step) {
@@ -241,6 +264,45 @@ mod tests {
         assert!(model.rewritten < 8 * all, "{} bytes rewritten of {all}", model.rewritten);
         // Without a gap from the oldest to the newest.
         assert!(model.sets.windows(2).all(|pair| pair[0].to == pair[1].from));
+    }
+
+    #[test]
+    fn of_neighbours_the_application_consistent_one_stays() {
+        let policy = Retention::default();
+        let mut model = Model::new();
+        // One a quarter of an hour, never the first of its minute; a day and a half of them.
+        for n in 0..36 * 720_u64 {
+            if n % 180 == 7 {
+                model.applications.push(model.epoch);
+            }
+            model.cut(5 * SECOND_NS);
+            if n % 12 == 0 {
+                model.settle(&policy, &[]);
+            }
+        }
+        model.settle(&policy, &[]);
+        let points = model.held(&[]);
+        let age = |point: &Held| (model.now_ns - point.cut_ns) / SECOND_NS;
+        // Of each minute of the last day the one that there was; of each hour before one of its four.
+        let (day, hours): (Vec<&Held>, Vec<&Held>) =
+            points.iter().filter(|point| age(point) > 3600).partition(|point| age(point) <= 23 * 3600);
+        assert_eq!(day.iter().filter(|point| point.application).count(), 22 * 4);
+        let hours: Vec<_> = hours.into_iter().filter(|point| age(point) > 26 * 3600).collect();
+        assert!(hours.len() >= 9, "{}", hours.len());
+        assert!(hours.iter().all(|point| point.application), "{hours:?}");
+    }
+
+    #[test]
+    fn without_a_policy_there_is_time_to_name_it() {
+        let policy = Retention { tiers: Vec::new(), ..Retention::default() };
+        let mut model = Model::new();
+        model.applications = vec![10, 60];
+        for _ in 0..100 {
+            model.cut(SECOND_NS);
+        }
+        model.settle(&policy, &[]);
+        let points = model.held(&[]);
+        assert_eq!(points.iter().filter(|point| point.application).map(|point| point.epoch).collect::<Vec<_>>(), [60]);
     }
 
     #[test]

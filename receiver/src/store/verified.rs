@@ -20,6 +20,11 @@ pub(super) fn read(disk: &dyn Disk, dir: &Path) -> BTreeMap<PointId, u64> {
     parse(&bytes).unwrap_or_default()
 }
 
+/// Whether the file can be read.
+pub(super) fn is_good(disk: &dyn Disk, dir: &Path) -> bool {
+    read_small(disk, &dir.join(FILE), BYTES_MAX).is_ok_and(|bytes| parse(&bytes).is_some())
+}
+
 fn parse(bytes: &[u8]) -> Option<BTreeMap<PointId, u64>> {
     let (body, sum) = bytes.split_at_checked(bytes.len().checked_sub(8)?)?;
     let entries = body.strip_prefix(MAGIC)?;

@@ -25,7 +25,7 @@ pub fn part_tail(end: &wire::PartEnd) -> PartTail {
         digest: (end.digest_low, end.digest_high),
         last: end.last,
         cut_unix_ns: end.cut_unix_ns,
-        application: false,
+        application: end.last && end.application,
         counts: Counts {
             ram_pages: counts.ram_pages,
             zero_pages: counts.zero_pages,

@@ -230,6 +230,7 @@ impl Stream {
                 from_receiver::Message::Refused(m) => Answer::Refused(m),
                 from_receiver::Message::Heartbeat(m) => Answer::Heartbeat(m),
                 from_receiver::Message::Taken(m) => panic!("nothing was handed over: {m:?}"),
+                from_receiver::Message::Compare(m) => panic!("nothing is damaged: {m:?}"),
             },
             Ok(Some(FromReceiver { message: None })) => panic!("an empty answer"),
             Ok(None) => Answer::End(None),
@@ -311,6 +312,7 @@ impl Part {
             digest_high,
             last: id.last,
             cut_unix_ns: if id.last { CUT_UNIX_NS } else { 0 },
+            application: false,
             counts: Some(PartCounts {
                 ram_pages: counts.ram_pages,
                 zero_pages: counts.zero_pages,

@@ -255,6 +255,7 @@ impl Shipper {
         let extras = Extras {
             layout: (part.seed && (part.part == 0 || part.last)).then_some(&layout),
             domain_xml: (part.seed && part.last).then_some("<domain type='qemu'><name>bench</name></domain>"),
+            application: false,
         };
         self.encoder.encode(part, &self.map, &extras, send)
     }

@@ -140,6 +140,11 @@ impl Capture {
         self.bitmaps.keep = keep;
     }
 
+    /// The open resync reads all of the disks: what it is compared with is damaged, wherever that may be.
+    pub fn compare_whole_disks(&mut self) {
+        self.bitmaps.base_epoch = 0;
+    }
+
     /// Before a cut whose mirrors are in order: begins a bitmap on each disk, if it is time to. It then has everything
     /// that is written after that cut. A failure costs a resync's reads, no more.
     pub(super) fn renew_bitmaps(&mut self) {

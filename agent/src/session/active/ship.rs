@@ -42,7 +42,8 @@ impl Active<'_> {
         let layout = (self.sent_layout.as_ref() != Some(&layout)).then_some(layout);
         // A guest that is gone has the definition that the receiver knows.
         let xml = if part.last && self.ended.is_none() { self.new_xml(part.seed)? } else { None };
-        let extras = Extras { domain_xml: xml.as_deref(), layout: layout.as_ref() };
+        let application = self.application.marks(part.epoch);
+        let extras = Extras { domain_xml: xml.as_deref(), layout: layout.as_ref(), application };
         let begun = Instant::now();
         let worker = &self.worker;
         worker.shared.status().waiting_since.get_or_insert(begun);

@@ -150,10 +150,24 @@ impl HistoryLog {
 
     /// Adds what a unit was; `None`: zero.
     pub fn before(&mut self, key: Key, content: Option<&[u8; UNIT_BYTES]>) -> Result<(), JournalError> {
-        let Some(content) = content else { return self.zeroes(key, 1) };
+        match content {
+            Some(content) => self.before_with(key, content, xxh3_64(content), false),
+            None => self.zeroes(key, 1),
+        }
+    }
+
+    /// Adds what a unit was, of which the checksum is known; `flawed`: it is not what that checksum is of, and is kept only so
+    /// that a batch that is stopped can be undone.
+    pub fn before_with(
+        &mut self,
+        key: Key,
+        content: &[u8; UNIT_BYTES],
+        xxh3: u64,
+        flawed: bool,
+    ) -> Result<(), JournalError> {
         let length = lz4_flex::block::compress_into(content, &mut self.scratch).unwrap_or(UNIT_BYTES);
         let (encoding, length) = if length < UNIT_BYTES { (ENCODING_LZ4, length) } else { (ENCODING_RAW, UNIT_BYTES) };
-        let entry = Entry { key, count: 1, encoding, length: length as u32, xxh3: xxh3_64(content) };
+        let entry = Entry { key, count: 1, encoding, length: length as u32, xxh3, flawed };
         let scratch = std::mem::take(&mut self.scratch);
         let stored = if encoding == ENCODING_RAW { &content[..] } else { &scratch[..length] };
         let result = self.copy(&entry, stored);
@@ -163,7 +177,7 @@ impl HistoryLog {
 
     /// Adds what neighbouring units were: zero.
     pub fn zeroes(&mut self, key: Key, count: u32) -> Result<(), JournalError> {
-        self.copy(&Entry { key, count, encoding: ENCODING_ZERO, length: 0, xxh3: 0 }, &[])
+        self.copy(&Entry { key, count, encoding: ENCODING_ZERO, length: 0, xxh3: 0, flawed: false }, &[])
     }
 
     /// Adds an entry as it is stored in another set.

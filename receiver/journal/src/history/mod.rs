@@ -26,7 +26,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::record::{u16_at, u32_at, u64_at};
 
 pub use log::{HistoryLog, segments};
-pub use read::{HistoryScan, read_back, read_set, read_unit};
+pub use read::{HistoryScan, read_back, read_set, read_unit, read_unit_as_kept};
 
 /// Bytes of a unit: a page of the guest.
 pub const UNIT_BYTES: usize = 4096;
@@ -62,7 +62,8 @@ pub enum Array {
 }
 
 impl Array {
-    fn to_number(self) -> u32 {
+    /// The number that stands for it in files.
+    pub fn to_number(self) -> u32 {
         match self {
             Array::Ram(n) => u32::from(n),
             Array::Disk(n) => 1 << 16 | u32::from(n),
@@ -72,7 +73,8 @@ impl Array {
         }
     }
 
-    fn from_number(number: u32) -> Option<Self> {
+    /// The array that a number stands for.
+    pub fn from_number(number: u32) -> Option<Self> {
         let low = (number & 0xffff) as u16;
         match (number >> 16, low) {
             (0, n) => Some(Array::Ram(n)),
@@ -158,8 +160,16 @@ pub struct Entry {
     encoding: u8,
     /// Bytes stored.
     length: u32,
-    /// XXH3-64 of the unit's content; 0 if zero.
+    /// [`unit_sum`] of what the unit's content should be.
     xxh3: u64,
+    /// It was damaged before it was kept: the content is what was found, and the checksum that of what should have been there.
+    flawed: bool,
+}
+
+/// The checksum of a unit, here and beside the standby's images: XXH3-64; 0 if all of it is zero, so that holes have theirs
+/// without anything being written.
+pub fn unit_sum(content: &[u8; UNIT_BYTES]) -> u64 {
+    if *content == [0; UNIT_BYTES] { 0 } else { xxh3_64(content) }
 }
 
 impl Entry {
@@ -168,9 +178,29 @@ impl Entry {
         self.encoding == ENCODING_ZERO
     }
 
+    /// Whether what was kept was damaged already: there is nothing that could be gone back to.
+    pub fn is_flawed(&self) -> bool {
+        self.flawed
+    }
+
+    /// The checksum of what the unit should have been; 0: zero.
+    pub fn sum(&self) -> u64 {
+        self.xxh3
+    }
+
     /// The unit's content out of the bytes that are stored of it, checked.
     pub fn content(&self, stored: &[u8], unit: &mut [u8; UNIT_BYTES]) -> Result<(), String> {
-        let wrong = |what: &str| format!("the before-image of unit {} of {:?} {what}", self.key.unit, self.key.array);
+        self.as_kept(stored, unit)?;
+        if self.flawed { Err(self.wrong("was damaged before it was kept")) } else { Ok(()) }
+    }
+
+    fn wrong(&self, what: &str) -> String {
+        format!("the before-image of unit {} of {:?} {what}", self.key.unit, self.key.array)
+    }
+
+    /// What was kept of the unit; of one that was damaged before, that.
+    pub fn as_kept(&self, stored: &[u8], unit: &mut [u8; UNIT_BYTES]) -> Result<(), String> {
+        let wrong = |what: &str| self.wrong(what);
         match self.encoding {
             ENCODING_ZERO => {
                 unit.fill(0);
@@ -187,12 +217,12 @@ impl Entry {
                 }
             }
         }
-        if xxh3_64(unit) == self.xxh3 { Ok(()) } else { Err(wrong("does not match its checksum")) }
+        if self.flawed || xxh3_64(unit) == self.xxh3 { Ok(()) } else { Err(wrong("does not match its checksum")) }
     }
 
     fn write(&self, to: &mut Vec<u8>) {
         to.extend_from_slice(&self.key.array.to_number().to_le_bytes());
-        to.extend_from_slice(&[self.encoding, 0, 0, 0]);
+        to.extend_from_slice(&[self.encoding, u8::from(self.flawed), 0, 0]);
         to.extend_from_slice(&self.key.unit.to_le_bytes());
         to.extend_from_slice(&self.count.to_le_bytes());
         to.extend_from_slice(&self.length.to_le_bytes());
@@ -207,9 +237,10 @@ impl Entry {
             encoding: from[4],
             length: u32_at(from, 20),
             xxh3: u64_at(from, 24),
+            flawed: from[5] & 1 != 0,
         };
         let fits = match entry.encoding {
-            ENCODING_ZERO => entry.length == 0 && count > 0,
+            ENCODING_ZERO => entry.length == 0 && count > 0 && !entry.flawed,
             ENCODING_RAW => entry.length as usize == UNIT_BYTES && count == 1,
             ENCODING_LZ4 => (1..UNIT_BYTES as u32).contains(&entry.length) && count == 1,
             _ => false,
@@ -266,7 +297,7 @@ impl SetEnd {
         to.into()
     }
 
-    fn from_bytes(from: &[u8]) -> Option<Self> {
+    pub(crate) fn from_bytes(from: &[u8]) -> Option<Self> {
         if from.len() != SET_END_BYTES {
             return None;
         }

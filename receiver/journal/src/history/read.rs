@@ -58,8 +58,8 @@ impl HistoryScan {
 
 /// Is shown an entry, the bytes that are stored of it, and where in the segment those are.
 pub type Show<'a> = &'a mut dyn FnMut(&Entry, &[u8], u64) -> Result<(), JournalError>;
-/// Is shown units as they were before: the first, how many, and what they were; `None`: zero.
-pub type ShowBack<'a> = &'a mut dyn FnMut(Key, u32, Option<&[u8; UNIT_BYTES]>) -> Result<(), JournalError>;
+/// Is shown units as they were before: the entry, and what they were; `None`: zero.
+pub type ShowBack<'a> = &'a mut dyn FnMut(&Entry, Option<&[u8; UNIT_BYTES]>) -> Result<(), JournalError>;
 
 /// Reads what a set consists of, in order, each entry with the bytes that are stored of it and where those are in the
 /// segment. Everything was checked against its checksums before it is shown, but the set's end comes last: what was shown
@@ -110,16 +110,43 @@ pub fn read_unit(
     at: u64,
     unit: &mut [u8; UNIT_BYTES],
 ) -> Result<(), JournalError> {
+    let stored = &mut [0; UNIT_BYTES];
+    let stored = read_stored(disk, dir, segment, entry, at, stored)?;
+    let wrong = |what| JournalError::Damaged { path: segment_path(dir, segment), what };
+    entry.content(stored, unit).map_err(wrong)
+}
+
+/// [`read_unit`] of a unit that may have been damaged before it was kept: what was kept of it.
+pub fn read_unit_as_kept(
+    disk: &dyn Disk,
+    dir: &Path,
+    segment: u64,
+    entry: &Entry,
+    at: u64,
+    unit: &mut [u8; UNIT_BYTES],
+) -> Result<(), JournalError> {
+    let stored = &mut [0; UNIT_BYTES];
+    let stored = read_stored(disk, dir, segment, entry, at, stored)?;
+    let wrong = |what| JournalError::Damaged { path: segment_path(dir, segment), what };
+    entry.as_kept(stored, unit).map_err(wrong)
+}
+
+fn read_stored<'a>(
+    disk: &dyn Disk,
+    dir: &Path,
+    segment: u64,
+    entry: &Entry,
+    at: u64,
+    stored: &'a mut [u8; UNIT_BYTES],
+) -> Result<&'a [u8], JournalError> {
     if entry.is_zero() {
-        unit.fill(0);
-        return Ok(());
+        return Ok(&[]);
     }
     let path = segment_path(dir, segment);
     let file = disk.open(&path, Mode::Read).map_err(JournalError::io("open", &path))?;
-    let mut stored = [0; UNIT_BYTES];
     let stored = &mut stored[..(entry.length as usize).min(UNIT_BYTES)];
     let got = file.read_at(stored, at).map_err(JournalError::io("read", &path))?;
-    entry.content(&stored[..got], unit).map_err(|what| JournalError::Damaged { path, what })
+    Ok(&stored[..got])
 }
 
 /// Shows the before-images between two places, the newest first: written one after another, each over what came before,
@@ -158,8 +185,8 @@ pub fn read_back(disk: &dyn Disk, dir: &Path, from: Place, to: Place, show: Show
         let body = walk.body(&head, body_at)?.map_err(damaged)?;
         let mut unit = [0; UNIT_BYTES];
         for (entry, at) in entries(&body).map_err(damaged)?.into_iter().rev() {
-            entry.content(&body[at], &mut unit).map_err(damaged)?;
-            show(entry.key, entry.count, (!entry.is_zero()).then_some(&unit))?;
+            entry.as_kept(&body[at], &mut unit).map_err(damaged)?;
+            show(&entry, (!entry.is_zero()).then_some(&unit))?;
         }
     }
     Ok(())

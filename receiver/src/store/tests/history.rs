@@ -15,7 +15,7 @@ fn tiers() -> Retention {
 }
 
 /// Nothing is done but what the test does: so that a seed gives the same operations each time.
-fn by_hand() -> StoreOptions {
+pub fn by_hand() -> StoreOptions {
     StoreOptions { retention: tiers(), history_segment_bytes: 60_000, ..lazy() }
 }
 
@@ -23,7 +23,7 @@ fn open(disk: &SimDisk) -> Result<Store, StoreError> {
     Store::open_on(Arc::new(disk.clone()), Path::new("/state"), by_hand())
 }
 
-fn host(seed: u64) -> Host {
+pub fn host(seed: u64) -> Host {
     let mut host = Host::new(seed);
     host.keep = true;
     host.guest.clock = Some(1_000 * SECOND_NS);
@@ -39,7 +39,7 @@ fn life(store: &Store, host: &mut Host, context: &str) -> Result<(), StoreError>
     for step in 0..STEPS {
         host.cut();
         host.send(&mut ingest, 0)?;
-        match host.random.below(8) {
+        match host.random.below(9) {
             0..=2 => domain.batch()?,
             3 | 4 => {
                 domain.apply_all()?;
@@ -54,6 +54,17 @@ fn life(store: &Store, host: &mut Host, context: &str) -> Result<(), StoreError>
                 let names: Vec<_> = domain.control().pins.iter().map(|pin| pin.name.clone()).collect();
                 if let Some(name) = names.first() {
                     store.release(UUID, name)?;
+                }
+            }
+            7 => {
+                // Sometimes to the end, sometimes only a little, with whatever comes next in between.
+                let scope = if host.random.below(2) == 0 { Scope::All } else { Scope::Newest };
+                let mut verification = store.begin_verification(UUID, scope)?;
+                for _ in 0..host.random.below(60) {
+                    if let Progress::Done(verdict) = verification.step(32 << 10)? {
+                        assert!(verdict.damaged.is_empty(), "{context}: {verdict:?}");
+                        break;
+                    }
                 }
             }
             _ => {
@@ -89,6 +100,10 @@ fn check(store: &Store, host: &Host, context: &str) {
         guest.assert_read(&reader, context);
     }
     host.past[&position.epoch].assert_stored(store, position.epoch, context);
+    // Checksums went with what they are of, through all that has happened.
+    while store.tend(UUID, 1 << 20).unwrap_or_else(|e| panic!("{context}: {e}")) > 0 {}
+    let verdict = super::verify::verified(store, Scope::All);
+    assert!(verdict.damaged.is_empty() && verdict.damage.is_empty(), "{context}: {verdict:?}");
     let there: Vec<u64> = points.iter().map(|point| point.epoch).collect();
     for pin in &domain.control().pins {
         assert!(there.contains(&pin.epoch), "{context}: {pin:?} of {there:?}");

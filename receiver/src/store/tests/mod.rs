@@ -7,6 +7,7 @@ mod ownership;
 mod refuse;
 mod round_trip;
 mod sim;
+mod verify;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
