@@ -32,6 +32,8 @@ const THAW_SECONDS: i32 = 5;
 const THAW_TRIES: Duration = Duration::from_secs(120);
 /// Rest between two of them.
 const THAW_REST: Duration = Duration::from_millis(500);
+/// Rest where libvirt refused to ask because the guest is paused, as it is in every cut.
+const PAUSE_REST: Duration = Duration::from_millis(10);
 /// Lines of the helper that wait to be read: it says two.
 const LINES_MAX: usize = 4;
 /// The longest of them.
@@ -152,7 +154,14 @@ fn work(options: &Options) -> anyhow::Result<()> {
     })?;
     let domain = Connection::open(&options.uri)?.domain_by_uuid(&options.domain)?;
     let seconds = i32::try_from(options.freeze_ms.div_ceil(1000)).unwrap_or(i32::MAX).max(1);
-    let frozen = domain.guest_agent("guest-fsfreeze-freeze", seconds);
+    let until = Instant::now() + Duration::from_millis(options.freeze_ms);
+    let frozen = loop {
+        match domain.guest_agent("guest-fsfreeze-freeze", seconds) {
+            // A cut has paused the guest just now: libvirt sent nothing.
+            Err(error) if error.is_wrong_state() && Instant::now() < until => std::thread::sleep(PAUSE_REST),
+            answer => break answer,
+        }
+    };
     let begun = Instant::now();
     match &frozen {
         Ok(count) if count.as_u64().is_some_and(|count| count > 0) => {
@@ -175,6 +184,7 @@ fn thaw(mut domain: Domain, options: &Options) -> anyhow::Result<u64> {
         match domain.guest_agent("guest-fsfreeze-thaw", THAW_SECONDS) {
             Ok(count) => return Ok(count.as_u64().unwrap_or(0)),
             Err(error) if Instant::now() >= until => return Err(error).context("thaw the guest's file systems"),
+            Err(error) if error.is_wrong_state() => std::thread::sleep(PAUSE_REST),
             Err(error) => {
                 eprintln!("vmdr-agent freeze: domain {}: {error}", options.domain);
                 std::thread::sleep(THAW_REST);
