@@ -100,8 +100,8 @@ fn run(of: &Weak<Receiver>) {
         if *receiver.ending().borrow() {
             return;
         }
-        let job = receiver.verifier.state().queue.pop_front().or_else(|| scheduled(&receiver));
-        match job {
+        let asked = receiver.verifier.state().queue.pop_front();
+        match asked.or_else(|| scheduled(&receiver)) {
             Some(job) => verify(&receiver, job, &mut pace),
             None if tend(&receiver, &mut pace) => {}
             None => {

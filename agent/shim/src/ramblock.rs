@@ -52,8 +52,9 @@ pub fn parse(text: &str) -> Result<Vec<RamBlock>, RamBlockError> {
         let host_address = hex(address).ok_or_else(|| error("host address is not a number"))?;
         // A block without a name is part of no migration stream and of no address space: on an activated guest, the
         // memory that libvirt asked for and that vmdr's image took the place of.
+        let page_bytes = size.checked_mul(unit).ok_or_else(|| error("page size is too large"))?;
         if used_bytes > 0 && !name.is_empty() {
-            blocks.push(RamBlock { name: name.join(" "), page_bytes: size * unit, used_bytes, host_address });
+            blocks.push(RamBlock { name: name.join(" "), page_bytes, used_bytes, host_address });
         }
     }
     if blocks.is_empty() { Err(RamBlockError { reason: "no block", line: text.to_owned() }) } else { Ok(blocks) }
@@ -84,5 +85,6 @@ mod tests {
         assert!(parse("Block Name    PSize  Offset Used Total\n pc.ram 4 KiB 0x0 0x10 0x10\n").is_err());
         assert!(parse("").is_err());
         assert!(parse("h\nunknown command: 'info ramblock'\n").is_err());
+        assert!(parse("h\n pc.ram 99999999999999999 GiB 0x0 0x10 0x10 0x10 rw\n").is_err());
     }
 }

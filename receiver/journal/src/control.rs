@@ -19,6 +19,8 @@ const HEAD_BYTES: usize = 16;
 const SUM_BYTES: usize = 8;
 /// The longest control record read. Usual are 300 bytes.
 const CONTROL_BYTES_MAX: u64 = 1 << 20;
+/// The largest generation, epoch and number of anything: room to count on. What peers send has the same bound.
+const NUMBER_MAX: u64 = u64::MAX / 2;
 /// A field with this bit in its tag must be understood; others are kept as they are.
 const TAG_CRITICAL: u16 = 0x8000;
 
@@ -234,6 +236,19 @@ impl Control {
         disk.sync_dir(dir).map_err(JournalError::io("sync", dir))
     }
 
+    /// Makes what [`Control::load`] reads durable, before anything is built on it: who wrote it may have failed to, at the sync of
+    /// the file or of its directory. Takes no space: the same bytes are written in place, which another crash cannot tear.
+    pub fn settle(disk: &dyn Disk, dir: &Path) -> Result<(), JournalError> {
+        let path = dir.join(CONTROL_FILE);
+        let file = disk.open(&path, Mode::Write).map_err(JournalError::io("open", &path))?;
+        let length = file.length().map_err(JournalError::io("read", &path))?.min(CONTROL_BYTES_MAX);
+        let mut bytes = vec![0; length as usize];
+        let got = file.read_at(&mut bytes, 0).map_err(JournalError::io("read", &path))?;
+        write_all(&*file, &bytes[..got], 0).map_err(JournalError::io("write", &path))?;
+        file.sync().map_err(JournalError::io("sync", &path))?;
+        disk.sync_dir(dir).map_err(JournalError::io("sync", dir))
+    }
+
     fn to_bytes(&self) -> Vec<u8> {
         let mut to = Vec::with_capacity(512);
         to.extend_from_slice(MAGIC);
@@ -391,7 +406,25 @@ impl Control {
             }
         }
         uuid.ok_or_else(|| damaged("it names no domain"))?;
+        control.check()?;
         Ok(control)
+    }
+
+    /// Numbers that are counted on must leave room for it, whoever wrote them.
+    fn check(&self) -> Result<(), Fault> {
+        let standbys = self.standby.iter().chain(self.chains.iter().map(|chain| &chain.standby));
+        let standbys = standbys
+            .flat_map(|s| [s.dir, s.generation, s.epoch, s.device_epoch, s.layout_epoch, s.xml_epoch, s.applying]);
+        let marks = std::iter::once(&self.history).chain(self.chains.iter().map(|chain| &chain.history));
+        let marks = marks.flat_map(|m| [m.committed.segment, m.announced.segment, m.announced_for, m.floor]);
+        let seeds = self.seed.iter().flat_map(|s| [s.dir, s.generation, s.epoch]);
+        let own = [self.generation, self.next_dir, self.journal_first];
+        match standbys.chain(marks).chain(seeds).chain(own).find(|number| *number > NUMBER_MAX) {
+            Some(number) => {
+                Err(Fault::Damaged(format!("a number in it is {number}, at most {NUMBER_MAX} is possible")))
+            }
+            None => Ok(()),
+        }
     }
 }
 
@@ -534,6 +567,22 @@ mod tests {
         assert!(
             matches!(Control::from_bytes(&control.to_bytes()), Err(Fault::Damaged(what)) if what.contains("0x8017"))
         );
+    }
+
+    #[test]
+    fn numbers_that_cannot_be_counted_on_are_refused() {
+        for change in [
+            (|c: &mut Control| c.generation = u64::MAX) as fn(&mut Control),
+            |c| c.next_dir = u64::MAX,
+            |c| c.journal_first = u64::MAX,
+            |c| c.history.committed.segment = u64::MAX,
+            |c| c.chains[0].standby.epoch = NUMBER_MAX + 1,
+            |c| c.standby = Some(Standby { applying: u64::MAX, ..standby(1) }),
+        ] {
+            let mut control = full();
+            change(&mut control);
+            assert!(matches!(Control::from_bytes(&control.to_bytes()), Err(Fault::Damaged(_))));
+        }
     }
 
     proptest! {

@@ -59,6 +59,11 @@ impl JournalError {
         move |source| JournalError::Io { action, path, source }
     }
 
+    /// Whether what was asked for is not there.
+    pub fn is_missing(&self) -> bool {
+        matches!(self, JournalError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+
     /// Whether it is only for lack of space, so that the same may succeed later. After a failed sync it may not, whatever
     /// the reason: what was to be synced is then not known to be anywhere.
     pub fn is_full(&self) -> bool {

@@ -72,11 +72,14 @@ impl Store {
 }
 
 impl Ingest {
-    /// The images of the disks of the seed that is open.
+    /// The images of the disks of the seed that is open. They are written past what makes checksums, which are made later.
     fn seed_images(&self, layout: &Layout) -> Result<Vec<PathBuf>, StoreError> {
-        let ingest = self.domain.ingest();
-        let dir = match ingest.open.as_ref().map(|open| &open.content) {
-            Some(Content::Seed { files, .. }) => files.dir().to_owned(),
+        let mut ingest = self.domain.ingest();
+        let dir = match ingest.open.as_mut().map(|open| &mut open.content) {
+            Some(Content::Seed { files, .. }) => {
+                files.drop_sums().map_err(|error| self.domain.failure(error))?;
+                files.dir().to_owned()
+            }
             _ => return Err(StoreError::Superseded(self.domain.id.clone())),
         };
         Ok(layout.disks.iter().map(|disk| disk_path(&dir, &disk.target)).collect())

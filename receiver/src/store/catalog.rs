@@ -47,6 +47,9 @@ pub(super) struct Chain {
     pub bad: BTreeSet<u64>,
     /// What of the standby is known to be damaged, or was.
     pub flaws: Vec<Flaw>,
+    /// The disk did not let its history be read when it was opened. The sets here are those written since, nothing of it is
+    /// thinned out or removed, and the next time it is opened there may be more.
+    pub unread: bool,
 }
 
 impl Chain {
@@ -72,12 +75,22 @@ impl Chain {
             let found = if scan.damage.is_empty() { "sets are missing".to_owned() } else { scan.damage.join("; ") };
             format!("the history reaches back to epoch {at} only and not to {floor}: {found}")
         });
-        (Self { standby, application: mark.application, sets, bad: BTreeSet::new(), flaws: Vec::new() }, missing)
+        (
+            Self {
+                standby,
+                application: mark.application,
+                sets,
+                bad: BTreeSet::new(),
+                flaws: Vec::new(),
+                unread: false,
+            },
+            missing,
+        )
     }
 
     /// A standby without a past.
     pub fn begin(standby: Standby, application: bool) -> Self {
-        Self { standby, application, sets: Vec::new(), bad: BTreeSet::new(), flaws: Vec::new() }
+        Self { standby, application, sets: Vec::new(), bad: BTreeSet::new(), flaws: Vec::new(), unread: false }
     }
 
     /// The oldest epoch that can be gone back to.

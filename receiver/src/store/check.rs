@@ -8,11 +8,17 @@ use vmdr_codec::{
 };
 use vmdr_journal::PartTail;
 
+/// Chunks of a part, at most: of 1 MiB each that is more than any arena has.
+const PART_CHUNKS_MAX: u32 = 64 << 10;
+/// Layouts in a part, at most. Agents send one; each changes the lengths of up to a thousand files.
+const PART_LAYOUTS_MAX: u32 = 16;
+
 /// Follows a part as it comes. Everything it says is one line for the operator.
 #[derive(Debug)]
 pub(super) struct PartCheck {
     layout: Option<Arc<Layout>>,
     layout_changed: bool,
+    layouts: u32,
     device_state: Assembler,
     xml: Assembler,
     counts: Counts,
@@ -54,6 +60,7 @@ impl PartCheck {
         Self {
             layout,
             layout_changed: false,
+            layouts: 0,
             device_state: Assembler::new("device state", DEVICE_STATE_BYTES_MAX),
             xml: Assembler::new("domain XML", DOMAIN_XML_BYTES_MAX),
             counts: Counts::default(),
@@ -73,6 +80,9 @@ impl PartCheck {
     pub fn chunk(&mut self, sequence: u32, payload: &[u8], xxh3: u64) -> Result<(), String> {
         if sequence != self.chunks {
             return Err(format!("chunk {sequence} came where {} was next", self.chunks));
+        }
+        if sequence >= PART_CHUNKS_MAX {
+            return Err(format!("it has more than {PART_CHUNKS_MAX} chunks"));
         }
         if payload.is_empty() || payload.len() > vmdr_codec::PAYLOAD_BYTES_MAX {
             let most = vmdr_codec::PAYLOAD_BYTES_MAX;
@@ -156,6 +166,10 @@ impl PartCheck {
                     follows(before, &layout)?;
                 }
                 self.layout_changed = true;
+                self.layouts += 1;
+                if self.layouts > PART_LAYOUTS_MAX {
+                    return Err(format!("it has more than {PART_LAYOUTS_MAX} layouts"));
+                }
                 self.layout = Some(Arc::new(layout));
             }
         }

@@ -27,6 +27,10 @@ use super::{Durable, NUMBER_MAX, Position, StoreError};
 /// Payload bytes of an open epoch kept in memory for applying; of a larger one they are read from the journal again.
 const KEEP_BYTES_MAX: u64 = 64 << 20;
 
+/// Parts of a delta, at most: what is known of each is kept in memory until the last, some 200 bytes. Of 16 MiB each they are
+/// 16 TiB.
+const DELTA_PARTS_MAX: u32 = 1 << 20;
+
 /// The stream of a domain into the store. A newer one of the same domain takes over: then every call here fails.
 #[derive(Debug)]
 pub struct Ingest {
@@ -309,6 +313,9 @@ impl Domain {
         if head.epoch != next || (head.part != parts && head.part != 0) {
             return Err(self.sequence(head, format!("epoch {next} part {parts}, or a seed")));
         }
+        if head.part >= DELTA_PARTS_MAX {
+            return Err(self.sequence(head, format!("a seed, because an epoch has at most {DELTA_PARTS_MAX} parts")));
+        }
         if head.part == 0 {
             self.discard_open(ingest)?;
             ingest.open = Some(OpenEpoch {
@@ -457,10 +464,11 @@ impl Domain {
         if let Some(xml) = &checked.xml {
             write_aside(disk, &standby::xml_path(&dir, epoch), xml.as_bytes())?;
         }
+        let device = standby::device_path(&dir, epoch);
         match &checked.device_state {
-            Some(state) => write_aside(disk, &standby::device_path(&dir, epoch), state)?,
-            // A guest that is off has none.
-            None if last => write_aside(disk, &standby::device_path(&dir, epoch), &[])?,
+            Some(state) => write_aside(disk, &device, state)?,
+            // A guest that has shut down has none, and a standby has the file all the same.
+            None if last && !standby::is_there(disk, &device)? => write_aside(disk, &device, &[])?,
             None => {}
         }
         disk.sync_dir(&dir).map_err(JournalError::io("sync", &dir))

@@ -224,9 +224,10 @@ impl Store {
             && error.kind() == std::io::ErrorKind::NotFound
         {
             disk.create_dir_all(dir).map_err(JournalError::io("create", dir)).map_err(of)?;
-            if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-                disk.sync_dir(parent).map_err(JournalError::io("sync", parent)).map_err(of)?;
-            }
+        }
+        // Also of one that is there: who made it may have failed to do this.
+        if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            disk.sync_dir(parent).map_err(JournalError::io("sync", parent)).map_err(of)?;
         }
         let lock = match disk.lock(&dir.join("lock")) {
             Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {

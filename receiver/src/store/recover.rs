@@ -53,7 +53,7 @@ impl Domain {
         sweep(&*disk, dir, &control).map_err(of)?;
         let opened = open_standby(&disk, dir, &mut control).map_err(of)?;
         let (mut applier, layout) = opened.map_or((None, None), |(applier, layout)| (Some(applier), Some(layout)));
-        let mut catalog = open_history(&*disk, dir, &mut control).map_err(of)?;
+        let (mut catalog, unread) = open_history(&*disk, dir, &mut control).map_err(of)?;
         if let (Some(applier), Some(layout), Some(chain)) = (&applier, &layout, catalog.standby()) {
             chain.flaws = flaws::recheck(&*disk, applier.files.dir(), applier.durable.epoch, layout);
             // What is known already has been looked at: which points it concerns.
@@ -104,6 +104,9 @@ impl Domain {
         let layout = replay.layout.take();
         let mut shared = shared(&control, replay, open.as_ref(), &journal);
         shared.unsummed = applier.as_ref().map(|applier| applier.files.summed_bytes()).filter(|(done, all)| done < all);
+        if let Some(unread) = unread {
+            shared.damage.get_or_insert(unread);
+        }
         let domain = Arc::new(Domain {
             uuid,
             id: id.clone(),
@@ -206,7 +209,11 @@ fn load_or_begin(
     let of = |error| StoreError::of(&id, error);
     match Control::load(&**disk, dir, uuid.as_bytes()) {
         Err(JournalError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
-        other => return other.map_err(of),
+        other => {
+            let control = other.map_err(of)?;
+            Control::settle(&**disk, dir).map_err(of)?;
+            return Ok(control);
+        }
     }
     let names = match disk.list(dir) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
@@ -303,14 +310,26 @@ fn open_standby(
     Ok(Some((applier, layout)))
 }
 
-/// What the history of the standby, and of those before it, has.
-fn open_history(disk: &dyn Disk, dir: &Path, control: &mut Control) -> Result<Catalog, JournalError> {
+/// What the history of the standby, and of those before it, has; and what of it cannot be read now. That keeps nobody from
+/// protecting the guest: older points are only not offered.
+fn open_history(disk: &dyn Disk, dir: &Path, control: &mut Control) -> Result<(Catalog, Option<String>), JournalError> {
     let mut catalog = Catalog { current: control.standby.is_some(), ..Catalog::default() };
     let current = control.standby.map(|standby| vmdr_journal::Chain { standby, history: control.history });
     let mut missing = Vec::new();
+    let mut unread = None;
     for of in control.chains.iter_mut().chain(&mut current.clone()) {
         let history = standby::history_dir(&standby_dir(dir, of.standby.dir));
-        let scan = HistoryScan::read(disk, &history, &control.uuid, of.history.committed)?;
+        let scan = match HistoryScan::read(disk, &history, &control.uuid, of.history.committed) {
+            Err(error @ JournalError::Io { .. }) => {
+                tracing::error!(%error, "the history cannot be read: older points are not offered");
+                unread.get_or_insert(format!("{error}; older points cannot be had until that can be read"));
+                let chain = Chain::begin(of.standby, of.history.application);
+                let flaws = flaws::read(disk, &standby_dir(dir, of.standby.dir));
+                catalog.chains.push(Chain { unread: true, flaws, ..chain });
+                continue;
+            }
+            scan => scan?,
+        };
         let (mut chain, lost) = Chain::new(of.standby, &of.history, &scan);
         chain.flaws = flaws::read(disk, &standby_dir(dir, of.standby.dir));
         if let Some(lost) = lost {
@@ -332,7 +351,7 @@ fn open_history(disk: &dyn Disk, dir: &Path, control: &mut Control) -> Result<Ca
         }
         control.damage.get_or_insert(lost);
     }
-    Ok(catalog)
+    Ok((catalog, unread))
 }
 
 /// The seed that was under way. One that cannot be continued is forgotten: nothing is lost but time.
@@ -358,6 +377,8 @@ fn open_seed(disk: &Arc<dyn Disk>, dir: &Path, control: &mut Control) -> Result<
             layout: Some(layout),
             content: Content::Seed { files: Box::new(files), dir: seed.dir, has_xml },
         })),
+        // A disk that does not answer now may later: what was acknowledged of the seed is kept.
+        Err(error @ JournalError::Io { .. }) if current && !error.is_missing() => Err(error),
         result => {
             if let (true, Err(error)) = (current, result) {
                 tracing::warn!(%error, epoch = seed.epoch, "the seed under way cannot be continued and is forgotten");

@@ -72,6 +72,15 @@ pub(super) fn layout_bytes(layout: &Layout, path: &Path) -> Result<Vec<u8>, Jour
     Ok(bytes)
 }
 
+/// Whether there is such a file.
+pub(super) fn is_there(disk: &dyn Disk, path: &Path) -> Result<bool, JournalError> {
+    match disk.open(path, Mode::Read) {
+        Ok(_) => Ok(true),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(JournalError::io("open", path)(e)),
+    }
+}
+
 /// Reads a file of at most `max` bytes.
 pub(super) fn read_small(disk: &dyn Disk, path: &Path, max: u64) -> Result<Vec<u8>, JournalError> {
     let file = disk.open(path, Mode::Read).map_err(JournalError::io("open", path))?;

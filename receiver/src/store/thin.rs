@@ -18,6 +18,9 @@ use super::{KEPT, StoreError};
 /// Units remembered while sets become one: some 64 MiB. What comes after is taken over even if it is there already, which
 /// costs space and nothing else.
 const MERGE_UNITS_MAX: usize = 1 << 20;
+/// Bytes of sets that become one at once, if there are more than two: the standby is not written meanwhile, and who waits for
+/// it waits for a few seconds of the disk.
+const MERGE_BYTES_MAX: u64 = 256 << 20;
 /// Standbys that seeds have replaced, at most. Each takes as much space as the guest.
 const CHAINS_MAX: usize = 8;
 
@@ -102,6 +105,7 @@ impl Domain {
         // A merge needs sets that can be read, room for what it writes, and a log that nothing else is at the end of: what is
         // behind the committed place there after a batch that was stopped is still needed.
         let can = |chain: &Chain, current: bool, step: &Step| match *step {
+            _ if chain.unread => false,
             Step::Forget(_) => true,
             Step::Merge(from, count) => {
                 let sets = &chain.sets[from..(from + count).min(chain.sets.len())];
@@ -122,10 +126,11 @@ impl Domain {
                 let points = chain.held(protected);
                 let current = catalog.is_current(index);
                 let step = retention::next(&chain.sets, &points, !current, &policy, now_ns);
+                let step = step.map(|step| bounded(step, &chain.sets, MERGE_BYTES_MAX));
                 let step = step.filter(|step| can(chain, current, step)).map(Work::Step);
                 let expired = || {
                     let kept = points.iter().any(|point| point.protected || policy.keeps(point.cut_ns, now_ns));
-                    (!current && !kept).then_some(Work::Drop)
+                    (!current && !kept && !chain.unread).then_some(Work::Drop)
                 };
                 step.or_else(expired).map(|work| (index, work))
             });
@@ -139,7 +144,7 @@ impl Domain {
                     let step = retention::give_up(&points).filter(|step| can(chain, current, step));
                     let work = match step {
                         Some(step) => Some(Work::Step(step)),
-                        None => (!current && unprotected).then_some(Work::Drop),
+                        None => (!current && unprotected && !chain.unread).then_some(Work::Drop),
                     };
                     work.map(|work| (index, work))
                 })
@@ -409,6 +414,17 @@ impl Domain {
     }
 }
 
+/// A merge of more than so many bytes becomes one of the two neighbours that are least to write again.
+fn bounded(step: Step, sets: &[Set], bytes_max: u64) -> Step {
+    let Step::Merge(from, count) = step else { return step };
+    let of = &sets[from.min(sets.len())..(from + count).min(sets.len())];
+    if count <= 2 || of.iter().map(Set::bytes).sum::<u64>() <= bytes_max {
+        return step;
+    }
+    let pair = of.windows(2).enumerate().min_by_key(|(_, pair)| pair[0].bytes() + pair[1].bytes());
+    pair.map_or(step, |(i, _)| Step::Merge(from + i, 2))
+}
+
 enum Work {
     Step(Step),
     Drop,
@@ -423,5 +439,34 @@ impl Catalog {
             let sets = chain.sets.iter().enumerate().rev();
             std::iter::once(own).chain(sets.map(move |(i, set)| (chain, PointId { generation, epoch: set.from }, i)))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmdr_journal::PointTail;
+
+    #[test]
+    fn large_sets_become_one_two_at_a_time() {
+        let set = |from: u64, bytes: u64| {
+            let point = PointTail::default();
+            Set { generation: 1, from, to: from + 1, segment: 1, offset: 0, end: bytes, units: 1, point }
+        };
+        let mut sets: Vec<Set> =
+            [90, 80, 10, 20, 80].into_iter().zip(1..).map(|(bytes, from)| set(from, bytes)).collect();
+        assert_eq!(bounded(Step::Merge(0, 5), &sets, 280), Step::Merge(0, 5));
+        assert_eq!(bounded(Step::Forget(5), &sets, 1), Step::Forget(5));
+        assert_eq!(bounded(Step::Merge(1, 2), &sets, 1), Step::Merge(1, 2));
+        assert_eq!(bounded(Step::Merge(0, 5), &sets, 100), Step::Merge(2, 2));
+        // However little may be written at once, they become one in the end, and each is written again a few times.
+        let mut rewritten = 0;
+        while sets.len() > 1 {
+            let Step::Merge(from, count) = bounded(Step::Merge(0, sets.len()), &sets, 1) else { panic!("a merge") };
+            let bytes = sets[from..from + count].iter().map(Set::bytes).sum();
+            rewritten += bytes;
+            sets.splice(from..from + count, [set(0, bytes)]);
+        }
+        assert_eq!(rewritten, 30 + 110 + 190 + 280);
     }
 }

@@ -39,6 +39,8 @@ pub(crate) const TYPE_SET_END: u16 = 18;
 
 /// A Before record is closed when it has this many bytes. Its entries are read as a whole.
 const BEFORE_BYTES: usize = 1 << 20;
+/// The end of the longest file there can be: offsets are signed.
+const OFFSET_MAX: u64 = i64::MAX as u64;
 const BEFORE_HEAD_BYTES: usize = 8;
 const ENTRY_BYTES: usize = 32;
 const SET_END_BYTES: usize = 80;
@@ -245,7 +247,8 @@ impl Entry {
             ENCODING_LZ4 => (1..UNIT_BYTES as u32).contains(&entry.length) && count == 1,
             _ => false,
         };
-        (fits && unit.checked_add(u64::from(count)).is_some()).then_some(entry)
+        let end = unit.checked_add(u64::from(count)).and_then(|end| end.checked_mul(UNIT_BYTES as u64));
+        (fits && end.is_some_and(|end| end <= OFFSET_MAX)).then_some(entry)
     }
 }
 

@@ -81,7 +81,7 @@ fn life(store: &Store, host: &mut Host, context: &str) -> Result<(), StoreError>
 }
 
 /// Everything that is offered is what it was, and everything is offered that must be.
-fn check(store: &Store, host: &Host, context: &str) {
+pub fn check(store: &Store, host: &Host, context: &str) {
     let domain = store.domain(UUID).unwrap_or_else(|e| panic!("{context}: {e}"));
     assert_eq!(store.domains()[0].trouble, None, "{context}");
     let position = store.position(UUID).unwrap();
@@ -158,6 +158,49 @@ fn every_point_is_what_it_was_after_a_crash_at_any_operation() {
             }
         }
     }
+}
+
+#[test]
+fn a_history_that_cannot_be_read_now_keeps_nobody_from_protecting_and_is_there_again_later() {
+    let disk = SimDisk::new();
+    let mut host = host(9);
+    let store = with_a_past(&disk, &mut host);
+    let ids = |store: &Store| store.points(UUID).unwrap().iter().map(Point::id).collect::<Vec<_>>();
+    let before = ids(&store);
+    let pinned = store.pin(UUID, "old", Some(before[before.len() - 2])).unwrap();
+    drop(store);
+    let mut unread = 0;
+    // From where the history begins to be read.
+    for after in (1..).step_by(3) {
+        disk.fail(after, Fault::Read);
+        let reads = disk.reached(Fault::Read);
+        let Ok(store) = open(&disk) else { continue };
+        let reached = disk.reached(Fault::Read) >= reads + after;
+        disk.heal();
+        let offered = store.points(UUID).map(|points| points.len()).unwrap_or(0);
+        if reached && offered == 1 {
+            // Nothing of what could not be read is removed, whatever is done meanwhile.
+            unread += 1;
+            assert!(store.domains()[0].trouble.as_ref().unwrap().contains("cannot be had"), "{after}");
+            let domain = store.domain(UUID).unwrap();
+            let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
+            deltas(&mut host, &mut ingest, 2);
+            domain.apply_all().unwrap();
+            domain.thin(true);
+            assert_eq!(store.points(UUID).unwrap().len(), 3, "{after}");
+        }
+        drop(store);
+        let store = open(&disk).unwrap();
+        let now = ids(&store);
+        assert!(now.contains(&pinned) && now.ends_with(&before), "{after}: {now:?} {before:?}");
+        if reached && offered == 1 {
+            check(&store, &host, &format!("read {after} failed"));
+        }
+        if !reached || unread == 4 {
+            break;
+        }
+    }
+    assert_eq!(unread, 4);
 }
 
 /// A history that thinning has something to merge in.

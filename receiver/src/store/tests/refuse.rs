@@ -285,3 +285,58 @@ fn a_directory_without_its_control_record() {
     store.forget(UUID).unwrap();
     store.open_stream(UUID, "gast", 0).unwrap();
 }
+
+#[test]
+fn a_seed_of_a_guest_that_has_shut_down_can_be_used_and_opened_again() {
+    for with_device_before in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let store = store_in(&dir);
+        let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
+        let mut guest = Guest::new();
+        let head = |part| PartHead { generation: 1, epoch: 1, part, kind: Kind::Seed };
+        let mut encoder = Encoder::new();
+        encoder.layout(&guest.layout).unwrap();
+        encoder.domain_xml(&guest.xml).unwrap();
+        encoder.disk_data(0, 0, &[7; 5000]);
+        if with_device_before {
+            encoder.device_state(b"devices").unwrap();
+            guest.device = b"devices".to_vec();
+        }
+        seal(encoder, head(0), false, 0).send(&mut ingest).unwrap();
+        guest.disks[0][..5000].fill(7);
+        // The last part says that there is no memory any more, and brings no device state.
+        guest.layout.ram.iter_mut().for_each(|block| block.used_bytes = 0);
+        guest.ram.iter_mut().for_each(Vec::clear);
+        let mut encoder = Encoder::new();
+        encoder.layout(&guest.layout).unwrap();
+        guest.cut = 5;
+        seal(encoder, head(1), true, 5).send(&mut ingest).unwrap();
+        guest.assert_stored(&store, 1, "a seed without memory");
+        drop((ingest, store));
+        let store = store_in(&dir);
+        assert_eq!(store.domains()[0].trouble, None);
+        guest.assert_stored(&store, 1, "opened again");
+        store.open_stream(UUID, "gast", 0).unwrap();
+    }
+}
+
+#[test]
+fn a_part_with_layout_after_layout_or_chunks_without_end() {
+    let (_dir, store, mut ingest, mut host) = seeded();
+    let head = PartHead { generation: 1, epoch: 2, part: 0, kind: Kind::Delta };
+    let mut encoder = Encoder::new();
+    (0..100).for_each(|_| encoder.layout(&host.guest.layout).unwrap());
+    encoder.device_state(b"devices").unwrap();
+    assert_eq!(code(seal(encoder, head, true, 1).send(&mut ingest)), RefusedCode::Corrupt);
+    // A zero page each.
+    let mut encoder = Encoder::new();
+    encoder.ram_zero(0, 0, 1);
+    encoder.finish();
+    let payload = Bytes::from(encoder.take_full().unwrap());
+    let xxh3 = vmdr_codec::chunk_hash(&payload);
+    ingest.begin(head).unwrap();
+    let refused = (0..100_000).find_map(|n| ingest.chunk(n, payload.clone(), xxh3).err());
+    assert!(matches!(refused, Some(StoreError::Corrupt { .. })), "{refused:?}");
+    delta(&mut host, 2).send(&mut ingest).unwrap();
+    host.guest.assert_stored(&store, 2, "after the refusals");
+}

@@ -23,6 +23,8 @@ pub enum Fault {
     Error,
     /// Half of a write, then no space.
     Short,
+    /// An I/O error of something that only looks, once; these operations are counted by themselves.
+    Read,
 }
 
 #[derive(Debug, Clone)]
@@ -36,6 +38,7 @@ struct State {
     files: BTreeMap<u64, Inode>,
     next: u64,
     operations: u64,
+    reads: u64,
     fault: Option<(u64, Fault)>,
     dead: bool,
     space: Option<u64>,
@@ -132,7 +135,29 @@ impl SimDisk {
     /// Lets something go wrong `after` more operations.
     pub fn fail(&self, after: u64, fault: Fault) {
         let mut state = self.state();
-        state.fault = Some((state.operations + after, fault));
+        let from = if fault == Fault::Read { state.reads } else { state.operations };
+        state.fault = Some((from + after, fault));
+    }
+
+    /// How many operations there were of those that a fault is counted by.
+    pub fn reached(&self, fault: Fault) -> u64 {
+        if fault == Fault::Read { self.state().reads } else { self.operations() }
+    }
+
+    /// Counts an operation that only looks, and says whether it goes wrong.
+    fn look(&self) -> io::Result<()> {
+        let mut state = self.state();
+        if state.dead {
+            return Err(io::Error::other("crashed"));
+        }
+        state.reads += 1;
+        match state.fault {
+            Some((at, Fault::Read)) if state.reads >= at => {
+                state.fault = None;
+                Err(io::Error::from_raw_os_error(5))
+            }
+            _ => Ok(()),
+        }
     }
 
     pub fn lie(&self, lie: Lie) {
@@ -196,7 +221,7 @@ impl SimDisk {
         }
         state.operations += 1;
         match state.fault {
-            Some((at, fault)) if state.operations >= at => {
+            Some((at, fault)) if fault != Fault::Read && state.operations >= at => {
                 if fault == Fault::Crash {
                     state.dead = true;
                     return Err(io::Error::other("crashed"));
@@ -212,7 +237,7 @@ impl SimDisk {
         match self.step()? {
             None => Ok(()),
             Some(Fault::Full | Fault::Short) => Err(ErrorKind::StorageFull.into()),
-            Some(Fault::Error | Fault::Crash) => Err(io::Error::from_raw_os_error(5)),
+            Some(Fault::Error | Fault::Crash | Fault::Read) => Err(io::Error::from_raw_os_error(5)),
         }
     }
 
@@ -227,9 +252,7 @@ impl SimDisk {
 
 impl Disk for SimDisk {
     fn open(&self, path: &Path, mode: Mode) -> io::Result<Box<dyn File>> {
-        if self.state().dead {
-            return Err(io::Error::other("crashed"));
-        }
+        self.look()?;
         let found = self.state().names.get(path).copied();
         let inode = match (found, mode) {
             (Some(Node::Dir), _) => return Err(ErrorKind::IsADirectory.into()),
@@ -270,8 +293,9 @@ impl Disk for SimDisk {
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<String>> {
+        self.look()?;
         let state = self.state();
-        if state.dead || state.names.get(path) != Some(&Node::Dir) {
+        if state.names.get(path) != Some(&Node::Dir) {
             return Err(ErrorKind::NotFound.into());
         }
         let within = state.names.keys().filter(|name| name.parent() == Some(path));
@@ -320,6 +344,7 @@ impl Disk for SimDisk {
     }
 
     fn free_bytes(&self, _: &Path) -> io::Result<u64> {
+        self.look()?;
         Ok(self.state().space.unwrap_or(u64::MAX))
     }
 
@@ -343,10 +368,8 @@ impl SimFile {
 
 impl File for SimFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.disk.look()?;
         let state = self.disk.state();
-        if state.dead {
-            return Err(io::Error::other("crashed"));
-        }
         let live = &state.files[&self.inode].live;
         let from = live.get(offset as usize..).unwrap_or(&[]);
         let length = from.len().min(buffer.len());
@@ -376,6 +399,7 @@ impl File for SimFile {
     }
 
     fn data_from(&self, offset: u64) -> io::Result<u64> {
+        self.disk.look()?;
         let state = self.disk.state();
         let live = &state.files[&self.inode].live;
         let rest = live.get(offset as usize..).unwrap_or(&[]);
@@ -390,6 +414,7 @@ impl File for SimFile {
     }
 
     fn length(&self) -> io::Result<u64> {
+        self.disk.look()?;
         Ok(self.disk.state().files[&self.inode].live.len() as u64)
     }
 
