@@ -123,7 +123,7 @@ pub(crate) fn scan(
         };
         walk.head(domain)?;
         let broken = walk.records()?;
-        walk.finish(number == numbers[numbers.len() - 1], broken);
+        walk.finish(number == numbers[numbers.len() - 1], broken)?;
     }
     Ok(recovered)
 }
@@ -277,16 +277,16 @@ impl Walk<'_> {
         }
     }
 
-    fn finish(mut self, newest: bool, broken: bool) {
+    fn finish(mut self, newest: bool, broken: bool) -> Result<(), JournalError> {
         let end = self.part.as_ref().map_or(self.at, |part| part.start);
         if broken || self.part.is_some() {
             let of = if self.part.is_some() { self.last } else { (0, 0) };
             self.spoil(end, of, format!("the chain of records breaks at offset {}", self.at), false);
         }
         let damaged_before = self.recovered.damage.iter().any(|damage| damage.segment == self.number);
-        if !newest || (broken && self.later_part_behind()) {
+        if !newest || (broken && self.later_part_behind()?) {
             self.condemn();
-            return;
+            return Ok(());
         }
         match self.spoilt.take() {
             None if damaged_before => {}
@@ -300,28 +300,30 @@ impl Walk<'_> {
                 }
             }
         }
+        Ok(())
     }
 
-    /// Whether behind a break there is what looks like the beginning of a later part. An unreadable file counts as not.
-    fn later_part_behind(&self) -> bool {
+    /// Whether behind a break there is what looks like the beginning of a later part. A read that fails is no answer: taken for
+    /// "no", it would have what was acknowledged cut off as a torn end.
+    fn later_part_behind(&self) -> Result<bool, JournalError> {
         let mut at = self.at + 1;
         while at < self.length {
-            let Ok(bytes) = self.read(SEARCH_BYTES, at) else { return false };
+            let bytes = self.read(SEARCH_BYTES, at)?;
             let mut from = 0;
             while let Some(found) = RecordHead::find(&bytes[from..]) {
                 let place = at + (from + found) as u64;
                 from += found + 1;
-                let Ok(head) = self.read(RECORD_HEAD_BYTES, place) else { return false };
+                let head = self.read(RECORD_HEAD_BYTES, place)?;
                 let head = head.as_slice().try_into().ok();
                 let head = head.and_then(|bytes| RecordHead::from_bytes(bytes, self.number, place));
                 if head.is_some_and(|head| head.kind == TYPE_PART_BEGIN) {
-                    return true;
+                    return Ok(true);
                 }
             }
             // Windows overlap, so that a magic across a boundary is found.
             at += (bytes.len().max(4) - 3) as u64;
         }
-        false
+        Ok(false)
     }
 }
 
