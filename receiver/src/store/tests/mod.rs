@@ -3,6 +3,7 @@
 mod crash;
 mod every;
 mod fault;
+mod fixtures;
 mod history;
 mod ownership;
 mod refuse;

@@ -213,6 +213,18 @@ impl SimDisk {
         SimDisk(Arc::new(Mutex::new(state)))
     }
 
+    /// What is in the state directory, as files below `to`.
+    pub fn export(&self, to: &Path) {
+        let state = self.state();
+        for (path, node) in &state.names {
+            let Ok(name) = path.strip_prefix("/state") else { continue };
+            match node {
+                Node::Dir => std::fs::create_dir_all(to.join(name)).unwrap(),
+                Node::File(number) => std::fs::write(to.join(name), &state.files[number].live).unwrap(),
+            }
+        }
+    }
+
     /// Counts a changing operation and says whether it goes wrong.
     fn step(&self) -> io::Result<Option<Fault>> {
         let mut state = self.state();
