@@ -624,8 +624,9 @@ impl<'a> Active<'a> {
     fn cut(&mut self, pages_max: u64) -> Result<(), Stop> {
         let interval = Duration::from_millis(u64::from(self.worker.protection.interval_ms));
         let started = Instant::now();
-        // A guest at rest has to run to be thawed: it is held with the next one.
-        let hold = self.hold.is_some() && self.mode == Mode::Cuts && !self.application.needs_it_to_run();
+        // A guest at rest has to run to be thawed: it is held with the next one. One that is behind is held when it has caught
+        // up: with a next cut it might be behind again.
+        let hold = self.hold.is_some() && !self.application.needs_it_to_run();
         let limits = self.worker.shared.limits.clone();
         match limits.seat.turn(|| self.attached.shim.cut(pages_max, hold))? {
             Ok(part) if !part.last => {
@@ -652,6 +653,7 @@ impl<'a> Active<'a> {
                 drop(status);
                 if let Some(hold) = self.hold.as_mut().filter(|_| hold) {
                     hold.epoch = Some(epoch);
+                    self.mode = Mode::Cuts;
                     self.worker.set_phase(Phase::Held);
                 } else if self.sender.is_some() {
                     self.set_mode(Mode::Cuts, false);

@@ -152,6 +152,7 @@ pub const KINDS: &[Kind] = &[
         name: "nic-pcie",
         make: |guest| {
             let ports = "<controller type='pci' model='pcie-root-port'/>".repeat(12);
+            let ports = format!("<controller type='pci' index='0' model='pcie-root'/>{ports}");
             let words = "vmdr.hotplug=1".to_owned();
             GuestSpec { kernel_words: words, ..guest.workload(LOAD).extra(&ports, "") }
         },
