@@ -142,9 +142,11 @@ fn scheduled(receiver: &Receiver) -> Option<Job> {
             rested(every) && verified.is_none_or(|at| now.saturating_sub(at) >= every.as_nanos() as u64)
         });
         // Damage of which it is not known where it is: found out without being asked.
-        if due || (unknown && rested(UNKNOWN_REST)) {
+        let unknown = unknown.filter(|_| rested(UNKNOWN_REST));
+        if due || unknown.is_some() {
             state.scheduled.insert(uuid.clone(), Instant::now());
-            let scope = if receiver.config.verify.all { Scope::All } else { Scope::Newest };
+            let usual = if receiver.config.verify.all { Scope::All } else { Scope::Newest };
+            let scope = unknown.filter(|scope| *scope == Scope::All).unwrap_or(usual);
             return Some(Job { uuid, scope, waiter: None });
         }
     }

@@ -47,6 +47,10 @@ pub(super) struct Chain {
     pub bad: BTreeSet<u64>,
     /// What of the standby is known to be damaged, or was.
     pub flaws: Vec<Flaw>,
+    /// Of these some may have more than what is damaged: there were too many to tell them apart.
+    pub coarse: bool,
+    /// Rises whenever damage is found, or mended by being written.
+    pub touched: u64,
     /// The disk did not let its history be read when it was opened. The sets here are those written since, nothing of it is
     /// thinned out or removed, and the next time it is opened there may be more.
     pub unread: bool,
@@ -82,6 +86,8 @@ impl Chain {
                 sets,
                 bad: BTreeSet::new(),
                 flaws: Vec::new(),
+                coarse: false,
+                touched: 0,
                 unread: false,
             },
             missing,
@@ -90,7 +96,16 @@ impl Chain {
 
     /// A standby without a past.
     pub fn begin(standby: Standby, application: bool) -> Self {
-        Self { standby, application, sets: Vec::new(), bad: BTreeSet::new(), flaws: Vec::new(), unread: false }
+        Self {
+            standby,
+            application,
+            sets: Vec::new(),
+            bad: BTreeSet::new(),
+            flaws: Vec::new(),
+            coarse: false,
+            touched: 0,
+            unread: false,
+        }
     }
 
     /// The oldest epoch that can be gone back to.
@@ -208,6 +223,11 @@ impl Catalog {
     /// The chain of `standby.N`.
     pub fn chain(&self, dir: u64) -> Option<&Chain> {
         self.chains.iter().find(|chain| chain.standby.dir == dir)
+    }
+
+    /// The same, to change it.
+    pub fn chain_mut(&mut self, dir: u64) -> Option<&mut Chain> {
+        self.chains.iter_mut().find(|chain| chain.standby.dir == dir)
     }
 
     /// Says that this is not needed any more.

@@ -13,7 +13,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use vmdr_codec::Layout;
 use vmdr_journal::{
-    HistoryLog, HistoryMark, JournalError, Kind, PartHead, PartTail, Place, Seed, Standby, remove_segments_before,
+    HistoryLog, HistoryMark, JournalError, Kind, PartHead, PartTail, Place, Seed, SmallSums, Standby,
+    remove_segments_before,
 };
 
 use super::apply::{Applier, small_sums};
@@ -354,6 +355,8 @@ impl Domain {
         self.change_control(|control| {
             control.next_dir = dir + 1;
             control.seed = Some(seed);
+            // Its images have checksums from the beginning.
+            control.put_small_sums(SmallSums { dir, ..SmallSums::default() });
         })?;
         let files = StandbyFiles::create(self.disk.clone(), &self.standby_dir(dir));
         let files = Box::new(files.map_err(|error| self.failure(error))?);

@@ -96,6 +96,8 @@ pub struct RecoveryPoint {
     pub layout: Layout,
     /// It is not what the files have, which are of a newer point: this reads it. `device_state` is then not there.
     pub older: Option<Arc<PointReader>>,
+    /// Of the newest point: reads it, compared with its checksums. Not of one that is taken although it is damaged.
+    pub checked: Option<Arc<PointReader>>,
 }
 
 /// A RAM block of a recovery point.
@@ -328,6 +330,7 @@ impl Domain {
             dir,
             layout: whole,
             older: None,
+            checked: None,
         })
     }
 
