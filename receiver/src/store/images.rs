@@ -237,6 +237,11 @@ impl StandbyFiles {
         Ok(((contents.len() as u64).max(1), unread.collect()))
     }
 
+    /// Of a standby that is only read: its checksums are not looked at.
+    pub fn ignore_sums(&mut self) {
+        self.ram.iter_mut().chain(&mut self.disks).for_each(|image| image.sums = None);
+    }
+
     /// Forgets the checksums, because writes were interrupted that nothing takes back: they are made anew later. Durable with
     /// the next [`StandbyFiles::sync`].
     pub fn drop_sums(&mut self) -> Result<(), JournalError> {

@@ -492,7 +492,10 @@ impl PointReader {
             None => None,
             Some(path) => match self.domain.disk.open(&path, Mode::Read) {
                 Ok(file) => {
-                    let sums = Sums::open(&*self.domain.disk, &path, Mode::Read);
+                    let sums = match self.domain.has_sums(self.dir) {
+                        true => Sums::open(&*self.domain.disk, &path, Mode::Read),
+                        false => Ok(None),
+                    };
                     Some((path, file, sums.map_err(|error| StoreError::of(&self.domain.id, error))?))
                 }
                 // A block that went before a restart.

@@ -380,7 +380,11 @@ fn open_old(domain: &Domain, chain: &Chain) -> Result<StandbyFiles, StoreError> 
     let layout = standby::layout_path(&dir, chain.standby.layout_epoch);
     let layout = standby::read_layout(&*domain.disk, &layout);
     let files = layout.and_then(|layout| StandbyFiles::open(domain.disk.clone(), &dir, Arc::new(layout)));
-    files.map_err(|error| StoreError::of(&domain.id, error))
+    let mut files = files.map_err(|error| StoreError::of(&domain.id, error))?;
+    if !domain.has_sums(chain.standby.dir) {
+        files.ignore_sums();
+    }
+    Ok(files)
 }
 
 fn check_old_small(domain: &Domain, dir: u64) -> Result<Vec<Flaw>, StoreError> {
@@ -463,6 +467,12 @@ impl Domain {
         Ok(if news { u64::from(self.locate_flaws(dir)?) } else { 0 })
     }
 
+    /// Whether it is known of a standby that it has checksums. Others may have been made before the images were changed by a
+    /// program that does not know of them.
+    pub(super) fn has_sums(&self, dir: u64) -> bool {
+        self.control().small_sums.iter().any(|sums| sums.dir == dir)
+    }
+
     /// Makes some of the checksums that are missing; returns bytes read.
     fn make_sums(&self, applier: &mut Applier, bytes: usize) -> Result<u64, StoreError> {
         if !applier.files.lacks_sums() {
@@ -470,8 +480,7 @@ impl Domain {
         }
         let (dir, sums) = (applier.durable.dir, applier.sums);
         // From here on a program that does not know of checksums must not change the images.
-        let told = self.control().small_sums.iter().any(|sums| sums.dir == dir);
-        if !told {
+        if !self.has_sums(dir) {
             self.change_control(|control| control.put_small_sums(sums))?;
         }
         let (made, unread) = applier.files.make_sums(bytes).map_err(|error| match error {
