@@ -518,8 +518,12 @@ impl<'a> Active<'a> {
         self.application_durable(durable);
         if self.hold.as_ref().is_some_and(|hold| hold.epoch.is_some_and(|held| held <= epoch))
             && let Some(hold) = self.hold.take()
+            && hold.answer.send(Ok(epoch)).is_err()
         {
-            let _ = hold.answer.send(Ok(epoch));
+            // It took too long for whoever has asked: nobody would release it.
+            tracing::warn!(domain = self.worker.protection.name, epoch, "nobody waits for the hold any more: it ends");
+            self.attached.shim.resume()?;
+            self.hold_ended();
         }
         Ok(())
     }

@@ -372,6 +372,19 @@ impl Domain {
         }
     }
 
+    /// Finds out what older points the newest damage leaves alone, if that was not looked at yet; says whether there was
+    /// anything to do. Until then none of them is offered.
+    pub(super) fn locate_new_flaws(&self) -> Result<bool, StoreError> {
+        let dir = {
+            let mut catalog = self.catalog();
+            if catalog.flaws_found <= catalog.flaws_located {
+                return Ok(false);
+            }
+            catalog.standby().map(|chain| chain.standby.dir)
+        };
+        dir.map_or(Ok(false), |dir| self.locate_flaws(dir))
+    }
+
     /// Finds out from which point on a standby's flaws matter: older points have before-images of what is damaged. Reads the
     /// history from its newest end, until all is found; says whether there was anything to do.
     pub(super) fn locate_flaws(&self, dir: u64) -> Result<bool, StoreError> {

@@ -389,6 +389,14 @@ impl Store {
         Ok(domain.points(bytes))
     }
 
+    /// [`Store::points`], after a look at the history for which of them damage leaves alone that has just been found.
+    pub fn points_looked_at(&self, uuid: &str) -> Result<Vec<Point>, StoreError> {
+        if let Err(error) = self.domain(uuid)?.locate_new_flaws() {
+            tracing::warn!(domain = uuid, %error, "cannot find out which points the damage leaves alone");
+        }
+        self.points(uuid)
+    }
+
     /// Reads a recovery point, without activating it and whatever is applied meanwhile; `None`: the newest. As long as the
     /// reader lives the point is kept.
     pub fn read_point(&self, uuid: &str, id: Option<PointId>) -> Result<PointReader, StoreError> {

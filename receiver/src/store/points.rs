@@ -204,7 +204,7 @@ impl Domain {
         shared.stream_open = true;
         self.changed.notify_all();
         let opened_at = shared.position.epoch;
-        Ok(Ingest { domain: self.clone(), stream: shared.stream, generation, told: 0, opened_at })
+        Ok(Ingest { domain: self.clone(), stream: shared.stream, generation, told: 0, opened_at, found: (0, 0) })
     }
 
     pub fn raise_generation(&self, generation: u64) -> Result<u64, StoreError> {

@@ -143,6 +143,12 @@ impl PointReader {
                 other => other?,
             }
         }
+        if !tolerant
+            && id.is_some()
+            && let Err(error) = domain.locate_new_flaws()
+        {
+            tracing::warn!(domain = %domain.id, %error, "cannot find out which points the damage leaves alone");
+        }
         let of = |error| StoreError::of(&domain.id, error);
         let name = domain.control().name.clone();
         // While this is held nothing is applied or thinned out.

@@ -446,10 +446,11 @@ impl Domain {
             let shared = self.shared();
             self.alive(&shared)?;
             if shared.frozen {
-                return Ok(0);
+                drop(shared);
+                return Ok(u64::from(self.locate_new_flaws()?));
             }
         }
-        let dir = {
+        {
             let mut standby = self.live_standby()?;
             let Some(applier) = standby.as_mut().filter(|applier| !applier.is_stopped()) else { return Ok(0) };
             let made = self.make_sums(applier, bytes)?;
@@ -458,13 +459,8 @@ impl Domain {
             if made > 0 {
                 return Ok(made);
             }
-            applier.durable.dir
-        };
-        let news = {
-            let catalog = self.catalog();
-            catalog.flaws_found > catalog.flaws_located
-        };
-        Ok(if news { u64::from(self.locate_flaws(dir)?) } else { 0 })
+        }
+        Ok(u64::from(self.locate_new_flaws()?))
     }
 
     /// Whether it is known of a standby that it has checksums. Others may have been made before the images were changed by a

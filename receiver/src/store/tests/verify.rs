@@ -395,14 +395,38 @@ fn what_activation_takes_of_the_newest_point_was_compared() {
             assert!(read.is_err(), "{read:?}");
         } else {
             assert!(matches!(point, Err(StoreError::Flawed { .. })), "{name}: {point:?}");
-            let earlier = store.points(UUID).unwrap()[1].id();
-            assert_eq!(
-                store.recovery_point_at(UUID, Some(earlier), false).is_ok(),
-                !store.points(UUID).unwrap()[1].damaged
-            );
         }
         assert!(store.points(UUID).unwrap()[0].damaged, "{name}");
     }
+}
+
+#[test]
+fn damage_that_an_activation_finds_leaves_the_points_before_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut host = host(5);
+    let store = with_a_past(dir.path(), &mut host, 4);
+    let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
+    for epoch in 5..8 {
+        rewrite(&mut host, &mut ingest, epoch, 2..4);
+        store.domain(UUID).unwrap().apply_all().unwrap();
+    }
+    drop(ingest);
+    let points = store.points(UUID).unwrap();
+    assert_eq!(points[0].epoch, 7);
+    // The activation has fenced the old host before it reads all that it needs.
+    store.set_frozen(UUID, true).unwrap();
+    let domain = store.domain(UUID).unwrap();
+    {
+        let standby = domain.standby();
+        let dir = standby.as_ref().unwrap().durable.dir;
+        domain.note_flaws(dir, &[flaws::Flaw::of(Array::Disk(0), 2, 1)]).unwrap();
+    }
+    assert!(matches!(store.recovery_point_at(UUID, Some(points[0].id()), false), Err(StoreError::Flawed { .. })));
+    let earlier = store.recovery_point_at(UUID, Some(points[1].id()), false);
+    assert!(earlier.is_ok(), "{earlier:?}");
+    let damaged: Vec<u64> =
+        store.points_looked_at(UUID).unwrap().iter().filter(|p| p.damaged).map(|p| p.epoch).collect();
+    assert_eq!(damaged, [7]);
 }
 
 #[test]
