@@ -79,19 +79,7 @@ impl Chain {
             let found = if scan.damage.is_empty() { "sets are missing".to_owned() } else { scan.damage.join("; ") };
             format!("the history reaches back to epoch {at} only and not to {floor}: {found}")
         });
-        (
-            Self {
-                standby,
-                application: mark.application,
-                sets,
-                bad: BTreeSet::new(),
-                flaws: Vec::new(),
-                coarse: false,
-                touched: 0,
-                unread: false,
-            },
-            missing,
-        )
+        (Self { sets, ..Self::begin(standby, mark.application) }, missing)
     }
 
     /// A standby without a past.
@@ -228,6 +216,14 @@ impl Catalog {
     /// The same, to change it.
     pub fn chain_mut(&mut self, dir: u64) -> Option<&mut Chain> {
         self.chains.iter_mut().find(|chain| chain.standby.dir == dir)
+    }
+
+    /// Somebody begins to read: from now on until it is taken out of the readers, nothing goes that is not needed any more.
+    pub fn begin_reading(&mut self) -> u64 {
+        let number = self.next_reader;
+        self.next_reader += 1;
+        self.readers.insert(number);
+        number
     }
 
     /// Says that this is not needed any more.

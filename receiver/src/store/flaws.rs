@@ -385,6 +385,13 @@ impl Domain {
         dir.map_or(Ok(false), |dir| self.locate_flaws(dir))
     }
 
+    /// The same for somebody who chooses a point: what cannot be found out now stays as it was.
+    pub(super) fn look_at_new_flaws(&self) {
+        if let Err(error) = self.locate_new_flaws() {
+            tracing::warn!(domain = %self.id, %error, "cannot find out which points the damage leaves alone");
+        }
+    }
+
     /// Finds out from which point on a standby's flaws matter: older points have before-images of what is damaged. Reads the
     /// history from its newest end, until all is found; says whether there was anything to do.
     pub(super) fn locate_flaws(&self, dir: u64) -> Result<bool, StoreError> {
@@ -394,11 +401,7 @@ impl Domain {
                 let open: Vec<Flaw> = chain.flaws.iter().filter(|f| f.after == 0 && f.count > 0).copied().collect();
                 (open, chain.sets.clone())
             });
-            // Segments that are not needed any more stay as long as somebody reads.
-            let number = catalog.next_reader;
-            catalog.next_reader += 1;
-            catalog.readers.insert(number);
-            (catalog.flaws_found, number, chain)
+            (catalog.flaws_found, catalog.begin_reading(), chain)
         };
         let result = chain.map_or(Ok(Vec::new()), |(open, sets)| self.locate(dir, open, &sets));
         self.catalog().readers.remove(&number);

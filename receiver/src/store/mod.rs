@@ -391,9 +391,7 @@ impl Store {
 
     /// [`Store::points`], after a look at the history for which of them damage leaves alone that has just been found.
     pub fn points_looked_at(&self, uuid: &str) -> Result<Vec<Point>, StoreError> {
-        if let Err(error) = self.domain(uuid)?.locate_new_flaws() {
-            tracing::warn!(domain = uuid, %error, "cannot find out which points the damage leaves alone");
-        }
+        self.domain(uuid)?.look_at_new_flaws();
         self.points(uuid)
     }
 

@@ -143,11 +143,8 @@ impl PointReader {
                 other => other?,
             }
         }
-        if !tolerant
-            && id.is_some()
-            && let Err(error) = domain.locate_new_flaws()
-        {
-            tracing::warn!(domain = %domain.id, %error, "cannot find out which points the damage leaves alone");
+        if !tolerant && id.is_some() {
+            domain.look_at_new_flaws();
         }
         let of = |error| StoreError::of(&domain.id, error);
         let name = domain.control().name.clone();
@@ -166,9 +163,7 @@ impl PointReader {
                 let what = format!("the history on the way back to point {id} is damaged; choose a newer one");
                 return Err(StoreError::Damaged { domain: domain.id.clone(), what });
             }
-            let number = catalog.next_reader;
-            catalog.next_reader += 1;
-            catalog.readers.insert(number);
+            let number = catalog.begin_reading();
             for epoch in [id.epoch, chain.standby.epoch] {
                 hold(&mut catalog, PointId { generation: id.generation, epoch });
             }

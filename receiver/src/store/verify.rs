@@ -273,21 +273,15 @@ impl Verification {
     /// Reads the next set.
     fn set(&mut self, work: &mut Work) -> Result<Next, StoreError> {
         let domain = self.domain.clone();
-        // Segments that are not needed any more stay as long as somebody reads.
         let (number, set) = {
             let mut catalog = domain.catalog();
-            let number = catalog.next_reader;
             let set = catalog.chain(work.dir).and_then(|chain| {
                 let behind = chain.sets.partition_point(|set| set.from < work.cursor);
                 chain.sets[..behind].last().filter(|set| set.from >= work.back_to).copied()
             });
-            if set.is_some() {
-                catalog.next_reader += 1;
-                catalog.readers.insert(number);
-            }
-            (number, set)
+            let Some(set) = set else { return Ok(Next::Over) };
+            (catalog.begin_reading(), set)
         };
-        let Some(set) = set else { return Ok(Next::Over) };
         let dir = standby::history_dir(&domain.standby_dir(work.dir));
         let mut unit = [0; UNIT_BYTES];
         // What was damaged before it was kept: the record of that may have been lost.

@@ -400,8 +400,8 @@ fn what_activation_takes_of_the_newest_point_was_compared() {
     }
 }
 
-#[test]
-fn damage_that_an_activation_finds_leaves_the_points_before_it() {
+/// A past in whose last three epochs, 5 to 7, the units 2 and 3 of the disk were written each time.
+fn written_three_times() -> (tempfile::TempDir, Host, Store) {
     let dir = tempfile::tempdir().unwrap();
     let mut host = host(5);
     let store = with_a_past(dir.path(), &mut host, 4);
@@ -410,7 +410,12 @@ fn damage_that_an_activation_finds_leaves_the_points_before_it() {
         rewrite(&mut host, &mut ingest, epoch, 2..4);
         store.domain(UUID).unwrap().apply_all().unwrap();
     }
-    drop(ingest);
+    (dir, host, store)
+}
+
+#[test]
+fn damage_that_an_activation_finds_leaves_the_points_before_it() {
+    let (_dir, _host, store) = written_three_times();
     let points = store.points(UUID).unwrap();
     assert_eq!(points[0].epoch, 7);
     // The activation has fenced the old host before it reads all that it needs.
@@ -557,14 +562,7 @@ fn nothing_is_written_for_a_domain_that_was_closed_meanwhile() {
 
 #[test]
 fn damage_that_is_found_while_other_damage_is_located_is_located_too() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut host = host(5);
-    let store = with_a_past(dir.path(), &mut host, 4);
-    let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
-    for epoch in 5..8 {
-        rewrite(&mut host, &mut ingest, epoch, 2..4);
-        store.domain(UUID).unwrap().apply_all().unwrap();
-    }
+    let (dir, host, store) = written_three_times();
     let domain = store.domain(UUID).unwrap();
     let note = |unit: u64| {
         let standby = domain.standby();
