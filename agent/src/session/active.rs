@@ -83,7 +83,7 @@ pub(super) struct Active<'a> {
     pub(super) ended: Option<Ended>,
     /// The open epoch is a resync.
     resync: Option<Resync>,
-    /// The receiver has asked for such a one.
+    /// The receiver has asked for a resync that compares everything, whatever was noted of what was written.
     compare_wanted: bool,
     /// The receiver did not take differences: send everything.
     no_resync: bool,
@@ -438,11 +438,8 @@ impl<'a> Active<'a> {
         self.resync = self.compare_with(position);
         let whole = if self.resync.is_some() { Whole::Resync } else { Whole::Seed };
         let generation = self.worker.protection.generation;
-        if comparing {
-            self.attached.shim.arm_whole_disks(generation, epoch, whole)?;
-        } else {
-            self.attached.shim.arm(generation, epoch, whole)?;
-        }
+        // What was noted of what was written says nothing about what is damaged there.
+        self.attached.shim.arm(generation, epoch, whole, comparing)?;
         tracing::info!(domain = self.worker.protection.name, epoch, ?whole, "copying the whole guest");
         self.set_mode(Mode::Copy { round: 0, need_pass: true }, true);
         Ok(())
@@ -463,11 +460,15 @@ impl<'a> Active<'a> {
         );
         self.xml_changed = true;
         self.sent_xml.clear();
-        let generation = self.worker.protection.generation;
-        let position = Position { generation, epoch: durable, ..Position::default() };
-        self.copy_whole(&position, durable + 1)?;
+        self.copy_whole_after(durable)?;
         self.next_cut = Instant::now();
         Ok(())
+    }
+
+    /// The same, on top of the recovery point that is durable.
+    fn copy_whole_after(&mut self, durable: u64) -> Result<(), Stop> {
+        let generation = self.worker.protection.generation;
+        self.copy_whole(&Position { generation, epoch: durable, ..Position::default() }, durable + 1)
     }
 
     /// What the receiver has, if the guest can be compared with it.
