@@ -327,7 +327,7 @@ impl Sent {
 }
 
 /// The protected host: a guest, its past, and the epoch that it is sending.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Host {
     pub random: Random,
     pub guest: Guest,
