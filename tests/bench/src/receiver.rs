@@ -281,7 +281,7 @@ fn older_points(directory: &Path, report: &mut Report) -> Result<()> {
     let mut table = Table {
         title: format!(
             "an older point of a guest of {} MiB, {EPOCH_PAGES} random pages an epoch; medians of 5",
-            HISTORY_RAM_PAGES * PAGE_BYTES as u64 >> 20
+            (HISTORY_RAM_PAGES * PAGE_BYTES as u64) >> 20
         ),
         heads: vec!["epochs back", "open, ms", "read all, ms", "open, us per epoch"],
         rows: Vec::new(),
