@@ -3,6 +3,8 @@
 //! [`VERSION`] rises when a field goes away or changes its meaning; fields may be added without that. `null` means
 //! "not known, or does not apply". Units are last in names; times are UTC.
 
+pub mod cold;
+
 use serde::Serialize;
 use vmdr_proto::control;
 
@@ -181,6 +183,7 @@ pub struct DomainStatus {
     history_bytes: Option<u64>,
     history_budget_bytes: Option<u64>,
     alarm: Option<String>,
+    exported: Option<cold::Exported>,
     last_error: Option<String>,
     advice: Option<String>,
 }
@@ -230,6 +233,7 @@ impl DomainStatus {
             history_bytes: (daemon == Daemon::Receiver).then_some(status.history_bytes),
             history_budget_bytes: (daemon == Daemon::Receiver).then_some(status.history_budget_bytes),
             alarm: word(&status.alarm),
+            exported: cold::Exported::new(status),
             last_error: word(&status.last_error),
             advice: word(&status.advice),
         }

@@ -6,7 +6,7 @@
 use std::io::{IsTerminal, Write};
 
 use tonic::Streaming;
-use vmdr_proto::control::{ActivationReport, Progress};
+use vmdr_proto::control::{ActivationReport, ExportReport, ImportReport, Progress};
 
 use crate::client::Daemon;
 use crate::failure::Failure;
@@ -22,6 +22,10 @@ pub struct Outcome {
     pub messages: Vec<String>,
     /// The last message of an activation carries it.
     pub report: Option<ActivationReport>,
+    /// That of an export.
+    pub exported: Option<ExportReport>,
+    /// That of an import.
+    pub imported: Option<ImportReport>,
 }
 
 impl Outcome {
@@ -51,6 +55,8 @@ pub async fn follow(daemon: Daemon, request: &str, mut stream: Streaming<Progres
                 if progress.activation.is_some() {
                     outcome.report = progress.activation;
                 }
+                outcome.exported = progress.exported.or(outcome.exported);
+                outcome.imported = progress.imported.or(outcome.imported);
             }
             Ok(None) => return Ok(outcome),
             Err(status) => return Err(Failure::from_status(daemon, request, &status)),
@@ -141,7 +147,7 @@ mod tests {
     fn warnings_and_the_last_word_stay() {
         let lasting = |messages: &[&str]| {
             let messages = messages.iter().map(|message| (*message).to_owned()).collect();
-            Outcome { messages, report: None }.lasting().map(str::to_owned).collect::<Vec<_>>()
+            Outcome { messages, ..Outcome::default() }.lasting().map(str::to_owned).collect::<Vec<_>>()
         };
         assert_eq!(lasting(&["warning: a", "starting", "seeding", "done"]), ["warning: a", "done"]);
         assert_eq!(lasting(&["warning: a"]), ["warning: a"]);

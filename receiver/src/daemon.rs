@@ -24,6 +24,7 @@ use vmdr_proto::replication::replication_server::ReplicationServer;
 
 use crate::activate::run::{age_seconds, unix_ns};
 use crate::activate::{Settings, record::ActiveDirectory};
+use crate::cold::{self, Cold};
 use crate::config::Config;
 use crate::control::ControlService;
 use crate::metrics::{DomainSample, Metrics, Sample};
@@ -67,6 +68,8 @@ pub struct Receiver {
     pub store: Store,
     /// What is counted.
     pub metrics: Metrics,
+    /// Object storage.
+    pub cold: Cold,
     sessions: Mutex<HashMap<Uuid, Session>>,
     activations: Mutex<HashMap<Uuid, Arc<tokio::sync::Mutex<()>>>>,
     started: Instant,
@@ -81,6 +84,7 @@ impl Receiver {
         let options = StoreOptions { space_reserve_bytes, retention, ..StoreOptions::default() };
         let store = Store::open(&config.state_dir, options).context("open the state directory")?;
         Ok(Receiver {
+            cold: Cold::new(config.cold.clone()),
             config,
             store,
             metrics: Metrics::default(),
@@ -203,6 +207,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         .serve_with_incoming_shutdown(UnixListenerStream::new(socket), ended(receiver.ending()));
     let mut agents = tokio::spawn(agents);
     let mut control = tokio::spawn(control);
+    tokio::spawn(cold::schedule::run(Arc::clone(&receiver)));
     tracing::info!(%address, state_dir = %receiver.config.state_dir.display(), "ready");
 
     tokio::select! {
@@ -218,6 +223,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         }
     }
     receiver.ending.send_replace(true);
+    receiver.cold.end();
     let both = async { (agents.await, control.await) };
     if tokio::time::timeout(SHUTDOWN_TIME_MAX, both).await.is_err() {
         tracing::warn!("something is still being answered; ending without it");

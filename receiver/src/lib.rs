@@ -5,10 +5,12 @@
 //! - [`replication`]: agents' streams into the store; [`probe`]: whether a guest could run here;
 //!   [`hashes`]: what an agent that resyncs compares with.
 //! - [`activate`]: from a recovery point to a running guest, once.
+//! - [`cold`]: recovery points to and from object storage.
 //! - [`control`]: the `vmdr` command's requests.
 //! - [`daemon`]: all of it together; [`config`], [`metrics`], [`stats`].
 
 pub mod activate;
+pub mod cold;
 pub mod config;
 pub mod control;
 pub mod daemon;

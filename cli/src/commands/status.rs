@@ -100,6 +100,7 @@ fn table(out: Out, rows: &Rows) -> String {
             ("  limited by: ", &status.limited_by),
             ("  last error: ", &status.last_error),
             ("  alarm: ", &status.alarm),
+            ("  export: ", &status.export_error),
             ("  advice: ", &status.advice),
         ];
         for (label, sentence) in sentences {

@@ -22,6 +22,7 @@
 //! UUID/standby.N/{device-E.state,layout-E,domain-E.xml}   as of epoch E
 //! UUID/standby.N/history/NNNNNNNN.seg what leads back from the standby to older points
 //! UUID/verified                       when points were last verified
+//! UUID/exported                       which point was last sent to object storage, see `cold`
 //! ```
 
 mod apply;
@@ -62,6 +63,8 @@ pub use retention::Retention;
 pub use vmdr_journal::{Array, Kind, PartHead, PartTail, Tier};
 pub use wire::{part_head, part_tail};
 
+/// Which point was last sent to object storage. It is removed when epochs are lost: their numbers then come again.
+pub(crate) const EXPORTED_FILE: &str = "exported";
 /// Prefix of a domain's directory while it is being removed.
 const FORGOTTEN: &str = ".forgotten-";
 
