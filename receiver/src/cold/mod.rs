@@ -118,7 +118,7 @@ impl ColdConfig {
     /// The master key, and older ones. Reads files.
     fn keys(&self, instead: Option<&Path>) -> Result<Vec<MasterKey>, KeyError> {
         let mut keys = Vec::new();
-        match (instead, &self.key_file, self.key_credential.as_str()) {
+        match (instead, self.key_file.as_deref(), self.key_credential.as_str()) {
             (Some(path), ..) | (None, Some(path), _) => keys.push(MasterKey::read(path)?),
             (None, None, "") => {}
             (None, None, name) => keys.push(MasterKey::credential(name)?),
@@ -130,13 +130,13 @@ impl ColdConfig {
     }
 
     fn location(&self, instead: &str) -> Result<Location, Status> {
-        let url = if instead.is_empty() { &self.url } else { instead };
+        let url = if instead.is_empty() { self.url.as_str() } else { instead };
         if url.is_empty() {
             let what = "no object storage is configured: give a URL, or set url in [cold] of receiver.toml";
             return Err(Status::failed_precondition(what));
         }
         let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
-        Ok(Location { url: url.clone(), endpoint: some(&self.endpoint), region: some(&self.region), credentials: None })
+        Ok(Location { url: url.to_owned(), endpoint: some(&self.endpoint), region: some(&self.region), credentials: None })
     }
 }
 
