@@ -22,7 +22,7 @@ use vmdr_journal::{
 
 use super::StoreError;
 use super::apply::{self, Applier};
-use super::catalog::{Catalog, PointId};
+use super::catalog::{Catalog, Chain, PointId};
 use super::domain::Domain;
 use super::flaws::Flaw;
 use super::points::{DiskImage, RamImage, RecoveryPoint};
@@ -329,14 +329,18 @@ impl PointReader {
         Ok(own.min(older).min(length))
     }
 
-    /// The ranges in which this point may be other than an older one, which must lie on the same way back.
+    /// The ranges in which this point may be other than an older one, which must lie on the same way back. It need not be a
+    /// point any more: where it was thinned out, what changed in the epochs around it is told too.
     pub fn changed_since(&self, older: PointId) -> Result<Vec<Change>, StoreError> {
         let sets = {
             let catalog = self.domain.catalog();
-            let chain = catalog.chain(self.dir).filter(|chain| chain.has(older) && older.epoch <= self.id.epoch);
+            let reaches = |chain: &&Chain| {
+                older.generation == chain.standby.generation && (chain.floor()..=self.id.epoch).contains(&older.epoch)
+            };
+            let chain = catalog.chain(self.dir).filter(reaches);
             let chain = chain.ok_or_else(|| self.domain.no_such_point(older))?;
-            let sets = chain.back_to(older.epoch).iter().copied();
-            sets.take_while(|set| set.to <= self.id.epoch).collect::<Vec<Set>>()
+            let sets = chain.sets.iter().filter(|set| set.to > older.epoch && set.to <= self.id.epoch);
+            sets.copied().collect::<Vec<Set>>()
         };
         let dir = standby::history_dir(&self.domain.standby_dir(self.dir));
         let mut index = Index::default();
