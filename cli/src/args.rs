@@ -130,8 +130,8 @@ pub enum Command {
         /// Where to send to; port 7420 unless given [default: as configured]
         #[arg(long, value_name = "HOST[:PORT]", value_parser = receiver)]
         receiver: Option<String>,
-        /// Make an application-consistent point so often, like 15m [default: only on request]
-        #[arg(long, value_name = "DURATION", value_parser = whole_seconds)]
+        /// Make application-consistent points so often, like 15m [default: only on request]
+        #[arg(long, value_name = "TIME", value_parser = whole_seconds)]
         application_every: Option<u64>,
     },
     /// Pause a protected guest with its standby level with it

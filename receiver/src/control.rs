@@ -21,6 +21,7 @@ use crate::activate::host::{Host, LocalHost};
 use crate::activate::record::ActiveDirectory;
 use crate::activate::record::{PointId, Step};
 use crate::activate::run::{Activated, Activation, Standby, age_seconds, unix_ns};
+use crate::activate::thaw;
 use crate::activate::{ActivateError, plan};
 use crate::cold;
 use crate::daemon::Receiver;
@@ -325,6 +326,7 @@ pub(crate) fn activate_in(
         receiver.metrics.activation.observe(rto);
     }
     tracing::info!(domain = %name, %uuid, generation, ?rto, lost_seconds, was_active, "activated");
+    thaw::begin(&receiver.config.libvirt_uri, uuid, &name);
     Ok(ActivationReport {
         name,
         uuid: uuid.to_string(),

@@ -211,14 +211,29 @@ pub(super) async fn reprotect(control: &Control, request: ProtectRequest, report
             described.name
         )));
     };
-    make_room(&agent, &described.uuid).await?;
     // What is wrong here is found before anything is done there.
     if let Some(error) = refusals(&control.examine(&described.name, None).await?) {
         return Err(error);
     }
-    reverse(&receiver, &described, generation, &reports).await?;
-    let examined = control.examine(&described.name, Some(&receiver)).await?;
-    control.begin(examined, receiver, interval, request.application_every_seconds, generation, reports)
+    let before = make_room(&agent, &described.uuid).await?;
+    let every = match (&before, request.application_every_seconds) {
+        (Some(before), 0) => before.application_every_seconds,
+        (_, every) => every,
+    };
+    let begun = async {
+        reverse(&receiver, &described, generation, &reports).await?;
+        let examined = control.examine(&described.name, Some(&receiver)).await?;
+        control.begin(examined, receiver, interval, every, generation, reports)
+    };
+    let begun = begun.await;
+    if let (Err(_), Some(before)) = (&begun, before) {
+        // Nothing has come of it: what was protected, or tried to be, is so again.
+        let name = before.name.clone();
+        if let Err(error) = agent.registry.save(&before).and_then(|()| agent.start(before, false)) {
+            tracing::error!(domain = name, "what was protected before cannot be taken up again: {error:#}");
+        }
+    }
+    begun
 }
 
 async fn describe(agent: &Agent, domain: &str) -> Result<Described, Status> {
@@ -249,8 +264,9 @@ fn gives_way(phase: Phase) -> bool {
     matches!(phase, Phase::Fenced | Phase::Over | Phase::Starting | Phase::Disconnected | Phase::Failed)
 }
 
-/// A protection from before the guest went away is over; one that goes on stands in the way.
-async fn make_room(agent: &Agent, uuid: &str) -> Result<(), Status> {
+/// A protection from before the guest went away is over; one that goes on stands in the way. What it was, unless it is over:
+/// its entry in the registry stays until another takes its place.
+async fn make_room(agent: &Agent, uuid: &str) -> Result<Option<Protection>, Status> {
     let session = {
         let mut sessions = agent.sessions();
         match sessions.get(uuid) {
@@ -262,12 +278,19 @@ async fn make_room(agent: &Agent, uuid: &str) -> Result<(), Status> {
             None => None,
         }
     };
-    let Some(mut session) = session else { return Ok(()) };
-    let (agent, uuid) = (agent.clone(), uuid.to_owned());
+    let Some(mut session) = session else { return Ok(None) };
+    let agent = agent.clone();
     blocking(move || {
+        let over = session.is_over();
         // Its shim, if there is one, was of the guest that went away.
         session.end(Input::Shutdown);
-        agent.registry.remove(&uuid)
+        if over {
+            agent.registry.remove(&session.protection.uuid)?;
+            return Ok(None);
+        }
+        // As it was last written, which a session does by itself.
+        let entries = agent.registry.load()?.into_iter().flatten();
+        Ok(entries.into_iter().find(|entry| entry.uuid == session.protection.uuid))
     })
     .await
 }

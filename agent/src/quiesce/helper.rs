@@ -2,6 +2,7 @@
 //!
 //! `vmdr-agent freeze` asks the guest agent to freeze, says so, and asks it to thaw when it hears "thaw", when its input ends
 //! (the agent that started it has died) or when the time is over; again and again until it is answered, for [`THAW_TRIES`].
+//! While the guest is paused nobody can be asked: that time does not count, however long it is.
 //! It is in a group of its own and not ended by SIGTERM. Each question has a limit in libvirt; the blocking
 //! `virDomainFSFreeze` has none, so the same commands are sent as `virDomainQemuAgentCommand`.
 //!
@@ -32,8 +33,13 @@ const THAW_SECONDS: i32 = 5;
 const THAW_TRIES: Duration = Duration::from_secs(120);
 /// Rest between two of them.
 const THAW_REST: Duration = Duration::from_millis(500);
-/// Rest where libvirt refused to ask because the guest is paused, as it is in every cut.
+/// Rest where libvirt refused to ask because the guest is paused, as it is in every cut: at first, and when it stays so.
 const PAUSE_REST: Duration = Duration::from_millis(10);
+const PAUSE_REST_MAX: Duration = Duration::from_millis(500);
+/// Why it was thawed: because the agent has asked, in time.
+const ASKED: &str = "asked";
+/// Or not.
+const UNASKED: &str = "unasked";
 /// Lines of the helper that wait to be read: it says two.
 const LINES_MAX: usize = 4;
 /// The longest of them.
@@ -83,8 +89,8 @@ pub fn freeze(uri: &str, uuid: &Uuid, limits: Limits) -> Result<Frozen, String> 
 
 fn start(uri: &str, uuid: &Uuid, limits: Limits) -> anyhow::Result<(ChildStdin, Receiver<String>)> {
     let ms = |time: Duration| time.as_millis().to_string();
-    let own = std::env::current_exe().context("find this program's own file")?;
-    let mut command = Command::new(own);
+    // Its file may have been replaced by a newer version.
+    let mut command = Command::new("/proc/self/exe");
     command.args(["freeze", "--uri", uri, "--domain", &uuid.to_string()]);
     command.args(["--freeze-ms", &ms(limits.freeze), "--hold-ms", &ms(limits.hold)]);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
@@ -112,9 +118,14 @@ impl Helper {
         let mut words = line.as_deref().unwrap_or_default().split(' ');
         match (words.next(), words.next().and_then(|n| n.parse().ok()), words.next().and_then(|n| n.parse().ok())) {
             (Some("thawed"), Some(count), Some(ms)) => {
-                let held = self.frozen > 0 && u32::ge(&count, &self.frozen);
-                let text = if held { String::new() } else { format!("only {count} were still frozen") };
-                Ok(Thawed { held, frozen: Duration::from_millis(ms), text })
+                let whole = self.frozen > 0 && u32::ge(&count, &self.frozen);
+                let asked = words.next() == Some(ASKED);
+                let text = match (asked, whole) {
+                    (true, true) => String::new(),
+                    (true, false) => format!("only {count} were still frozen"),
+                    (false, _) => "the time was over before they were asked to thaw".to_owned(),
+                };
+                Ok(Thawed { held: asked && whole, frozen: Duration::from_millis(ms), text })
             }
             _ => Err(format!("{WAY} has not thawed the file systems within {limit:?}; it is asked again")),
         }
@@ -149,8 +160,8 @@ fn work(options: &Options) -> anyhow::Result<()> {
     let (sender, told) = mpsc::channel();
     std::thread::Builder::new().name("agent".to_owned()).spawn(move || {
         // "thaw", or the end of whoever would say it.
-        let _ = std::io::stdin().read(&mut [0; 16]);
-        let _ = sender.send(());
+        let asked = matches!(std::io::stdin().read(&mut [0; 16]), Ok(1..));
+        let _ = sender.send(asked);
     })?;
     let domain = Connection::open(&options.uri)?.domain_by_uuid(&options.domain)?;
     let seconds = i32::try_from(options.freeze_ms.div_ceil(1000)).unwrap_or(i32::MAX).max(1);
@@ -163,35 +174,48 @@ fn work(options: &Options) -> anyhow::Result<()> {
         }
     };
     let begun = Instant::now();
+    let mut why = UNASKED;
     match &frozen {
         Ok(count) if count.as_u64().is_some_and(|count| count > 0) => {
             say(&format!("frozen {count}"));
             // Whatever comes, nothing included.
-            let _ = told.recv_timeout(Duration::from_millis(options.hold_ms));
+            if told.recv_timeout(Duration::from_millis(options.hold_ms)) == Ok(true) {
+                why = ASKED;
+            }
         }
         Ok(_) => say("failed it has frozen nothing"),
         Err(error) => say(&format!("failed {error}")),
     }
     // Also what could not be frozen in time may be soon.
     let thawed = thaw(domain, options)?;
-    say(&format!("thawed {thawed} {}", begun.elapsed().as_millis()));
+    say(&format!("thawed {thawed} {} {why}", begun.elapsed().as_millis()));
     Ok(())
 }
 
 fn thaw(mut domain: Domain, options: &Options) -> anyhow::Result<u64> {
-    let until = Instant::now() + THAW_TRIES;
+    let (mut tried, mut rest) = (Duration::ZERO, PAUSE_REST);
     loop {
+        let begun = Instant::now();
         match domain.guest_agent("guest-fsfreeze-thaw", THAW_SECONDS) {
             Ok(count) => return Ok(count.as_u64().unwrap_or(0)),
-            Err(error) if Instant::now() >= until => return Err(error).context("thaw the guest's file systems"),
-            Err(error) if error.is_wrong_state() => std::thread::sleep(PAUSE_REST),
+            // Held, suspended, moved: it goes on frozen when it goes on. One that has ended has nothing to thaw.
+            Err(error) if error.is_wrong_state() => {
+                if domain.state().is_ok_and(|(state, _)| !state.is_active()) {
+                    return Err(error).context("the guest has ended");
+                }
+                std::thread::sleep(rest);
+                rest = (rest * 2).min(PAUSE_REST_MAX);
+            }
+            Err(error) if tried >= THAW_TRIES => return Err(error).context("thaw the guest's file systems"),
             Err(error) => {
                 eprintln!("vmdr-agent freeze: domain {}: {error}", options.domain);
                 std::thread::sleep(THAW_REST);
+                rest = PAUSE_REST;
                 // libvirtd may have been restarted.
                 if let Ok(again) = Connection::open(&options.uri).and_then(|c| c.domain_by_uuid(&options.domain)) {
                     domain = again;
                 }
+                tried += begun.elapsed();
             }
         }
     }

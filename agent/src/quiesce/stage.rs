@@ -62,6 +62,11 @@ impl<F> Stage<F> {
         matches!(self.at, At::Frozen { .. })
     }
 
+    /// Whether the guest is brought to rest, or is at rest: it has to run to be thawed.
+    pub fn needs_it_to_run(&self) -> bool {
+        matches!(self.at, At::Freezing | At::Frozen { .. })
+    }
+
     /// A freeze has been begun.
     pub fn begin(&mut self, asker: Option<Asker>) {
         self.at = At::Freezing;

@@ -83,8 +83,6 @@ pub(super) struct Active<'a> {
     pub(super) ended: Option<Ended>,
     /// The open epoch is a resync.
     resync: Option<Resync>,
-    /// That resync compares everything, whatever was noted of what was written.
-    comparing: bool,
     /// The receiver has asked for such a one.
     compare_wanted: bool,
     /// The receiver did not take differences: send everything.
@@ -125,7 +123,6 @@ impl<'a> Active<'a> {
             hold: None,
             resync: None,
             no_resync: false,
-            comparing: false,
             compare_wanted: false,
             sent_xml: String::new(),
             sent_layout: None,
@@ -289,8 +286,8 @@ impl<'a> Active<'a> {
                 self.start_from(&position)
             }
             Input::Link(LinkEvent::Compare) => {
-                // One that is under way already does.
-                self.compare_wanted = !(self.comparing && self.resync.is_some());
+                // Also while one is under way: what was found may lie where that has been already.
+                self.compare_wanted = true;
                 Ok(())
             }
             Input::Link(LinkEvent::Durable(durable)) => self.durable(durable.epoch, durable.part),
@@ -432,8 +429,7 @@ impl<'a> Active<'a> {
 
     /// Begins `epoch` with the whole guest. Of what the receiver has at `position`, only what differs will be sent.
     fn copy_whole(&mut self, position: &Position, epoch: u64) -> Result<(), Stop> {
-        self.comparing = self.compare_wanted;
-        self.compare_wanted = false;
+        let comparing = std::mem::take(&mut self.compare_wanted);
         self.in_flight.clear();
         self.sent_layout = None;
         self.fail_application(
@@ -442,7 +438,7 @@ impl<'a> Active<'a> {
         self.resync = self.compare_with(position);
         let whole = if self.resync.is_some() { Whole::Resync } else { Whole::Seed };
         let generation = self.worker.protection.generation;
-        if self.comparing {
+        if comparing {
             self.attached.shim.arm_whole_disks(generation, epoch, whole)?;
         } else {
             self.attached.shim.arm(generation, epoch, whole)?;
@@ -629,7 +625,7 @@ impl<'a> Active<'a> {
         let interval = Duration::from_millis(u64::from(self.worker.protection.interval_ms));
         let started = Instant::now();
         // A guest at rest has to run to be thawed: it is held with the next one.
-        let hold = self.hold.is_some() && self.mode == Mode::Cuts && !self.application.is_frozen();
+        let hold = self.hold.is_some() && self.mode == Mode::Cuts && !self.application.needs_it_to_run();
         let limits = self.worker.shared.limits.clone();
         match limits.seat.turn(|| self.attached.shim.cut(pages_max, hold))? {
             Ok(part) if !part.last => {

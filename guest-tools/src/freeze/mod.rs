@@ -160,8 +160,7 @@ impl Work {
             self.begun.lock().unwrap_or_else(PoisonError::into_inner).push(hook.clone());
             hooks::run(hook, "freeze", self.limit(), ended)?;
         }
-        let mountinfo = fs::read_to_string("/proc/self/mountinfo").map_err(|e| format!("list what is mounted: {e}"))?;
-        let targets = plan::plan(&mountinfo, loop_file)?;
+        let targets = mounted()?;
         if targets.is_empty() && hooks.is_empty() {
             return Err("nothing can be frozen: there is no file system over a block device, and no hook".to_owned());
         }
@@ -198,8 +197,20 @@ impl Work {
         if frozen == 0 && hooks.is_empty() {
             return Err(format!("nothing can be frozen: {}", described(&skipped)));
         }
+        // All of it took a while.
+        let known = |target: &Target| targets.iter().any(|known| known.device == target.device);
+        if let Some(new) = mounted()?.into_iter().find(|target| !known(target)) {
+            let points: Vec<String> = new.mount_points.iter().map(|point| point.display().to_string()).collect();
+            return Err(format!("{} ({}) was mounted meanwhile", points.join(", "), new.kind));
+        }
         Ok((frozen, skipped))
     }
+}
+
+/// What is to be frozen, in order.
+fn mounted() -> Result<Vec<Target>, String> {
+    let mountinfo = fs::read_to_string("/proc/self/mountinfo").map_err(|e| format!("list what is mounted: {e}"))?;
+    plan::plan(&mountinfo, loop_file)
 }
 
 /// The file behind a loop device.

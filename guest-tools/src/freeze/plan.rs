@@ -79,10 +79,11 @@ fn holder<'a>(mounts: &[Mount<'a>], file: &Path) -> Option<&'a str> {
     holds.max_by_key(|mount| mount.point.components().count()).map(|mount| mount.device)
 }
 
-/// Of btrfs, the device number says nothing, but its source does.
+/// Of btrfs, the device number says nothing, but its source does. ZFS has pools for sources (and cannot be frozen, which is
+/// told).
 fn on_a_block_device(mount: &Mount<'_>) -> bool {
     let fuse = mount.kind.starts_with("fuse") && mount.kind != "fuseblk";
-    let block = !mount.device.starts_with("0:") || mount.source.starts_with("/dev");
+    let block = !mount.device.starts_with("0:") || mount.source.starts_with("/dev") || mount.kind == "zfs";
     mount.writable && block && !fuse
 }
 

@@ -9,7 +9,7 @@
 //! An older recovery point is activated in the same way; [`content`] has what is different.
 //!
 //! [`plan`] decides, [`run`] does, [`record`] is what survives; [`xml`] and [`save_image`] are the formats, [`checks`] the
-//! questions to the host, which preflight asks as well.
+//! questions to the host, which preflight asks as well; [`thaw`] comes after it.
 
 pub mod checks;
 pub mod content;
@@ -22,6 +22,7 @@ pub mod qcow2;
 pub mod record;
 pub mod run;
 pub mod save_image;
+pub mod thaw;
 pub mod xml;
 
 use std::collections::BTreeMap;
