@@ -11,9 +11,10 @@ use uuid::Uuid;
 use vmdr_daemon::ownership::{Event, Ownerships};
 use vmdr_proto::control::receiver_server::Receiver as Service;
 use vmdr_proto::control::{
-    ActivateRequest, ActivationPlan, ActivationReport, ColdListReply, ColdListRequest, DivergenceReply, DivergenceRequest,
-    DomainRequest, DomainStatus, ExportRequest, ForgetReply, GivenUp, ImportRequest, Point, PointRequest, PointsReply,
-    Progress, RetentionReply, RetentionRequest, StatusReply, StatusRequest, VerifyReport, VerifyRequest, VerifyStatus,
+    ActivateRequest, ActivationPlan, ActivationReport, ColdListReply, ColdListRequest, DivergenceReply,
+    DivergenceRequest, DomainRequest, DomainStatus, ExportRequest, ForgetReply, GivenUp, ImportRequest, Point,
+    PointRequest, PointsReply, Progress, RetentionReply, RetentionRequest, StatusReply, StatusRequest, VerifyReport,
+    VerifyRequest, VerifyStatus,
 };
 use vmdr_proto::replication::RefusedCode;
 

@@ -11,11 +11,11 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use vmdr_test_s3::Server;
-use vmdr_tests::{daemon, exec};
 use vmdr_tests::guest::GuestSpec;
 use vmdr_tests::rig::{At, RELAY_ADDRESS};
 use vmdr_tests::scene::{ANSWER, PROGRESS_SECONDS_MAX, Scene};
 use vmdr_tests::wait::wait_for;
+use vmdr_tests::{daemon, exec};
 
 /// On the network between the sites.
 const S3_PORT: u16 = 9000;

@@ -76,7 +76,8 @@ async fn points_come_back_from_an_s3_server() {
     let (object, _) = vault.find(None).await.unwrap();
     restored(&vault, vault.manifest(&object).await.unwrap()).await.unwrap();
     // Who may not is told so.
-    let denied = vmdr_cold::Location { credentials: Some((vmdr_test_s3::ACCESS_KEY.into(), "WRONG".into())), ..location };
+    let denied =
+        vmdr_cold::Location { credentials: Some((vmdr_test_s3::ACCESS_KEY.into(), "WRONG".into())), ..location };
     let error = domains(&Bucket::open(&denied, true).unwrap()).await.unwrap_err().to_string();
     assert!(error.contains("list"), "{error}");
 }

@@ -136,7 +136,12 @@ impl ColdConfig {
             return Err(Status::failed_precondition(what));
         }
         let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
-        Ok(Location { url: url.to_owned(), endpoint: some(&self.endpoint), region: some(&self.region), credentials: None })
+        Ok(Location {
+            url: url.to_owned(),
+            endpoint: some(&self.endpoint),
+            region: some(&self.region),
+            credentials: None,
+        })
     }
 }
 

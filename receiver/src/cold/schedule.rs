@@ -14,6 +14,7 @@ use super::export::{self, Wanted};
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 /// After a failure it is tried again this soon, if an export is not due sooner.
 const RETRY_INTERVAL: Duration = Duration::from_secs(300);
+
 /// Names and UUIDs told from one another: case does not matter in a UUID.
 fn is_meant(wanted: &[String], uuid: &str, name: &str) -> bool {
     wanted.is_empty() || wanted.iter().any(|wanted| wanted == name || wanted.eq_ignore_ascii_case(uuid))
@@ -22,7 +23,8 @@ fn is_meant(wanted: &[String], uuid: &str, name: &str) -> bool {
 /// Whether an export is due: `exported_ns` is when the last one ended well (0: never), `tried_ns` when one was last tried.
 fn due(now_ns: u64, every: Duration, exported_ns: u64, tried_ns: u64, failed: bool) -> bool {
     let passed = |since: u64, time: Duration| now_ns.saturating_sub(since) >= time.as_nanos() as u64;
-    if failed { passed(tried_ns, every.min(RETRY_INTERVAL)) } else { passed(exported_ns.max(tried_ns), every) }
+    // What failed may be the prune alone, for ever even, where objects are locked: that is no reason to export more often.
+    passed(exported_ns, every) && passed(tried_ns, if failed { every.min(RETRY_INTERVAL) } else { every })
 }
 
 /// Runs until the receiver ends.
@@ -73,6 +75,8 @@ mod tests {
         assert!(!due(13_000 * second, hour, 9_000 * second, 12_000 * second, false));
         assert!(!due(13_000 * second, hour, 9_000 * second, 12_900 * second, true));
         assert!(due(13_200 * second, hour, 9_000 * second, 12_900 * second, true));
+        // It was exported, and the prune after it failed.
+        assert!(!due(13_200 * second, hour, 12_800 * second, 12_900 * second, true));
         let wanted = ["web1".to_owned(), "4558469E-4501-400c-b892-00faab0db21d".to_owned()];
         assert!(is_meant(&[], "x", "y") && is_meant(&wanted, "x", "web1"));
         assert!(is_meant(&wanted, "4558469e-4501-400c-b892-00faab0db21d", "") && !is_meant(&wanted, "x", "web2"));

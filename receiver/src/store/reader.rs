@@ -5,7 +5,8 @@
 //! - Every byte it gives is of its point, whatever is applied, thinned out or seeded meanwhile. As long as it lives, its
 //!   point and what leads there is kept.
 //! - Every before-image was checked against its checksums, when the reader was opened and again when it is read, and what is
-//!   read of the standby's images too. Damage is an error, unless the reader was opened to have what is left.
+//!   read of the standby's images too. Damage is an error, unless the reader was opened to have what is left. So is every
+//!   read after the domain was forgotten.
 //! - It holds up the standby's next batch only for the time of one `read`.
 //!
 //! Opening costs what lies between the point and the standby, in time and, some 100 bytes for each unit of 4 KiB, in memory.
@@ -449,6 +450,10 @@ impl PointReader {
     fn follow(&self, state: &mut State, applier: Option<&Applier>) -> Result<(), StoreError> {
         let domain = &*self.domain;
         let gone = || StoreError::NoSuchPoint { domain: domain.id.clone(), point: self.id.to_string() };
+        // Forgotten: an image that is gone with its directory must not be taken for one that never was, which reads as zeroes.
+        if domain.shared().closing {
+            return Err(gone());
+        }
         if let Some(applier) = applier.filter(|applier| applier.durable.dir == self.dir)
             && (applier.interrupted || applier.blind_until > applier.durable.epoch)
         {
