@@ -1,6 +1,6 @@
 //! The cold tier with a real guest and an S3 server: protected, exported, the receiver killed within an export, the site lost,
 //! the receiver's state lost too; a fresh receiver imports the guest from the bucket and activates it, and it passes its own
-//! check. Before that, with the wrong key, with objects cut short and with objects gone, nothing becomes a standby.
+//! check. Before that, with the wrong key, with objects cut short, changed and gone, nothing becomes a standby.
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
@@ -73,6 +73,15 @@ fn cut_last(path: &Path) -> Result<u8> {
     file.read_exact_at(&mut last, length).context("read a chunk's end")?;
     file.set_len(length).context("cut a chunk short")?;
     Ok(last[0])
+}
+
+/// Makes a bit in a file's middle other; the second time it is as it was.
+fn flip(path: &Path) -> Result<()> {
+    let file = File::options().read(true).write(true).open(path).context("open a chunk")?;
+    let middle = file.metadata().context("look at a chunk")?.len() / 2;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, middle).context("read a chunk")?;
+    file.write_all_at(&[byte[0] ^ 1], middle).context("change a chunk")
 }
 
 /// An import that is refused, and leaves nothing; what it says.
@@ -162,7 +171,7 @@ fn a_fresh_receiver_runs_a_guest_from_nothing_but_the_bucket() -> Result<()> {
     let gone = daemon::vmdr_output(site, PROGRESS_SECONDS_MAX, &["points", &name])?;
     assert_eq!(gone.status.code(), Some(4), "{gone:?}");
 
-    // The wrong key; every chunk one byte too short; every chunk gone.
+    // The wrong key; every chunk one byte too short; every chunk gone; one bit of each other.
     assert!(refused(&scene, &["--key-file", "/etc/vmdr/other.key"])?.contains("sealed under key"));
     let lasts = chunks(&server).iter().map(|path| cut_last(path)).collect::<Result<Vec<u8>>>()?;
     let said = refused(&scene, &[])?;
@@ -176,6 +185,14 @@ fn a_fresh_receiver_runs_a_guest_from_nothing_but_the_bucket() -> Result<()> {
     fs::rename(&there, &aside).context("take the chunks away")?;
     assert!(refused(&scene, &[])?.contains("missing"));
     fs::rename(&aside, &there).context("bring the chunks back")?;
+    for path in chunks(&server) {
+        flip(&path)?;
+    }
+    let said = refused(&scene, &[])?;
+    assert!(said.contains("chunks/") && said.contains("does not open"), "{said}");
+    for path in chunks(&server) {
+        flip(&path)?;
+    }
 
     let point = next["point"].as_str().context("a point")?;
     let listed = daemon::vmdr_json(site, &["import", "--from", URL, "--key-file", KEY, "--list", &name])?;

@@ -38,7 +38,9 @@ fn export_text(report: &ExportReport) -> String {
     let (name, url) = (text::one_line(&report.name), text::one_line(&report.url));
     let mut said = String::new();
     if report.rewrapped {
-        said.push_str("The data key is wrapped under the new master key; the old one is needed no more.\n");
+        said.push_str(&format!(
+            "The data key of {name} is wrapped under the new master key; the old one is not needed for it any more.\n"
+        ));
     }
     if report.already {
         said.push_str(&format!(
@@ -116,7 +118,7 @@ fn list_text(out: Out, reply: &ColdListReply) -> String {
             notes.push_str(&text::wrapped(&format!("{name}: "), &text::one_line(&domain.error)));
         }
         for point in &domain.points {
-            let bytes = |n: u64| if point.damage.is_empty() { text::bytes(n as f64) } else { "-".to_owned() };
+            let sound = |text: String| if point.damage.is_empty() { text } else { "-".to_owned() };
             let (note, tone) = match text::one_line(&point.damage) {
                 good if good.is_empty() => (good, Tone::Plain),
                 bad => (text::shortened(&format!("damaged: {bad}"), NOTE_COLUMNS), Tone::Bad),
@@ -127,9 +129,9 @@ fn list_text(out: Out, reply: &ColdListReply) -> String {
                     text::one_line(&point.id).into(),
                     text::instant_short(point.cut_unix_ns).into(),
                     text::one_line(&point.consistency).into(),
-                    bytes(point.ram_bytes).into(),
-                    bytes(point.disk_bytes).into(),
-                    text::count(point.chunks as f64).into(),
+                    sound(text::bytes(point.ram_bytes as f64)).into(),
+                    sound(text::bytes(point.disk_bytes as f64)).into(),
+                    sound(text::count(point.chunks as f64)).into(),
                     Cell::toned(note, tone),
                 ],
                 String::new(),

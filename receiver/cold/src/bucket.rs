@@ -1,5 +1,6 @@
 //! Where objects are: S3 or a local directory, below a prefix.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,7 +29,7 @@ const REQUEST_TIME_MAX: Duration = Duration::from_secs(360);
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(15);
 
 /// Which storage.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct Location {
     /// `s3://BUCKET/PREFIX` or `file:///DIRECTORY`.
     pub url: String,
@@ -40,6 +41,27 @@ pub struct Location {
     pub credentials: Option<(String, String)>,
 }
 
+impl fmt::Debug for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { url, endpoint, region, credentials } = self;
+        let [url, endpoint] = [Some(url), endpoint.as_ref()].map(|url| url.map(|url| without_user(url)));
+        let credentials = credentials.as_ref().map(|_| "..");
+        let mut shown = f.debug_struct("Location");
+        shown.field("url", &url).field("endpoint", &endpoint).field("region", region);
+        shown.field("credentials", &credentials).finish()
+    }
+}
+
+/// A URL for messages: whoever puts a password there does not find it in a log.
+fn without_user(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    match authority.rsplit_once('@') {
+        Some((user, _)) => format!("{scheme}://..{}", &rest[user.len()..]),
+        None => url.to_owned(),
+    }
+}
+
 /// A place for objects. Cloned, it is the same one.
 #[derive(Debug, Clone)]
 pub struct Bucket {
@@ -49,9 +71,10 @@ pub struct Bucket {
 }
 
 impl Bucket {
-    /// Opens it. Nothing is asked of a service yet. A local directory is made, unless it has to be there (`existing`).
-    pub fn open(location: &Location, existing: bool) -> Result<Self, ColdError> {
-        let wrong = |what: String| ColdError::Location { url: location.url.clone(), what };
+    /// Opens it. Nothing is asked of a service yet. A local directory has to be there: made where something was to be mounted, it
+    /// would take what nobody looks for there.
+    pub fn open(location: &Location) -> Result<Self, ColdError> {
+        let wrong = |what: String| ColdError::Location { url: without_user(&location.url), what };
         let url = Url::parse(&location.url)
             .map_err(|e| wrong(format!("{e}; write s3://BUCKET/PREFIX or file:///DIRECTORY")))?;
         if !url.username().is_empty() || url.password().is_some() || url.query().is_some() || url.fragment().is_some() {
@@ -62,8 +85,8 @@ impl Bucket {
             "file" => {
                 let directory: PathBuf =
                     url.to_file_path().map_err(|()| wrong("write file:///DIRECTORY, an absolute path".to_owned()))?;
-                if !existing {
-                    std::fs::create_dir_all(&directory).map_err(|e| wrong(format!("make the directory: {e}")))?;
+                if !directory.is_dir() {
+                    return Err(wrong("the directory is not there: make it, or mount what has it".to_owned()));
                 }
                 // Else a point would be offered before its chunks are on the disk.
                 let store = LocalFileSystem::new_with_prefix(&directory).map_err(|e| wrong(e.to_string()))?;
@@ -73,6 +96,10 @@ impl Bucket {
                 let bucket = url.host_str().ok_or_else(|| wrong("the bucket is missing".to_owned()))?;
                 // Another library may have chosen already; any will do.
                 let _ = rustls::crypto::ring::default_provider().install_default();
+                if location.endpoint.as_ref().is_some_and(|endpoint| without_user(endpoint) != *endpoint) {
+                    let what = "its endpoint has a user in it: credentials come from the environment";
+                    return Err(wrong(what.to_owned()));
+                }
                 let plain = location.endpoint.as_ref().is_some_and(|endpoint| endpoint.starts_with("http://"));
                 let client = ClientOptions::new()
                     .with_allow_http(plain)
@@ -202,5 +229,51 @@ impl Bucket {
             }
         };
         Ok(found.common_prefixes.iter().filter_map(|path| path.filename().map(str::to_owned)).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn credentials_are_in_no_message() {
+        let credentials = Some(("AN-IDENTITY".to_owned(), "A-SECRET".to_owned()));
+        let endpoint = Some("https://localhost:1".to_owned());
+        let good = Location { url: "s3://bucket/p".to_owned(), endpoint, region: Some("r".to_owned()), credentials };
+        let bucket = Bucket::open(&good).unwrap();
+        let mut said = vec![format!("{good:?}"), format!("{bucket:?}"), format!("{:#?}", bucket.store)];
+        for (url, endpoint) in [
+            ("s3://me:A-SECRET@bucket/p", None),
+            ("ftp://me:A-SECRET@bucket/p", None),
+            ("s3://me:A-SECRET@", None),
+            ("s3://bucket/p", Some("https://me:A-SECRET@localhost:1")),
+        ] {
+            let url = url.to_owned();
+            let location = Location { url, endpoint: endpoint.map(str::to_owned), ..Location::default() };
+            said.push(format!("{location:?}"));
+            said.push(Bucket::open(&location).unwrap_err().to_string());
+        }
+        for text in said {
+            assert!(!text.contains("A-SECRET"), "{text}");
+        }
+        assert_eq!(without_user("s3://a:b@c@bucket/p@q"), "s3://..@bucket/p@q");
+        assert_eq!(without_user("file:///a@b"), "file:///a@b");
+    }
+
+    #[test]
+    fn what_is_no_storage_is_refused_with_what_to_write() {
+        for (url, says) in [
+            ("", "s3://BUCKET"),
+            ("/mnt/x", "s3://BUCKET"),
+            ("gs://bucket", "not supported"),
+            ("s3:///x", "bucket"),
+            ("file://host/x", "absolute path"),
+            ("file:///not/there", "mount"),
+            ("s3://bucket/p?x=y", "nothing else"),
+        ] {
+            let error = Bucket::open(&Location { url: url.to_owned(), ..Location::default() }).unwrap_err().to_string();
+            assert!(error.contains(says), "{url}: {error}");
+        }
     }
 }

@@ -35,14 +35,17 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 /// What reading a point can fail with.
 pub type SourceError = Box<dyn std::error::Error + Send + Sync>;
 
+/// A range of an array: where it begins, and how long it is, in bytes.
+pub type Range = (Array, u64, u64);
+
 /// A recovery point that can be read. Called where it may block.
 pub trait Source: Send + Sync {
     /// Fills `buffer` with what an array has from `offset` on; it does not go beyond the array's end.
     fn read(&self, array: Array, offset: u64, buffer: &mut [u8]) -> Result<(), SourceError>;
     /// Everything from `offset` up to what this returns is zero; the array's length if nothing more comes.
     fn data_from(&self, array: Array, offset: u64) -> Result<u64, SourceError>;
-    /// Where (array, offset, bytes) this point may be other than the older one that the caller of [`export`] named; `None`: unknown.
-    fn changes(&self, base: &Head) -> Result<Option<Vec<(Array, u64, u64)>>, SourceError>;
+    /// Where this point may be other than the older one that the caller of [`export`] named; `None`: unknown.
+    fn changes(&self, base: &Head) -> Result<Option<Vec<Range>>, SourceError>;
 }
 
 /// How to export.
@@ -117,13 +120,12 @@ pub async fn export(
     let there = already(vault, &object).await?;
     let present = present(vault).await?;
     if let Some(manifest) = there
-        && manifest.names().all(|name| present.chunks.contains(&name))
+        && manifest.names().all(|name| present.chunks.contains(name))
     {
         let (head, took) = (manifest.head, begun.elapsed());
         let (base, already) = (None, true);
         return Ok(ExportReport { head, object, already, base, read_bytes: 0, sent_chunks: 0, sent_bytes: 0, took });
     }
-    let present = present(vault).await?;
     let (base, changes) = base(vault, &source, options).await?;
     let base_object = base.as_ref().map(|base| base.head.object());
 
@@ -183,6 +185,7 @@ pub async fn export(
     let mut manifest = Manifest { head, guest, arrays };
     manifest.head.chunks = manifest.names().count() as u64;
     let content = manifest.seal(&vault.key)?;
+    vault.check_key().await?;
     undisturbed(vault, &manifest, present.mark.as_ref()).await?;
     if options.ending.load(Ordering::Relaxed) {
         return Err(ColdError::Ended);

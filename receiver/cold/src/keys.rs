@@ -418,7 +418,7 @@ mod tests {
         let (opened, under) = DataKey::unwrap(&wrapped, &keys, b"owner").unwrap();
         assert_eq!((opened.id(), &opened.secret, under), (data.id(), &data.secret, old.id()));
         assert!(matches!(DataKey::unwrap(&wrapped, &keys, b"other"), Err(KeyError::Forged)));
-        let error = DataKey::unwrap(&wrapped, &[new.clone()], b"owner").unwrap_err();
+        let error = DataKey::unwrap(&wrapped, std::slice::from_ref(&new), b"owner").unwrap_err();
         assert!(error.to_string().contains(&old.id().to_string()), "{error}");
         for bit in 0..wrapped.len() * 8 {
             let mut changed = wrapped;

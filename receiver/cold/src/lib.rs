@@ -34,7 +34,7 @@ mod vault;
 
 pub use bucket::{Bucket, Location};
 pub use error::ColdError;
-pub use export::{ExportOptions, ExportProgress, ExportReport, Source, SourceError, export};
+pub use export::{ExportOptions, ExportProgress, ExportReport, Range, Source, SourceError, export};
 pub use import::{Piece, Restore, restore};
 pub use manifest::{Array, ArrayChunks, Guest, Head, Manifest, Name};
 pub use prune::{PruneOptions, PruneReport, Tier, prune};

@@ -5,8 +5,10 @@
 //!
 //! 1. *Mark.* Chunks that no manifest lists, and that are older than the grace, are listed in the mark. An export that begins now
 //!    reads the mark first and sends such chunks again, which makes them younger than the mark.
-//! 2. *Sweep*, when the mark is older than the grace. The mark says so first; then all manifests are read once more, and then
-//!    chunks are deleted that are marked, in no manifest, and not younger than the mark.
+//! 2. *Sweep*, when the mark is older than the grace, by whoever claims it first: two at once could not tell when the last of
+//!    them is done. The mark says so first; then all manifests are read once more, and then chunks are deleted that are marked, in
+//!    no manifest, and not younger than the mark. A sweep that was broken off is not gone on with: its mark is replaced, and the
+//!    grace begins again.
 //!
 //! An export reads the mark again before it writes its manifest. It gives up while somebody sweeps; and if the mark is not the
 //! one that it began with, it looks whether every chunk of its manifest is there and safe. So of a chunk that a manifest lists:
@@ -15,12 +17,14 @@
 //! go, and the export sees the sweep, or that it is gone.
 //!
 //! What this takes for granted: an export writes its manifest within the grace after it looked last (a request takes six minutes
-//! at most), and a sweep ends when its time is over ([`SWEEP_TIME_MAX`]). Whether something is older than something else is told by the
-//! storage's clock alone; the grace is measured with this host's clock against it.
+//! at most); a sweep ends when its time is over ([`SWEEP_TIME_MAX`]); an object that is there is not written by somebody who asks for
+//! a new one. Whether something is older than something else, and whether the grace is over, is told by the storage's clock alone.
+//! Whether a sweep has been broken off is told by this host's clock against it: they may be half an hour apart.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use uuid::Uuid;
 
 use crate::chunk;
@@ -28,7 +32,7 @@ use crate::error::ColdError;
 use crate::export::now_unix_ns;
 use crate::manifest::{Head, Name};
 use crate::mark::{DOOMED_MAX, Mark, Stage};
-use crate::vault::{StoredPoint, Vault};
+use crate::vault::{StoredPoint, Vault, unix_ns};
 
 /// The longest that a sweep deletes; the rest is for the next.
 pub const SWEEP_TIME_MAX: Duration = Duration::from_secs(1800);
@@ -99,20 +103,32 @@ pub async fn prune(vault: &Vault, options: &PruneOptions) -> Result<PruneReport,
             report.dropped.push(point.point());
         }
     }
-    if let Some(mark) = vault.mark().await? {
-        check_owner(vault, &mark, options)?;
-        let age = Duration::from_nanos(now_unix_ns().saturating_sub(mark.marked_unix_ns));
-        if mark.stage == Stage::Marked && age < options.grace {
+    let mut broken_off = None;
+    match vault.mark().await? {
+        Some(mark) if mark.stage == Stage::Marked => {
             report.marked_chunks = mark.doomed.len() as u64;
-            return Ok(report);
+            let age = Duration::from_nanos(now_unix_ns().saturating_sub(mark.marked_unix_ns));
+            if age < options.grace {
+                return Ok(report);
+            }
+            match sweep(vault, mark, options).await? {
+                Sweep::Done(deleted) => report.deleted_chunks = deleted,
+                Sweep::TooEarly => return Ok(report),
+                Sweep::BrokenOff(id) => broken_off = Some(id),
+            }
         }
-        report.deleted_chunks += sweep(vault, mark, options).await?;
+        Some(mark) => {
+            check_owner(vault, &mark, options)?;
+            broken_off = Some(mark.id);
+        }
+        None => {}
     }
     let doomed = unneeded(vault, options.grace).await?;
     report.marked_chunks = doomed.len() as u64;
-    if doomed.is_empty() {
+    if doomed.is_empty() && broken_off.is_none() {
         return Ok(report);
     }
+    // An empty one replaces the mark of a sweep that was broken off, too.
     let mark = Mark {
         id: Uuid::new_v4().to_string(),
         owner: options.owner.clone(),
@@ -122,10 +138,14 @@ pub async fn prune(vault: &Vault, options: &PruneOptions) -> Result<PruneReport,
         doomed,
     };
     vault.put_mark(&mark).await?;
+    if let Some(id) = broken_off {
+        vault.bucket.delete(&vault.object(&claim(&id))).await?;
+    }
     if options.grace.is_zero()
         && let Some(mark) = vault.mark().await?
+        && let Sweep::Done(deleted) = sweep(vault, mark, options).await?
     {
-        report.deleted_chunks += sweep(vault, mark, options).await?;
+        report.deleted_chunks += deleted;
         report.marked_chunks = 0;
     }
     Ok(report)
@@ -145,14 +165,27 @@ async fn readable(vault: &Vault) -> Result<Vec<Head>, ColdError> {
     points.into_iter().map(readable).collect()
 }
 
-/// Somebody else's sweep is left alone while it may be under way.
+/// Who sweeps what a mark lists has made this object: empty, and never replaced.
+fn claim(mark: &str) -> String {
+    format!("sweep/{mark}")
+}
+
+/// By this host's clock: whether a sweep that was begun then can still be under way, and for how long it is.
+fn under_way(since_unix_ns: u64) -> Result<(), Duration> {
+    let age = Duration::from_nanos(now_unix_ns().saturating_sub(since_unix_ns));
+    if age < 2 * SWEEP_TIME_MAX { Err(age) } else { Ok(()) }
+}
+
+fn busy(vault: &Vault, owner: &str, age: Duration) -> ColdError {
+    ColdError::Busy { domain: vault.uuid().to_string(), owner: owner.to_owned(), seconds: age.as_secs() }
+}
+
+/// Somebody else's sweep is left alone while it may be under way. An own one is not: it ended with the process.
 fn check_owner(vault: &Vault, mark: &Mark, options: &PruneOptions) -> Result<(), ColdError> {
-    let age = Duration::from_nanos(now_unix_ns().saturating_sub(mark.written_unix_ns));
-    if mark.stage == Stage::Sweeping && mark.owner != options.owner && age < 2 * SWEEP_TIME_MAX {
-        let (domain, owner) = (vault.uuid().to_string(), mark.owner.clone());
-        return Err(ColdError::Busy { domain, owner, seconds: age.as_secs() });
+    if mark.owner == options.owner {
+        return Ok(());
     }
-    Ok(())
+    under_way(mark.written_unix_ns).map_err(|age| busy(vault, &mark.owner, age))
 }
 
 /// Every chunk that a manifest lists.
@@ -174,11 +207,57 @@ async fn unneeded(vault: &Vault, grace: Duration) -> Result<Vec<Name>, ColdError
     Ok(doomed.map(|(name, _)| *name).take(DOOMED_MAX).collect())
 }
 
-/// Deletes what is marked; returns how many.
-async fn sweep(vault: &Vault, mut mark: Mark, options: &PruneOptions) -> Result<u64, ColdError> {
+/// What came of a sweep.
+#[derive(Debug, PartialEq, Eq)]
+enum Sweep {
+    /// So many chunks are deleted.
+    Done(u64),
+    /// By the storage's clock the grace is not over.
+    TooEarly,
+    /// Somebody else began to sweep this mark and has not ended.
+    BrokenOff(String),
+}
+
+/// Deletes what is marked.
+async fn sweep(vault: &Vault, mut mark: Mark, options: &PruneOptions) -> Result<Sweep, ColdError> {
+    let claim = vault.object(&claim(&mark.id));
+    let own = vault.bucket.put_new(&claim, Bytes::new()).await?;
+    let claimed_unix_ns = vault.bucket.head(&claim).await?.map_or(0, |meta| unix_ns(&meta));
+    if !own {
+        let ended = under_way(claimed_unix_ns).map_err(|age| busy(vault, "another receiver", age));
+        return ended.map(|()| Sweep::BrokenOff(mark.id));
+    }
+    // Whoever swept this mark took it away before the claim, so that a late claim is noticed here.
+    let now = vault.mark().await?;
+    let there = now.as_ref().is_some_and(|now| now.id == mark.id && now.stage == Stage::Marked);
+    let over = u128::from(claimed_unix_ns.saturating_sub(mark.marked_unix_ns)) >= options.grace.as_nanos();
+    if !there || !over {
+        vault.bucket.delete(&claim).await?;
+        let owner = now.map_or_else(|| "another receiver".to_owned(), |now| now.owner);
+        return if there { Ok(Sweep::TooEarly) } else { Err(busy(vault, &owner, Duration::ZERO)) };
+    }
     mark.stage = Stage::Sweeping;
     mark.owner.clone_from(&options.owner);
     vault.put_mark(&mark).await?;
+    match delete(vault, &mark).await {
+        Ok(deleted) => {
+            vault.delete_mark().await?;
+            vault.bucket.delete(&claim).await?;
+            Ok(Sweep::Done(deleted))
+        }
+        Err(error) => {
+            // Nothing is being deleted any more: exports need not wait until this sweep counts as broken off.
+            mark.stage = Stage::Marked;
+            if vault.put_mark(&mark).await.is_ok() {
+                let _ = vault.bucket.delete(&claim).await;
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Deletes the chunks of a mark that nothing needs; returns how many. When this returns nothing is under way any more.
+async fn delete(vault: &Vault, mark: &Mark) -> Result<u64, ColdError> {
     let begun = Instant::now();
     let written: HashMap<Name, u64> = vault.chunks().await?;
     let needed = needed(vault).await?;
@@ -200,7 +279,6 @@ async fn sweep(vault: &Vault, mut mark: Mark, options: &PruneOptions) -> Result<
             deleted += 1;
         }
     }
-    vault.delete_mark().await?;
     Ok(deleted)
 }
 
@@ -240,5 +318,108 @@ mod tests {
         assert_eq!(of(&[(1000, 1000)]), [100, 0]);
         assert_eq!(of(&[(1, 5)]), [100]);
         assert!(kept(&[], &[]).is_empty());
+    }
+
+    const GRACE: Duration = Duration::from_millis(1);
+
+    fn options(owner: &str) -> PruneOptions {
+        PruneOptions { tiers: vec![], grace: GRACE, owner: owner.to_owned() }
+    }
+
+    /// A bucket with chunks that nothing needs, and the mark that says so.
+    async fn marked(chunks: u8) -> (tempfile::TempDir, Vault, Mark) {
+        let directory = tempfile::tempdir().unwrap();
+        let url = format!("file://{}", directory.path().display());
+        let bucket = crate::Bucket::open(&crate::Location { url, ..crate::Location::default() }).unwrap();
+        let key = crate::keys::MasterKey::new([7; 32]);
+        let vault = Vault::open_or_begin(&bucket, Uuid::from_u128(1), &[key]).await.unwrap();
+        for n in 0..chunks {
+            put(&vault, n).await;
+        }
+        tokio::time::sleep(10 * GRACE).await;
+        let report = prune(&vault, &options("a")).await.unwrap();
+        assert_eq!((report.marked_chunks, report.deleted_chunks), (u64::from(chunks), 0));
+        tokio::time::sleep(10 * GRACE).await;
+        let mark = vault.mark().await.unwrap().unwrap();
+        (directory, vault, mark)
+    }
+
+    async fn put(vault: &Vault, n: u8) {
+        let object = vault.object(&chunk::object(&Name([n; 32])));
+        vault.bucket.put(&object, Bytes::from_static(b"x")).await.unwrap();
+    }
+
+    async fn there(vault: &Vault) -> usize {
+        vault.chunks().await.unwrap().len()
+    }
+
+    async fn claims(vault: &Vault) -> usize {
+        let mut claims = 0;
+        let count = |_: &str, _: &object_store::ObjectMeta| {
+            claims += 1;
+            Ok(())
+        };
+        vault.bucket.list(&vault.object("sweep"), count).await.unwrap();
+        claims
+    }
+
+    #[tokio::test]
+    async fn a_mark_is_swept_by_one_and_once() {
+        let (_directory, vault, mark) = marked(20).await;
+        // Who began first is still at it.
+        vault.bucket.put_new(&vault.object(&claim(&mark.id)), Bytes::new()).await.unwrap();
+        let error = sweep(&vault, mark.clone(), &options("b")).await.unwrap_err();
+        assert!(matches!(&error, ColdError::Busy { .. }), "{error}");
+        assert_eq!(there(&vault).await, 20);
+        vault.bucket.delete(&vault.object(&claim(&mark.id))).await.unwrap();
+        // Both have read the mark; one sweeps; then an export sends a chunk again, and sees no mark; then the other comes.
+        assert_eq!(sweep(&vault, mark.clone(), &options("a")).await.unwrap(), Sweep::Done(20));
+        put(&vault, 3).await;
+        let late = sweep(&vault, Mark { marked_unix_ns: u64::MAX >> 1, ..mark }, &options("b")).await.unwrap_err();
+        assert!(matches!(&late, ColdError::Busy { .. }), "{late}");
+        assert_eq!((there(&vault).await, claims(&vault).await), (1, 0));
+        assert!(vault.mark().await.unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn the_storages_clock_says_when_the_grace_is_over() {
+        let (_directory, vault, mark) = marked(2).await;
+        // As a host would take it whose clock is ahead.
+        let hour = PruneOptions { grace: Duration::from_secs(3600), ..options("a") };
+        assert_eq!(sweep(&vault, mark, &hour).await.unwrap(), Sweep::TooEarly);
+        assert_eq!((there(&vault).await, claims(&vault).await), (2, 0));
+        assert_eq!(prune(&vault, &options("a")).await.unwrap().deleted_chunks, 2);
+    }
+
+    #[tokio::test]
+    async fn a_sweep_that_was_broken_off_is_not_gone_on_with() {
+        let (_directory, vault, mut mark) = marked(2).await;
+        vault.bucket.put_new(&vault.object(&claim(&mark.id)), Bytes::new()).await.unwrap();
+        mark.stage = Stage::Sweeping;
+        vault.put_mark(&mark).await.unwrap();
+        let error = prune(&vault, &options("b")).await.unwrap_err();
+        assert!(matches!(&error, ColdError::Busy { owner, .. } if owner == "a"), "{error}");
+        // Its own process has ended since: all is marked anew, and the grace begins again.
+        let report = prune(&vault, &options("a")).await.unwrap();
+        assert_eq!((report.marked_chunks, report.deleted_chunks, claims(&vault).await), (2, 0, 0));
+        let anew = vault.mark().await.unwrap().unwrap();
+        assert!(anew.id != mark.id && anew.stage == Stage::Marked && anew.marked_unix_ns > mark.marked_unix_ns);
+        tokio::time::sleep(10 * GRACE).await;
+        assert_eq!(prune(&vault, &options("b")).await.unwrap().deleted_chunks, 2);
+        assert_eq!((there(&vault).await, claims(&vault).await), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn a_sweep_that_fails_leaves_the_mark_for_the_next_and_hinders_no_export() {
+        let (_directory, vault, mark) = marked(2).await;
+        let rubbish = vault.object("points/1-1-1");
+        vault.bucket.put(&rubbish, Bytes::from_static(b"rubbish")).await.unwrap();
+        let error = sweep(&vault, mark.clone(), &options("a")).await.unwrap_err();
+        assert!(matches!(&error, ColdError::Damaged { .. }), "{error}");
+        let now = vault.mark().await.unwrap().unwrap();
+        assert_eq!((now.stage, now.marked_unix_ns, &now.id), (Stage::Marked, mark.marked_unix_ns, &mark.id));
+        assert_eq!((there(&vault).await, claims(&vault).await), (2, 0));
+        vault.bucket.delete(&rubbish).await.unwrap();
+        assert_eq!(prune(&vault, &options("b")).await.unwrap().deleted_chunks, 2);
     }
 }

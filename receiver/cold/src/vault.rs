@@ -6,6 +6,7 @@
 //! UUID/points/TIME-GENERATION-EPOCH   manifests, see `manifest`
 //! UUID/chunks/NN/NAME                 chunks, see `chunk`
 //! UUID/prune                          what is going to be deleted, see `mark`
+//! UUID/sweep/ID                       who deletes what the mark of this identity lists: see `prune`
 //! ```
 //!
 //! `key` is `VMDRKEY\0`, the version (u32), 0 (u32), the UUID (16 bytes), and a wrapped key ([`crate::keys`]) for this UUID. It is the one
@@ -20,7 +21,7 @@ use uuid::Uuid;
 use crate::bucket::Bucket;
 use crate::chunk;
 use crate::error::ColdError;
-use crate::keys::{DataKey, KeyError, KeyId, MasterKey, WRAPPED_BYTES};
+use crate::keys::{DataKey, KEY_ID_BYTES, KeyError, KeyId, MasterKey, WRAPPED_BYTES};
 use crate::manifest::{HEAD_BYTES_USUAL, Head, MANIFEST_BYTES_MAX, Manifest, Name, check_head};
 use crate::sealed::{self, MANIFEST, Place, VERSION};
 
@@ -112,7 +113,11 @@ impl Vault {
         }
         // A key that is gone while there are points: another one would make them look like rubbish.
         let mut points = 0;
-        bucket.list(&format!("{uuid}/points"), |_, _| Ok(points += 1)).await?;
+        let count = |_: &str, _: &object_store::ObjectMeta| {
+            points += 1;
+            Ok(())
+        };
+        bucket.list(&format!("{uuid}/points"), count).await?;
         if points > 0 {
             let advice =
                 ", but there are points: bring it back (from a copy of the bucket) or export to another prefix";
@@ -127,6 +132,24 @@ impl Vault {
         // Somebody else was faster.
         let advice = ": it came and went; try again";
         Self::open(bucket, uuid, keys).await?.ok_or(ColdError::Missing { object: name, advice })
+    }
+
+    /// Refuses if the bucket has another data key by now, or none: what was sealed under this one could never be opened.
+    pub(crate) async fn check_key(&self) -> Result<(), ColdError> {
+        let name = self.object("key");
+        let bytes = self.bucket.get(&name, KEY_OBJECT_BYTES as u64).await?;
+        let which = KEY_HEAD_BYTES + KEY_ID_BYTES;
+        match bytes.as_ref().and_then(|bytes| bytes.get(which..which + KEY_ID_BYTES)) {
+            Some(id) if id == self.key.id().0 => Ok(()),
+            Some(_) => {
+                let what =
+                    "another data key has taken its place meanwhile, nothing is exported under this one; run it again";
+                Err(ColdError::Damaged { object: name, what: what.to_owned() })
+            }
+            None => {
+                Err(ColdError::Missing { object: name, advice: ": it went meanwhile; bring it back and run it again" })
+            }
+        }
     }
 
     /// The master key that the data key is wrapped under.
@@ -224,21 +247,24 @@ impl Vault {
         Manifest::open(&self.key, self.uuid, object, &bytes)
     }
 
-    /// The newest point, or the one of this identity, with its manifest's name.
+    /// The newest point, or the one of this identity, with its manifest's name. If that one is damaged it is an error: an older
+    /// one is not taken unasked.
     pub async fn find(&self, point: Option<&str>) -> Result<(String, Head), ColdError> {
         let points = self.points().await?;
-        let mut why = None;
-        for StoredPoint { object, head } in points {
-            // A damaged one has its identity in its name still.
-            let named = point.is_none_or(|point| object.split_once('-').is_some_and(|(_, id)| id == point));
-            match head {
-                Ok(head) if named => return Ok((object, head)),
-                Err(what) if named => why = why.or(Some(what)),
-                _ => {}
+        // A damaged one has its identity in its name still.
+        let is_meant = |stored: &StoredPoint| {
+            point.is_none_or(|point| stored.object.split_once('-').is_some_and(|(_, id)| id == point))
+        };
+        let mut meant: Vec<StoredPoint> = points.into_iter().filter(is_meant).collect();
+        // Of two lives of the domain there may be points of the same identity.
+        let sound = meant.iter().position(|stored| stored.head.is_ok()).filter(|at| point.is_some() || *at == 0);
+        let found = if meant.is_empty() { None } else { Some(meant.swap_remove(sound.unwrap_or(0))) };
+        match found {
+            Some(StoredPoint { object, head: Ok(head) }) => Ok((object, head)),
+            Some(StoredPoint { object, head: Err(what) }) => {
+                let advice = "choose another point (`vmdr import --from URL --list`)";
+                Err(ColdError::Damaged { object, what: format!("{what}; {advice}") })
             }
-        }
-        match why {
-            Some(what) => Err(ColdError::Damaged { object: point.unwrap_or("every point").to_owned(), what }),
             None => Err(ColdError::NoPoint {
                 url: self.shown().to_owned(),
                 domain: self.uuid.to_string(),

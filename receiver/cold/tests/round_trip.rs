@@ -64,7 +64,7 @@ async fn points_come_back_from_a_directory() {
 async fn points_come_back_from_an_s3_server() {
     let directory = tempfile::tempdir().unwrap();
     let (server, location) = s3(directory.path());
-    let bucket = Bucket::open(&location, true).unwrap();
+    let bucket = Bucket::open(&location).unwrap();
     round_trip(&bucket).await;
     assert!(!chunk_files(&server.objects().join("some/prefix")).is_empty());
     // Pruned there too: two of three go, and what only they needed.
@@ -78,7 +78,7 @@ async fn points_come_back_from_an_s3_server() {
     // Who may not is told so.
     let denied =
         vmdr_cold::Location { credentials: Some((vmdr_test_s3::ACCESS_KEY.into(), "WRONG".into())), ..location };
-    let error = domains(&Bucket::open(&denied, true).unwrap()).await.unwrap_err().to_string();
+    let error = domains(&Bucket::open(&denied).unwrap()).await.unwrap_err().to_string();
     assert!(error.contains("list"), "{error}");
 }
 
@@ -118,7 +118,7 @@ async fn another_master_key_rewrites_one_small_object() {
     let directory = tempfile::tempdir().unwrap();
     let bucket = local(directory.path());
     let (old, new) = (keys().remove(0), MasterKey::new([5; 32]));
-    let mut vault = Vault::open_or_begin(&bucket, UUID, &[old.clone()]).await.unwrap();
+    let mut vault = Vault::open_or_begin(&bucket, UUID, std::slice::from_ref(&old)).await.unwrap();
     let point = Point::new(4);
     point.export(&vault, None).await.unwrap();
     let before: Vec<_> = files(directory.path()).iter().map(|path| std::fs::read(path).unwrap()).collect();
@@ -194,6 +194,41 @@ async fn damage_is_found_and_named() {
             assert!(error.contains("nothing is pruned"), "{error}");
         }
     }
+}
+
+#[tokio::test]
+async fn an_older_point_is_not_taken_for_a_damaged_newest_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let vault = Vault::open_or_begin(&local(directory.path()), UUID, &keys()).await.unwrap();
+    let first = Point::new(14);
+    let second = first.next(&mut StdRng::seed_from_u64(3), 2);
+    first.export(&vault, None).await.unwrap();
+    let newest = second.export(&vault, None).await.unwrap().object;
+    std::fs::write(directory.path().join(UUID.to_string()).join(&newest), b"rubbish").unwrap();
+    for point in [None, Some("1-2")] {
+        let error = vault.find(point).await.unwrap_err().to_string();
+        assert!(error.contains(&newest) && error.contains("choose another"), "{error}");
+    }
+    assert_eq!(vault.find(Some("1-1")).await.unwrap().1.epoch, 1);
+}
+
+#[tokio::test]
+async fn an_export_whose_key_was_replaced_meanwhile_lists_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let bucket = local(directory.path());
+    let vault = Vault::open_or_begin(&bucket, UUID, &keys()).await.unwrap();
+    // Two receivers that begin at once, on a storage that lets both write the key.
+    let path = directory.path().join(UUID.to_string()).join("key");
+    let own = std::fs::read(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let error = Point::new(15).export(&vault, None).await.unwrap_err().to_string();
+    assert!(error.contains("missing"), "{error}");
+    Vault::open_or_begin(&bucket, UUID, &keys()).await.unwrap();
+    let error = Point::new(15).export(&vault, None).await.unwrap_err().to_string();
+    assert!(error.contains("another data key"), "{error}");
+    assert!(vault.points().await.unwrap().is_empty());
+    std::fs::write(&path, own).unwrap();
+    Point::new(15).export(&vault, None).await.unwrap();
 }
 
 #[tokio::test]
@@ -288,16 +323,22 @@ async fn exports_and_prunes_at_the_same_time_lose_nothing() {
     let grace = Duration::from_secs(1);
     let stop = Arc::new(AtomicBool::new(false));
     let deleted = Arc::new(AtomicU64::new(0));
-    let pruner = {
+    // Of two receivers: each finds the other's marks and sweeps.
+    let pruners = ["one", "other"].map(|owner| {
         let (vault, stop, deleted) = (vault.clone(), stop.clone(), deleted.clone());
         tokio::spawn(async move {
             while !stop.load(Ordering::Relaxed) {
-                let report = prune(&vault, &pruning(1, grace)).await.unwrap();
-                deleted.fetch_add(report.deleted_chunks, Ordering::Relaxed);
+                match prune(&vault, &PruneOptions { owner: owner.to_owned(), ..pruning(1, grace) }).await {
+                    Ok(report) => drop(deleted.fetch_add(report.deleted_chunks, Ordering::Relaxed)),
+                    // What the other has just deleted, or does.
+                    Err(ColdError::Busy { .. } | ColdError::Missing { .. }) => {}
+                    Err(ColdError::Damaged { what, .. }) if what.contains("missing") => {}
+                    Err(other) => panic!("{other}"),
+                }
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         })
-    };
+    });
     let mut random = StdRng::seed_from_u64(11);
     let (mut done, mut disturbed) = (0, 0);
     let mut point = first.clone();
@@ -319,7 +360,9 @@ async fn exports_and_prunes_at_the_same_time_lose_nothing() {
         }
     }
     stop.store(true, Ordering::Relaxed);
-    pruner.await.unwrap();
+    for pruner in pruners {
+        pruner.await.unwrap();
+    }
     let deleted = deleted.load(Ordering::Relaxed);
     println!("{done} exports, {disturbed} disturbed, {deleted} chunks deleted beside them");
     assert!(done > 8 && deleted > 8);

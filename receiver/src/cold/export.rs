@@ -13,7 +13,7 @@ use tonic::Status;
 use uuid::Uuid;
 use vmdr_cold::{
     Array as ColdArray, ColdError, ExportOptions, ExportProgress, ExportReport, Guest, Head, PruneOptions, PruneReport,
-    Source, SourceError, Vault,
+    Range, Source, SourceError, Vault,
 };
 
 use crate::control::store_status;
@@ -77,7 +77,7 @@ impl Source for Stored {
         Ok(self.0.data_from(stored_array(array), offset)?)
     }
 
-    fn changes(&self, base: &Head) -> Result<Option<Vec<(ColdArray, u64, u64)>>, SourceError> {
+    fn changes(&self, base: &Head) -> Result<Option<Vec<Range>>, SourceError> {
         let older = PointId { generation: base.generation, epoch: base.epoch };
         let changes = match self.0.changed_since(older) {
             Ok(changes) => changes,
@@ -159,7 +159,7 @@ async fn try_run(
     progress: &(dyn Fn(ExportProgress) + Send + Sync),
 ) -> Result<Done, Status> {
     let cold = &receiver.cold;
-    let (bucket, keys) = cold.open("", "", false).await?;
+    let (bucket, keys) = cold.open("", "").await?;
     let mut done = Done { url: bucket.shown().to_owned(), ..Done::default() };
     let opened = |error: ColdError| status(&error);
     let mut vault = if wanted.export {

@@ -198,8 +198,8 @@ impl Cold {
         taken.map_err(|_| Status::already_exists(format!("an export, prune or import of {name} is under way already")))
     }
 
-    /// The storage and the keys: those given, else those configured. `existing`: a local directory has to be there.
-    async fn open(&self, from: &str, key_file: &str, existing: bool) -> Result<(Bucket, Vec<MasterKey>), Status> {
+    /// The storage and the keys: those given, else those configured.
+    async fn open(&self, from: &str, key_file: &str) -> Result<(Bucket, Vec<MasterKey>), Status> {
         if !key_file.is_empty() && !Path::new(key_file).is_absolute() {
             return Err(Status::invalid_argument(format!("the key {key_file:?} is not an absolute path")));
         }
@@ -208,7 +208,7 @@ impl Cold {
         let opened = tokio::task::spawn_blocking(move || {
             let instead = (!key_file.is_empty()).then(|| Path::new(&key_file));
             let keys = config.keys(instead).map_err(|e| Status::failed_precondition(e.to_string()))?;
-            let bucket = Bucket::open(&location, existing).map_err(|e| status(&e))?;
+            let bucket = Bucket::open(&location).map_err(|e| status(&e))?;
             Ok((bucket, keys))
         });
         opened.await.map_err(|e| Status::internal(e.to_string()))?

@@ -76,7 +76,7 @@ fn report(domain: &(Uuid, String), done: Done) -> wire::ExportReport {
 
 /// What the storage has of this domain, or of all.
 pub async fn list(receiver: &Receiver, request: wire::ColdListRequest) -> Result<wire::ColdListReply, Status> {
-    let (bucket, keys) = receiver.cold.open(&request.from, &request.key_file, true).await?;
+    let (bucket, keys) = receiver.cold.open(&request.from, &request.key_file).await?;
     let mut reply = wire::ColdListReply { url: bucket.shown().to_owned(), domains: Vec::new() };
     let wanted = &request.domain;
     for uuid in domains(&bucket).await.map_err(|e| status(&e))? {
@@ -151,8 +151,15 @@ async fn find(bucket: &Bucket, wanted: &str, keys: &[MasterKey]) -> Result<Vault
             }
         };
         let points = vault.points().await.map_err(failed)?;
-        if points.iter().find_map(|point| point.head.as_ref().ok()).is_some_and(|head| head.domain == wanted) {
-            found.push(vault);
+        match points.iter().find_map(|point| point.head.as_ref().ok()) {
+            Some(head) if head.domain == wanted => found.push(vault),
+            Some(_) => {}
+            None => {
+                let damaged = points.into_iter().find_map(|StoredPoint { object, head }| {
+                    Some(ColdError::Damaged { object: format!("{uuid}/{object}"), what: head.err()? })
+                });
+                closed = closed.or(damaged);
+            }
         }
     }
     match (found.len(), closed) {
@@ -190,7 +197,7 @@ async fn try_import(
     if !request.point.is_empty() {
         request.point.parse::<PointId>().map_err(Status::invalid_argument)?;
     }
-    let (bucket, keys) = receiver.cold.open(&request.from, &request.key_file, true).await?;
+    let (bucket, keys) = receiver.cold.open(&request.from, &request.key_file).await?;
     let vault = find(&bucket, &request.domain, &keys).await?;
     let uuid = vault.uuid();
     let _turn = receiver.cold.turn(uuid, &request.domain)?;

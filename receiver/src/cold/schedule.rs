@@ -22,7 +22,8 @@ fn is_meant(wanted: &[String], uuid: &str, name: &str) -> bool {
 
 /// Whether an export is due: `exported_ns` is when the last one ended well (0: never), `tried_ns` when one was last tried.
 fn due(now_ns: u64, every: Duration, exported_ns: u64, tried_ns: u64, failed: bool) -> bool {
-    let passed = |since: u64, time: Duration| now_ns.saturating_sub(since) >= time.as_nanos() as u64;
+    // A time to come is one of a clock that was wrong: it is not waited for.
+    let passed = |since: u64, time: Duration| since > now_ns || now_ns - since >= time.as_nanos() as u64;
     // What failed may be the prune alone, for ever even, where objects are locked: that is no reason to export more often.
     passed(exported_ns, every) && passed(tried_ns, if failed { every.min(RETRY_INTERVAL) } else { every })
 }
@@ -77,6 +78,9 @@ mod tests {
         assert!(due(13_200 * second, hour, 9_000 * second, 12_900 * second, true));
         // It was exported, and the prune after it failed.
         assert!(!due(13_200 * second, hour, 12_800 * second, 12_900 * second, true));
+        // The clock was put back.
+        assert!(due(13_000 * second, hour, 90_000 * second, 80_000 * second, false));
+        assert!(!due(13_000 * second, hour, 90_000 * second, 12_000 * second, false));
         let wanted = ["web1".to_owned(), "4558469E-4501-400c-b892-00faab0db21d".to_owned()];
         assert!(is_meant(&[], "x", "y") && is_meant(&wanted, "x", "web1"));
         assert!(is_meant(&wanted, "4558469e-4501-400c-b892-00faab0db21d", "") && !is_meant(&wanted, "x", "web2"));

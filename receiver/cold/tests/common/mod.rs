@@ -10,8 +10,8 @@ use uuid::Uuid;
 use vmdr_codec::{Disk, Layout, RamBlock};
 use vmdr_cold::keys::MasterKey;
 use vmdr_cold::{
-    Array, Bucket, ColdError, ExportOptions, ExportReport, Guest, Head, Location, Manifest, Source, SourceError, Vault,
-    export, restore,
+    Array, Bucket, ColdError, ExportOptions, ExportReport, Guest, Head, Location, Manifest, Range, Source, SourceError,
+    Vault, export, restore,
 };
 use vmdr_test_s3::Server;
 
@@ -52,7 +52,7 @@ impl Source for Reading {
         Ok(data.map_or(bytes.len() as u64, |at| offset + at as u64))
     }
 
-    fn changes(&self, base: &Head) -> Result<Option<Vec<(Array, u64, u64)>>, SourceError> {
+    fn changes(&self, base: &Head) -> Result<Option<Vec<Range>>, SourceError> {
         Ok((base.epoch + 1 == self.point.head.epoch).then(|| self.point.changes.clone()))
     }
 }
@@ -149,7 +149,7 @@ pub fn head(epoch: u64) -> Head {
         generation: 1,
         epoch,
         cut_unix_ns: 1_700_000_000_000_000_000 + epoch * 60_000_000_000,
-        application: epoch % 2 == 0,
+        application: epoch.is_multiple_of(2),
         exported_unix_ns: 0,
         exporter: String::new(),
         chunk_bytes: 0,
@@ -165,7 +165,7 @@ pub fn keys() -> Vec<MasterKey> {
 
 pub fn local(directory: &Path) -> Bucket {
     let url = format!("file://{}", directory.display());
-    Bucket::open(&Location { url, ..Location::default() }, false).unwrap()
+    Bucket::open(&Location { url, ..Location::default() }).unwrap()
 }
 
 /// Starts an S3 server over a directory; gives where it is.
