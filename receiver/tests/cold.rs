@@ -498,3 +498,32 @@ async fn another_master_key_rewrites_the_data_key_and_nothing_else() {
     import(&there, "").await.unwrap();
     guest.assert_stored(&there, "imported");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_export_does_not_begin_anew_where_its_storage_is_not_mounted() {
+    let storage = Storage::new();
+    let here = Daemon::start_with(&storage.config(""), &[]).await;
+    let (mut guest, mut stream) = seeded(&here).await;
+    export(&here, "").await.unwrap();
+    more(&mut guest, &mut stream, 1).await;
+    let aside = storage.path("aside");
+    std::fs::rename(storage.bucket(), &aside).unwrap();
+    let error = export(&here, "").await.unwrap_err();
+    assert!(error.message().contains("not there"), "{error:?}");
+    assert!(!storage.bucket().exists());
+    std::fs::create_dir(storage.bucket()).unwrap();
+    let error = export(&here, "").await.unwrap_err();
+    assert_eq!(error.code(), Code::FailedPrecondition, "{error:?}");
+    let exported = here.state().join(UUID).join("exported");
+    for says in ["1-1 was exported", "mounted", exported.to_str().unwrap()] {
+        assert!(error.message().contains(says), "{error:?}");
+    }
+    assert!(files(&storage.bucket()).is_empty());
+    std::fs::remove_dir(storage.bucket()).unwrap();
+    std::fs::rename(&aside, storage.bucket()).unwrap();
+    assert_eq!(export(&here, "").await.unwrap().base, "1-1");
+    std::fs::remove_dir_all(storage.bucket()).unwrap();
+    std::fs::create_dir(storage.bucket()).unwrap();
+    std::fs::remove_file(&exported).unwrap();
+    assert!(!export(&here, "").await.unwrap().already);
+}

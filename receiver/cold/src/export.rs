@@ -126,6 +126,7 @@ pub async fn export(
         let (base, already) = (None, true);
         return Ok(ExportReport { head, object, already, base, read_bytes: 0, sent_chunks: 0, sent_bytes: 0, took });
     }
+    vault.check_room().await?;
     let (base, changes) = base(vault, &source, options).await?;
     let base_object = base.as_ref().map(|base| base.head.object());
 
@@ -185,13 +186,13 @@ pub async fn export(
     let mut manifest = Manifest { head, guest, arrays };
     manifest.head.chunks = manifest.names().count() as u64;
     let content = manifest.seal(&vault.key)?;
+    sent_bytes += content.len() as u64;
+    limit.take(content.len() as u64).await;
     vault.check_key().await?;
     undisturbed(vault, &manifest, present.mark.as_ref()).await?;
     if options.ending.load(Ordering::Relaxed) {
         return Err(ColdError::Ended);
     }
-    sent_bytes += content.len() as u64;
-    limit.take(content.len() as u64).await;
     vault.bucket.put(&vault.object(&object), content.into()).await?;
     Ok(ExportReport {
         head: manifest.head,

@@ -38,7 +38,7 @@ pub use export::{ExportOptions, ExportProgress, ExportReport, Range, Source, Sou
 pub use import::{Piece, Restore, restore};
 pub use manifest::{Array, ArrayChunks, Guest, Head, Manifest, Name};
 pub use prune::{PruneOptions, PruneReport, Tier, prune};
-pub use vault::{StoredPoint, Vault, domains};
+pub use vault::{StoredPoint, Vault, domains, has_domain};
 
 /// Bytes of a chunk, but an array's last: small enough that a changed page costs little, large enough that requests do not
 /// cost more than bytes.

@@ -28,8 +28,10 @@ use crate::sealed::{self, MANIFEST, Place, VERSION};
 const KEY_MAGIC: &[u8; 8] = b"VMDRKEY\0";
 const KEY_HEAD_BYTES: usize = 32;
 const KEY_OBJECT_BYTES: usize = KEY_HEAD_BYTES + WRAPPED_BYTES;
-/// Points of a domain in a bucket, at most.
+/// With so many points of a domain in a bucket no further one is exported.
 const POINTS_MAX: usize = 20_000;
+/// So many are read: exports at the same time may write some beyond the limit, and what is there must stay readable.
+const POINTS_READ_MAX: usize = 2 * POINTS_MAX;
 /// Domains in a bucket, at most.
 const DOMAINS_MAX: usize = 20_000;
 /// Heads that are read at the same time.
@@ -63,6 +65,14 @@ pub async fn domains(bucket: &Bucket) -> Result<Vec<Uuid>, ColdError> {
     let mut found: Vec<Uuid> = names.iter().filter_map(canonical).collect();
     found.sort();
     Ok(found)
+}
+
+/// Whether a bucket has anything of a domain.
+pub async fn has_domain(bucket: &Bucket, uuid: Uuid) -> Result<bool, ColdError> {
+    if bucket.head(&format!("{uuid}/key")).await?.is_some() {
+        return Ok(true);
+    }
+    Ok(domains(bucket).await?.contains(&uuid))
 }
 
 fn key_bytes(uuid: Uuid, wrapped: &[u8; WRAPPED_BYTES]) -> Bytes {
@@ -208,14 +218,26 @@ impl Vault {
         let mut names = Vec::new();
         self.bucket
             .list(&self.object("points"), |below, _| {
-                if names.len() == POINTS_MAX {
-                    return Err(ColdError::Limit(format!("{} has more than {POINTS_MAX} points", self.uuid)));
+                if names.len() == POINTS_READ_MAX {
+                    return Err(ColdError::Limit(format!("{} has more than {POINTS_READ_MAX} points", self.uuid)));
                 }
                 names.push(format!("points/{below}"));
                 Ok(())
             })
             .await?;
         Ok(names)
+    }
+
+    /// Refuses another point where there are too many to be listed in reasonable time.
+    pub(crate) async fn check_room(&self) -> Result<(), ColdError> {
+        if self.point_names().await?.len() < POINTS_MAX {
+            return Ok(());
+        }
+        let (shown, uuid) = (self.shown(), self.uuid);
+        Err(ColdError::Limit(format!(
+            "{shown} has {POINTS_MAX} points of {uuid}, and no more are exported: say in `keep` which of them stay, and prune \
+             (`vmdr export {uuid} --prune`)"
+        )))
     }
 
     async fn head(&self, object: &str) -> Result<Head, ColdError> {

@@ -231,6 +231,44 @@ async fn an_export_whose_key_was_replaced_meanwhile_lists_nothing() {
     Point::new(15).export(&vault, None).await.unwrap();
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn receivers_that_begin_at_once_have_one_key_and_export_side_by_side() {
+    let directory = tempfile::tempdir().unwrap();
+    let bucket = local(directory.path());
+    let first = Point::new(16);
+    let mut random = StdRng::seed_from_u64(4);
+    let points: Vec<Point> = std::iter::successors(Some(first), |point| Some(point.next(&mut random, 2))).take(4).collect();
+    let exports = points.iter().map(|point| {
+        let (bucket, point) = (bucket.clone(), point.clone());
+        tokio::spawn(async move {
+            let vault = Vault::open_or_begin(&bucket, UUID, &keys()).await.unwrap();
+            point.export(&vault, None).await.unwrap().object
+        })
+    });
+    let exports: Vec<_> = exports.collect();
+    for (export, point) in exports.into_iter().zip(&points) {
+        let object = export.await.unwrap();
+        let vault = Vault::open(&bucket, UUID, &keys()).await.unwrap().unwrap();
+        point.assert_restored(&vault, vault.manifest(&object).await.unwrap()).await;
+    }
+}
+
+#[tokio::test]
+async fn there_are_not_more_points_than_can_be_listed() {
+    let directory = tempfile::tempdir().unwrap();
+    let vault = Vault::open_or_begin(&local(directory.path()), UUID, &keys()).await.unwrap();
+    let points = directory.path().join(UUID.to_string()).join("points");
+    std::fs::create_dir(&points).unwrap();
+    for n in 0..20_000 {
+        std::fs::write(points.join(format!("{n:020}-1-1")), b"").unwrap();
+    }
+    let error = Point::new(17).export(&vault, None).await.unwrap_err().to_string();
+    assert!(error.contains("20000 points") && error.contains("--prune"), "{error}");
+    assert!(chunk_files(directory.path()).is_empty());
+    std::fs::remove_file(points.join(format!("{:020}-1-1", 7))).unwrap();
+    Point::new(17).export(&vault, None).await.unwrap();
+}
+
 #[tokio::test]
 async fn a_broken_off_export_is_not_offered_and_goes_on_cheaply() {
     let directory = tempfile::tempdir().unwrap();

@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use tonic::Status;
 use uuid::Uuid;
 use vmdr_cold::{
-    Array as ColdArray, ColdError, ExportOptions, ExportProgress, ExportReport, Guest, Head, PruneOptions, PruneReport,
-    Range, Source, SourceError, Vault,
+    Array as ColdArray, Bucket, ColdError, ExportOptions, ExportProgress, ExportReport, Guest, Head, PruneOptions,
+    PruneReport, Range, Source, SourceError, Vault,
 };
 
 use crate::control::store_status;
@@ -163,6 +163,7 @@ async fn try_run(
     let mut done = Done { url: bucket.shown().to_owned(), ..Done::default() };
     let opened = |error: ColdError| status(&error);
     let mut vault = if wanted.export {
+        check_there(&bucket, uuid, name, &receiver.domain_directory(uuid)).await?;
         Vault::open_or_begin(&bucket, uuid, &keys).await.map_err(opened)?
     } else {
         let none = || ColdError::NoDomain { url: done.url.clone(), domain: name.to_owned() };
@@ -186,6 +187,20 @@ async fn try_run(
         done.pruned = Some(vmdr_cold::prune(&vault, &options).await.map_err(opened)?);
     }
     Ok(done)
+}
+
+/// Refuses to begin anew where there was something before: a directory may not be mounted.
+async fn check_there(bucket: &Bucket, uuid: Uuid, name: &str, directory: &Path) -> Result<(), Status> {
+    let Some(record) = record(directory).filter(|record| record.url == bucket.shown()) else { return Ok(()) };
+    if vmdr_cold::has_domain(bucket, uuid).await.map_err(|error| status(&error))? {
+        return Ok(());
+    }
+    Err(Status::failed_precondition(format!(
+        "{} has nothing of {name}, but point {} was exported there: is it the right storage, and mounted? To begin anew, remove {}",
+        record.url,
+        record.point,
+        directory.join(EXPORTED_FILE).display()
+    )))
 }
 
 /// Who this is, to other receivers: one process at a time has a state directory.

@@ -54,7 +54,8 @@ pub async fn run(receiver: Arc<Receiver>) {
             if due(unix_ns(SystemTime::now()), every, exported, known.tried_unix_ns, failed)
                 && !*receiver.ending().borrow()
             {
-                let wanted = Wanted { point: None, export: true, prune: true };
+                // Where all points stay there is little to delete, and to find it every manifest has to be read.
+                let wanted = Wanted { point: None, export: true, prune: !config.keep.is_empty() };
                 // What became of it is noted and logged there.
                 let _ = export::run(&receiver, (uuid, &domain.name), wanted, &|_| ()).await;
             }
