@@ -237,7 +237,8 @@ async fn receivers_that_begin_at_once_have_one_key_and_export_side_by_side() {
     let bucket = local(directory.path());
     let first = Point::new(16);
     let mut random = StdRng::seed_from_u64(4);
-    let points: Vec<Point> = std::iter::successors(Some(first), |point| Some(point.next(&mut random, 2))).take(4).collect();
+    let points: Vec<Point> =
+        std::iter::successors(Some(first), |point| Some(point.next(&mut random, 2))).take(4).collect();
     let exports = points.iter().map(|point| {
         let (bucket, point) = (bucket.clone(), point.clone());
         tokio::spawn(async move {
