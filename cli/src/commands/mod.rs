@@ -4,7 +4,7 @@ use std::io::{ErrorKind, Write};
 
 use vmdr_proto::control;
 
-use crate::args::{self, Cli, Command, Output, PointAction};
+use crate::args::{self, Cli, Command, Output, PlanAction, PointAction};
 use crate::failure::Failure;
 use crate::json;
 use crate::style::{Style, Tone};
@@ -13,6 +13,7 @@ use crate::text;
 mod backup_side;
 mod history;
 mod ownership;
+mod plan;
 mod protected_side;
 mod status;
 mod verify;
@@ -65,6 +66,7 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
             let options = backup_side::Activate { dry_run: *dry_run, yes: *yes, wait: *wait, which };
             backup_side::activate(common, out, domain, options).await
         }
+        Command::Plan { action: PlanAction::Check { file, offline } } => plan::check(common, out, file, *offline).await,
         Command::Forget { domain, yes } => backup_side::forget(common, out, domain, *yes).await,
         Command::Completions { shell } => write_stdout(&args::completions(*shell)),
     }
