@@ -152,3 +152,33 @@ fn check(receiver: &Receiver, file: &Path) -> bool {
     *receiver.watched.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(checked);
     true
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_domain_is_told_what_concerns_it() {
+        let found = |domain: &str, severity: Severity, line, message: &str| Found {
+            domain: domain.to_owned(),
+            finding: PlanFinding { severity: severity.into(), line, column: 7, message: message.to_owned() },
+        };
+        let watched = Watched::default();
+        let file = Some(Path::new("/etc/vmdr/plan.toml"));
+        assert_eq!(watched.advice(file, "web1", "u1"), "", "not looked at yet");
+        let all = vec![
+            found("", Severity::Refused, 2, "bridge br-dr is not on this host"),
+            found("web1", Severity::Refused, 5, "web1 has no such NIC"),
+            found("web1", Severity::Warning, 6, "it will be swapped out"),
+            found("u2", Severity::Refused, 9, "db1 has no such disk"),
+        ];
+        let checked = Checked { unix_seconds: 1.0, found: all };
+        assert_eq!(checked.refusals(), 3);
+        *watched.last.lock().unwrap() = Some(checked);
+        let advice = watched.advice(file, "web1", "u1");
+        assert!(advice.contains("plan.toml:2:7: bridge br-dr") && advice.contains("and 1 more"), "{advice}");
+        assert!(watched.advice(file, "db1", "u2").contains("and 1 more"));
+        assert!(!watched.advice(file, "other", "u3").contains("more"));
+        assert_eq!(watched.advice(None, "web1", "u1"), "");
+    }
+}
