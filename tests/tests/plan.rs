@@ -141,6 +141,21 @@ fn a_guest_comes_up_where_the_plan_says() -> Result<()> {
         let advice = scene.status(At::B)?["advice"].as_str().unwrap_or_default().to_owned();
         Ok(advice.contains("has no such NIC").then_some(()))
     })?;
+    // So is one whose hook says no: what was to come after that is not even tried.
+    write_plan(&scene, BRIDGE, BY_SOURCE)?;
+    let path = scene.rig.site(At::B).path(PLAN);
+    let refusing = fs::read_to_string(&path)?.replacen(
+        &format!("\"{HOOK}\", \"one word\""),
+        "\"/bin/sh\", \"-c\", \"echo full; exit 7\"",
+        1,
+    );
+    fs::write(&path, refusing)?;
+    let (code, refusal) = said(&scene, &["activate", &name, "--yes"])?;
+    ensure!(
+        code == Some(1) && refusal.contains("nothing was changed") && refusal.contains("it said: full"),
+        "{refusal}"
+    );
+    ensure!(scene.status(At::B)?["generation"] == 1, "the protected host was fenced");
     ensure!(seen(&scene, "before").is_none(), "a hook of a plan that was refused was run");
     ensure!(scene.rig.site(At::B).processes_named("qemu-system-x86_64").is_empty(), "a guest was started");
     scene.wait_durable().context("the guest is no longer protected after what was refused")?;

@@ -157,3 +157,66 @@ impl Applied<'_> {
         outcome
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::activate::record::PointId;
+    use vmdr_plan::Plan;
+
+    #[test]
+    fn what_is_left_to_be_done_is_noted_until_nothing_can_come_of_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let uuid = Uuid::from_u128(7);
+        let plan = Plan::parse("").unwrap().domain("web1", "").clone();
+        let original = Element::new("domain");
+        let applied = |mapping| Applied {
+            uuid,
+            name: "web1",
+            mapping,
+            original: original.clone(),
+            active: ActiveDirectory::of(directory.path()),
+        };
+        let none = Mapping::default();
+        applied(&none).note().unwrap();
+        assert!(!applied(&none).is_noted(), "without a plan there is nothing to be done");
+        let mapping = Mapping { plan: Some(plan), ..Mapping::default() };
+        let applied = applied(&mapping);
+        applied.note().unwrap();
+        assert!(applied.is_noted());
+        // libvirt may be starting it all the same.
+        let point = PointId { generation: 1, epoch: 1, cut_unix_ns: 1 };
+        let step = Step::Restoring { generation: 2, point, attempt: 1, overlays: Vec::new() };
+        applied.active.write(uuid, "web1", &step).unwrap();
+        applied.failed();
+        assert!(applied.is_noted());
+        applied.active.write(uuid, "web1", &Step::Fenced { generation: 2, point, attempt: 1 }).unwrap();
+        applied.failed();
+        assert!(!applied.is_noted());
+    }
+
+    #[test]
+    fn the_environment_says_where_each_nic_is() {
+        let plan = "[[domain.web1.nic]]\nmac = \"52:54:00:00:00:01\"\nbridge = \"br-dmz\"\nvlan = 7\n\
+                    addresses = [\"192.0.2.10/24\", \"2001:db8::10/64\"]\n[[defaults.nic]]\nsource = \"lan\"\nnetwork = \"dr\"\n";
+        let plan = Plan::parse(plan).unwrap().domain("web1", "").clone();
+        let mapping = Mapping { plan: Some(plan), file: "/etc/vmdr/plan.toml".to_owned(), ..Mapping::default() };
+        let nics = "<domain><devices><interface type='bridge'><mac address='52:54:00:00:00:01'/><source bridge='br0'/></interface>\
+                    <interface type='network'><mac address='52:54:00:00:00:02'/><source network='lan' bridge='virbr0'/></interface>\
+                    </devices></domain>";
+        let applied = Applied {
+            uuid: Uuid::from_u128(7),
+            name: "web1",
+            mapping: &mapping,
+            original: Element::parse(nics).unwrap(),
+            active: ActiveDirectory::of(std::path::Path::new("/nonexistent")),
+        };
+        let environment = applied.environment("1-5", Some(2));
+        let of = |name: &str| environment.iter().find(|(n, _)| *n == name).map(|(_, value)| value.as_str());
+        assert_eq!(of("VMDR_ADDRESSES"), Some("192.0.2.10/24 2001:db8::10/64"));
+        assert_eq!(of("VMDR_MACS"), Some("52:54:00:00:00:01 52:54:00:00:00:02"));
+        let nics = "52:54:00:00:00:01,bridge,br-dmz,7,192.0.2.10/24+2001:db8::10/64 52:54:00:00:00:02,network,dr,,";
+        assert_eq!((of("VMDR_NICS"), of("VMDR_GENERATION"), of("VMDR_POINT")), (Some(nics), Some("2"), Some("1-5")));
+        assert!(applied.environment("1-5", None).iter().all(|(name, _)| *name != "VMDR_GENERATION"));
+    }
+}

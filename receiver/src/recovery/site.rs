@@ -300,7 +300,12 @@ impl Check<'_> {
         for Hook { argv, .. } in domain.before.iter().chain(&domain.after) {
             let Some(program) = argv.value.first() else { continue };
             match std::fs::metadata(program) {
-                Ok(file) if file.is_file() && file.mode() & 0o111 != 0 => {}
+                Ok(file) if file.is_file() && file.mode() & 0o111 != 0 => {
+                    if file.mode() & super::OTHERS_WRITE != 0 {
+                        let message = format!("others than its owner can write {program}, which is run as root");
+                        self.refused(argv.place, message);
+                    }
+                }
                 Ok(_) => self.refused(argv.place, format!("{program} is no program that can be run")),
                 Err(error) => self.refused(argv.place, format!("{program}: {error}")),
             }

@@ -100,6 +100,12 @@ fn what_this_site_lacks_is_said_once_where_the_plan_names_it() {
             assert!(line.contains(expected), "{plan}: {line:?} is not {expected:?}");
         }
     }
+    let hook = directory.path().join("hook");
+    std::fs::write(&hook, "#!/bin/sh\n").unwrap();
+    std::fs::set_permissions(&hook, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+    let plan = in_domain(&format!("[[domain.proof.after]]\nargv = [\"{}\"]\n", hook.display()));
+    let found = said(&plan, &host());
+    assert!(found.len() == 1 && found[0].starts_with("3:8: others than its owner can write"), "{found:?}");
     let flat = FakeHost { vlans: false, ..host() };
     let plan = in_domain("[[domain.proof.nic]]\nsource = \"vmbr0\"\nbridge = \"br-dr\"\nvlan = 7\n");
     assert_eq!(said(&plan, &flat), ["5:8: bridge br-dr does not tell VLANs apart"]);
