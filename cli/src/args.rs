@@ -20,7 +20,7 @@ checkpoint of the whole guest (memory, devices, disks) many times a second and s
 site, which can resume the guest from the newest one: same processes, same memory, same disks.
 
 On the protected host:  doctor, prepare, protect, status, hold, release, suspend, resume, unprotect, move.
-At the backup site:     status, points, point, retention, verify, inspect, activate, export, import, forget.
+At the backup site:     status, points, point, retention, verify, inspect, plan, activate, export, import, forget.
 After an activation:    reprotect and failback where the guest runs now; own and divergence where it ran.";
 
 const EXAMPLES: &str = "\
@@ -437,6 +437,13 @@ pub enum Command {
         #[arg(long, value_name = "ID", value_parser = point)]
         point: Option<String>,
     },
+    /// Check a recovery plan: how domains map onto the backup site
+    #[command(subcommand_value_name = "ACTION", subcommand_help_heading = "Actions")]
+    Plan {
+        /// What to do with it.
+        #[command(subcommand)]
+        action: PlanAction,
+    },
     /// Delete what is stored of a domain here (backup site)
     ///
     /// Refused while the domain is being received or runs here.
@@ -453,6 +460,28 @@ pub enum Command {
     Completions {
         /// Which shell
         shell: clap_complete::Shell,
+    },
+}
+
+/// What to do with a recovery plan.
+#[derive(Debug, Subcommand)]
+pub enum PlanAction {
+    /// Say what is wrong with a plan, each with file, line and column (backup site; with --offline anywhere)
+    ///
+    /// First whether the plan makes sense by itself; then, asked of the receiver, whether this site has what it names: networks,
+    /// bridges, devices, programs, secrets, and the domains with the NICs and disks that it speaks of. Changes nothing. Exits
+    /// with 1 when an activation by this plan would be refused.
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Examples:\n  vmdr plan check                      the plan in /etc/vmdr/plan.toml, against this site\n  vmdr plan check new.toml --offline   without a receiver"
+    )]
+    Check {
+        /// The plan
+        #[arg(value_name = "FILE", default_value = vmdr_plan::PLAN_FILE)]
+        file: PathBuf,
+        /// Only whether it makes sense by itself: no receiver is asked
+        #[arg(long)]
+        offline: bool,
     },
 }
 

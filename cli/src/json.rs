@@ -455,6 +455,7 @@ pub struct Plan {
     lost_seconds: f64,
     given_up: Option<GivenUp>,
     steps: Vec<String>,
+    mapping: Vec<Mapped>,
     findings: Vec<Finding>,
 }
 
@@ -469,6 +470,7 @@ impl From<&control::ActivationPlan> for Plan {
             lost_seconds: plan.lost_seconds,
             given_up: plan.given_up.as_ref().map(GivenUp::from),
             steps: plan.steps.clone(),
+            mapping: mapping(&plan.mapping),
             findings: plan.findings.iter().map(Finding::from).collect(),
         }
     }
@@ -501,6 +503,11 @@ pub struct Report {
     rto_seconds: Option<f64>,
     lost_seconds: f64,
     given_up: Option<GivenUp>,
+    mapping: Vec<Mapped>,
+    hooks: Vec<HookRun>,
+    announced: Vec<String>,
+    warnings: Vec<String>,
+    failed: Option<String>,
 }
 
 impl From<&control::ActivationReport> for Report {
@@ -514,6 +521,81 @@ impl From<&control::ActivationReport> for Report {
             rto_seconds: (!report.was_active).then_some(report.rto_seconds),
             lost_seconds: report.lost_seconds,
             given_up: report.given_up.as_ref().map(GivenUp::from),
+            mapping: mapping(&report.mapping),
+            hooks: report.hooks.iter().map(HookRun::from).collect(),
+            announced: report.announced.clone(),
+            warnings: report.warnings.clone(),
+            failed: (!report.failed.is_empty()).then(|| report.failed.clone()),
+        }
+    }
+}
+
+/// `plan check`.
+#[derive(Serialize)]
+pub struct PlanCheck {
+    /// As typed.
+    pub file: String,
+    /// Whether nothing is refused.
+    pub ok: bool,
+    /// Whether the receiver was asked: not with `--offline`, and not of a plan that makes no sense by itself.
+    pub site_checked: bool,
+    /// That the plan names.
+    pub domains: Vec<String>,
+    /// In the order of the text.
+    pub findings: Vec<PlanFinding>,
+}
+
+/// Something found in a plan.
+#[derive(Serialize)]
+pub struct PlanFinding {
+    severity: &'static str,
+    line: Option<u32>,
+    column: Option<u32>,
+    message: String,
+}
+
+impl PlanFinding {
+    /// With its severity as a word.
+    pub fn new(severity: &'static str, finding: &control::PlanFinding) -> PlanFinding {
+        let placed = finding.line > 0;
+        PlanFinding {
+            severity,
+            line: placed.then_some(finding.line),
+            column: placed.then_some(finding.column),
+            message: finding.message.clone(),
+        }
+    }
+}
+
+/// A device that is somewhere else at this site.
+#[derive(Serialize)]
+pub struct Mapped {
+    device: String,
+    from: String,
+    to: String,
+}
+
+fn mapping(mapped: &[control::Mapped]) -> Vec<Mapped> {
+    let mapped = mapped.iter().cloned();
+    mapped.map(|control::Mapped { device, from, to }| Mapped { device, from, to }).collect()
+}
+
+/// A hook that was run.
+#[derive(Serialize)]
+pub struct HookRun {
+    stage: String,
+    command: String,
+    seconds: f64,
+    error: Option<String>,
+}
+
+impl From<&control::HookRun> for HookRun {
+    fn from(ran: &control::HookRun) -> HookRun {
+        HookRun {
+            stage: ran.stage.clone(),
+            command: ran.command.clone(),
+            seconds: ran.seconds,
+            error: (!ran.error.is_empty()).then(|| ran.error.clone()),
         }
     }
 }

@@ -21,7 +21,7 @@ fn golden(name: &str, text: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn json_keeps_its_shape() {
     let host = Host::with_both();
-    let cases: [(&str, &[&str]); 25] = [
+    let cases: [(&str, &[&str]); 26] = [
         ("doctor.json", &["doctor", "web1"]),
         ("prepare.json", &["prepare", "web1"]),
         ("protect.json", &["protect", "web1"]),
@@ -41,6 +41,7 @@ async fn json_keeps_its_shape() {
         ("import.json", &["import", "web1"]),
         ("activate-plan.json", &["activate", "web1", "--dry-run"]),
         ("activate.json", &["activate", "web1", "--yes"]),
+        ("activate-recovery.json", &["activate", "planned", "--yes"]),
         ("forget.json", &["forget", "web1", "--yes"]),
         ("move.json", &["move", "web1"]),
         ("failback.json", &["failback", "web1"]),
@@ -95,7 +96,7 @@ async fn verification_says_what_is_damaged_and_fails_for_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn tables_keep_their_shape() {
     let host = Host::with_both();
-    let cases: [(&str, &[&str]); 17] = [
+    let cases: [(&str, &[&str]); 18] = [
         ("doctor.txt", &["doctor", "web1"]),
         ("prepare.txt", &["prepare", "web1"]),
         ("protect.txt", &["protect", "web1"]),
@@ -113,6 +114,7 @@ async fn tables_keep_their_shape() {
         ("import.txt", &["import", "web1"]),
         ("activate-plan.txt", &["activate", "web1", "--dry-run"]),
         ("activate.txt", &["activate", "web1", "--yes"]),
+        ("activate-recovery.txt", &["activate", "planned", "--yes"]),
     ];
     for (name, arguments) in cases {
         let ran = host.run(arguments).await;
@@ -445,6 +447,57 @@ async fn colour_and_progress_only_on_a_terminal() {
     let progress = host.run_on_terminal(&["protect", "web1"], "", &[("NO_COLOR", "1")]).await;
     assert!(progress.stdout.contains("copy  256 MiB of 512 MiB  50 %  seeding"), "{:?}", progress.stdout);
     assert!(host.run(&["protect", "web1"]).await.stderr.is_empty());
+}
+
+/// A plan in a file of its own, and what the command says of it with the file's path left out.
+async fn check_plan(host: &Host, plan: &str, words: &[&str]) -> (i32, String) {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("plan.toml");
+    std::fs::write(&file, plan).unwrap();
+    let file = file.to_str().unwrap();
+    let ran = host.run(&[&["plan", "check", file][..], words].concat()).await;
+    let json = words.contains(&"json");
+    let said = if json { ran.stdout } else { format!("{}--\n{}", ran.stdout, ran.stderr) };
+    (ran.code, said.replace(file, "plan.toml"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_is_checked_by_itself_and_against_the_site() {
+    const RIGHT: &str =
+        "[domain.web1]\nmemory_limit = \"2GiB\"\n[[domain.web1.nic]]\nsource = \"br0\"\nbridge = \"br-dr\"\n";
+    const WRONG: &str =
+        "[domain.web1]\nmemory_limit = \"2GB\"\n[[domain.web1.nic]]\nsource = \"br0\"\nbrigde = \"br-dr\"\n";
+    let empty = Host::empty();
+    let host = Host::with_both();
+    let gone = RIGHT.replace("br-dr", "br-gone");
+    let later = format!("{RIGHT}[domain.web2]\npriority = 1\n");
+    for (name, host, plan, words, code) in [
+        ("plan-right.txt", &host, RIGHT, &[][..], 0),
+        ("plan-right.json", &host, RIGHT, &["-o", "json"][..], 0),
+        ("plan-site.txt", &host, &gone, &[], 1),
+        ("plan-site.json", &host, &gone, &["-o", "json"], 1),
+        ("plan-wrong.txt", &empty, WRONG, &[], 1),
+        ("plan-wrong.json", &empty, WRONG, &["-o", "json"], 1),
+        ("plan-offline.txt", &empty, RIGHT, &["--offline"], 0),
+        ("plan-later.txt", &empty, &later, &["--offline"], 1),
+    ] {
+        let (ended, said) = check_plan(host, plan, words).await;
+        assert_eq!(ended, code, "{name}: {said}");
+        golden(name, &said);
+    }
+    assert_eq!(host.calls(), vec!["receiver check-plan"; 4]);
+    assert_eq!(check_plan(&empty, RIGHT, &[]).await.0, 3, "without a receiver");
+    let missing = empty.run(&["plan", "check", "/no/such/plan.toml"]).await;
+    assert_eq!(missing.failed(2), "there is no plan /no/such/plan.toml");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_activation_whose_last_hook_fails_says_so() {
+    let host = Host::with_both();
+    let ran = host.run(&["activate", "unhooked", "--yes"]).await;
+    assert_eq!(ran.code, 1, "{}", ran.stdout);
+    assert!(ran.stderr.contains("runs here, but a hook failed"), "{}", ran.stderr);
+    assert!(ran.stdout.contains("web1 runs here"), "{}", ran.stdout);
 }
 
 #[tokio::test(flavor = "multi_thread")]

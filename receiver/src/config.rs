@@ -49,7 +49,9 @@ pub struct Config {
     pub verify: VerifyConfig,
     /// Object storage for recovery points.
     pub cold: ColdConfig,
-    /// Bridges that have another name here: `"br0" = "br-dr"`.
+    /// The recovery plan: an absolute path. None: guests find what they had under the same names.
+    pub plan: Option<PathBuf>,
+    /// Bridges that have another name here, unless the plan says otherwise: `"br0" = "br-dr"`.
     pub bridges: BTreeMap<String, String>,
 }
 
@@ -131,6 +133,7 @@ impl Default for Config {
             retention: RetentionConfig::default(),
             verify: VerifyConfig::default(),
             cold: ColdConfig::default(),
+            plan: None,
             bridges: BTreeMap::new(),
         }
     }
@@ -202,7 +205,12 @@ impl Config {
             let message = e.message().lines().collect::<Vec<_>>().join(", ");
             invalid(e.span().map_or(0, |s| s.start), message)
         })?;
-        for (key, value) in [("state_dir", &config.state_dir), ("control_socket", &config.control_socket)] {
+        let paths = [
+            ("state_dir", Some(&config.state_dir)),
+            ("control_socket", Some(&config.control_socket)),
+            ("plan", config.plan.as_ref()),
+        ];
+        for (key, value) in paths.into_iter().filter_map(|(key, value)| Some((key, value?))) {
             if !value.is_absolute() {
                 let at = text.find(key).unwrap_or(0);
                 return Err(invalid(at, format!("{key} = {value:?} is not an absolute path")));
@@ -253,7 +261,7 @@ mod tests {
         let config = parse(
             "listen = \"10.0.9.2:7000\"\nstate_dir = \"/srv/vmdr\"\ncontrol_socket = \"/run/x.sock\"\nmetrics_listen = \"\"\n\
              libvirt_uri = \"test:///default\"\nspace_reserve_bytes = 5\nownership_dir = \"/srv/own\"\n\
-             agent_socket = \"/run/a.sock\"\ndivergence_days = 7\n[bridges]\n\"br0\" = \"br-dr\"\n\
+             agent_socket = \"/run/a.sock\"\ndivergence_days = 7\nplan = \"/etc/vmdr/plan.toml\"\n[bridges]\n\"br0\" = \"br-dr\"\n\
              [verify]\nbytes_per_second = 1000\nevery_seconds = 86400\nall = true\n\
              [retention]\nbudget_bytes = 2097152\ntiers = [{ every_seconds = 0, for_seconds = 60 }]\n\
              [cold]\nurl = \"s3://b/p\"\nendpoint = \"https://s\"\nregion = \"r\"\nkey_file = \"/k\"\nold_key_files = [\"/o\"]\n\
@@ -290,6 +298,7 @@ mod tests {
                 bytes_per_second: 8,
                 parallel: 9,
             },
+            plan: Some("/etc/vmdr/plan.toml".into()),
             bridges: BTreeMap::from([("br0".to_owned(), "br-dr".to_owned())]),
         };
         assert_eq!(config, expected);
@@ -305,6 +314,7 @@ mod tests {
             ("libvirt_uri = \"a\"\nlibvirt_uri = \"b\"", "2:1: ", "duplicate key"),
             ("# d\u{e4}\nmetrics_listen = \"7421\"", "2:18: ", "is not an address with a port"),
             ("state_dir = \"var\"", "1:1: ", "not an absolute path"),
+            ("plan = \"plan.toml\"", "1:1: ", "not an absolute path"),
             ("libvirt_uri = \"\"", "1:1: ", "empty"),
             ("[verify]\nbytes_per_second = 0", "2:1: ", "at least"),
             ("[bridges]\nbr0 = 3", "2:7: ", "string"),

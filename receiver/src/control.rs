@@ -9,12 +9,13 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 use vmdr_daemon::ownership::{Event, Ownerships};
+use vmdr_hypervisor::xml::Element;
 use vmdr_proto::control::receiver_server::Receiver as Service;
 use vmdr_proto::control::{
-    ActivateRequest, ActivationPlan, ActivationReport, ColdListReply, ColdListRequest, DivergenceReply,
-    DivergenceRequest, DomainRequest, DomainStatus, ExportRequest, ForgetReply, GivenUp, ImportRequest, Point,
-    PointRequest, PointsReply, Progress, RetentionReply, RetentionRequest, StatusReply, StatusRequest, VerifyReport,
-    VerifyRequest, VerifyStatus,
+    ActivateRequest, ActivationPlan, ActivationReport, CheckPlanReply, CheckPlanRequest, ColdListReply,
+    ColdListRequest, DivergenceReply, DivergenceRequest, DomainRequest, DomainStatus, ExportRequest, ForgetReply,
+    GivenUp, HookRun, ImportRequest, Point, PointRequest, PointsReply, Progress, RetentionReply, RetentionRequest,
+    StatusReply, StatusRequest, VerifyReport, VerifyRequest, VerifyStatus,
 };
 use vmdr_proto::replication::RefusedCode;
 
@@ -23,10 +24,12 @@ use crate::activate::record::ActiveDirectory;
 use crate::activate::record::{PointId, Step};
 use crate::activate::run::{Activated, Activation, Standby, age_seconds, unix_ns};
 use crate::activate::thaw;
-use crate::activate::{ActivateError, plan};
+use crate::activate::{ActivateError, Settings, findings, plan};
 use crate::cold;
 use crate::daemon::Receiver;
 use crate::history;
+use crate::recovery::applied::{Applied, Outcome};
+use crate::recovery::site;
 use crate::reverse::divergence;
 use crate::store::{DomainSummary, PointId as StoredPoint, RecoveryPoint, Store, StoreError};
 
@@ -148,6 +151,9 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
     } else {
         ("ready", format!("no agent is connected; if its host is lost: `vmdr activate {name}`"))
     };
+    let file = receiver.config.plan.as_deref();
+    let unfit = if active { String::new() } else { receiver.watched.advice(file, &domain.name, &domain.uuid) };
+    let advice = [unfit, advice].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; ");
     let summing = domain.unsummed.map(|(done, all)| {
         let percent = done.saturating_mul(100).checked_div(all).unwrap_or(0);
         format!("checksums of the standby are being made: {percent} %")
@@ -225,11 +231,11 @@ impl Standby for StoredStandby<'_> {
     }
 }
 
-fn connect(receiver: &Receiver) -> Result<LocalHost, Status> {
+pub(crate) fn connect(receiver: &Receiver) -> Result<LocalHost, Status> {
     LocalHost::connect(&receiver.config.libvirt_uri).map_err(|e| Status::unavailable(e.to_string()))
 }
 
-fn hypervisor_status(error: vmdr_hypervisor::Error) -> Status {
+pub(crate) fn hypervisor_status(error: vmdr_hypervisor::Error) -> Status {
     activate_status(&ActivateError::Hypervisor(error))
 }
 
@@ -257,15 +263,22 @@ pub(crate) fn make_plan(receiver: &Receiver, request: &ActivateRequest) -> Resul
     let next = record.as_ref().map_or(1, |r| r.step.last_attempt() + 1);
     let stored = standby.generation().map_err(|e| activate_status(&e))?;
     let raised = record.map(|r| r.step.generation());
-    let plan =
-        plan::make(&point, &active.attempt(next), &receiver.settings(), &host).map_err(|e| activate_status(&e))?;
+    let settings = receiver.settings(&summary.name, uuid);
+    let plan = plan::make(&point, &active.attempt(next), &settings, &host).map_err(|e| activate_status(&e))?;
+    let mut steps = plan::steps(&plan, &point, stored, raised);
+    if let Some(recovery) = &settings.mapping.plan {
+        let run = |hook: &vmdr_plan::Hook| format!("run {}", hook.argv.value.join(" "));
+        steps.splice(0..0, recovery.before.iter().map(run));
+        steps.extend(recovery.after.iter().map(run));
+    }
     Ok(ActivationPlan {
         name: summary.name,
         uuid: uuid.to_string(),
         point: Some(history::find(store, &id, StoredPoint { generation: point.generation, epoch: point.epoch })?),
         given_up: chosen.and_then(|chosen| given_up(store, &id, chosen)),
         lost_seconds: age_seconds(point.cut_unix_ns, unix_ns(SystemTime::now())),
-        steps: plan::steps(&plan, &point, stored, raised),
+        steps,
+        mapping: settings.mapping.list(&plan.domain),
         findings: if runs { Vec::new() } else { plan.findings },
         already_active: runs,
     })
@@ -309,7 +322,9 @@ pub(crate) fn activate_in(
     let host = connect(receiver)?;
     let standby =
         StoredStandby { store, uuid, ownerships: &receiver.ownerships, name: &summary.name, damaged: request.damaged };
-    let settings = receiver.settings();
+    let settings = receiver.settings(&summary.name, uuid);
+    let (applied, ran_before) =
+        apply_before(receiver, request, (&settings, &host), (uuid, &summary.name), chosen, progress)?;
     let activation = Activation {
         uuid,
         name: &summary.name,
@@ -320,7 +335,11 @@ pub(crate) fn activate_in(
         requested: requested.0,
         requested_unix_ns: requested.1,
     };
-    let done = activation.run(progress).map_err(|e| activate_status(&e))?;
+    let done = activation.run(progress);
+    if let (Err(_), Some(applied)) = (&done, &applied) {
+        applied.failed();
+    }
+    let done = done.map_err(|e| activate_status(&e))?;
     let Activated { name, point, generation, rto, lost_seconds, was_active } = done;
     if let Some(rto) = rto {
         receiver.metrics.activations.fetch_add(1, Ordering::Relaxed);
@@ -328,11 +347,21 @@ pub(crate) fn activate_in(
     }
     tracing::info!(domain = %name, %uuid, generation, ?rto, lost_seconds, was_active, "activated");
     // Not one that came here in another way.
-    if point.is_some() {
+    let mut outcome = Outcome::default();
+    if let Some(point) = &point {
         thaw::begin(&receiver.config.libvirt_uri, uuid, &name);
+        if let Some(applied) = applied.as_ref().filter(|applied| applied.is_noted()) {
+            let id = stored_point(point).to_string();
+            outcome = applied.after(&receiver.config.libvirt_uri, &host, &id, generation, progress);
+        }
     }
     Ok(ActivationReport {
         name,
+        mapping: applied.map(|applied| applied.list()).unwrap_or_default(),
+        hooks: ran_before.into_iter().chain(outcome.hooks).collect(),
+        announced: outcome.announced,
+        warnings: outcome.warnings,
+        failed: outcome.failed.unwrap_or_default(),
         uuid: uuid.to_string(),
         given_up: point
             .filter(|_| chosen.is_some() && !was_active)
@@ -355,6 +384,47 @@ pub(crate) fn activate_in(
         was_active,
         generation,
     })
+}
+
+/// The recovery plan, and what it has run before: once it is clear that nothing refuses the activation, and only if there will be
+/// one.
+fn apply_before<'a>(
+    receiver: &Receiver,
+    request: &ActivateRequest,
+    (settings, host): (&'a Settings, &LocalHost),
+    (uuid, name): (Uuid, &'a str),
+    chosen: Option<StoredPoint>,
+    progress: &mut dyn FnMut(&str),
+) -> Result<(Option<Applied<'a>>, Vec<HookRun>), Status> {
+    let Some(recovery) = &settings.mapping.plan else { return Ok((None, Vec::new())) };
+    let point = receiver.store.recovery_point_at(&uuid.to_string(), chosen, request.damaged);
+    let point = point.map_err(|e| store_status(&e))?;
+    let original = Element::parse(&point.domain_xml);
+    let original = original.map_err(|e| activate_status(&ActivateError::DomainXml(e.to_string())))?;
+    let active = receiver.active_directory(uuid);
+    let applied = Applied { uuid, name, mapping: &settings.mapping, original, active };
+    let runs = host.guest(uuid).map_err(hypervisor_status)?.is_some_and(|guest| guest.state.is_active());
+    if runs {
+        return Ok((Some(applied), Vec::new()));
+    }
+    let mut ran = Vec::new();
+    if !recovery.before.is_empty() {
+        let wanted = make_plan(receiver, request)?;
+        if findings::refusals(&wanted.findings).next().is_some() {
+            // The activation looks again, and says it in its own words.
+            return Ok((Some(applied), Vec::new()));
+        }
+        let id = StoredPoint { generation: point.generation, epoch: point.epoch };
+        let outcome = applied.before(&id.to_string(), progress);
+        if let Some(failed) = outcome.failed {
+            return Err(Status::failed_precondition(format!(
+                "{name} was not activated, nothing was changed: {failed}"
+            )));
+        }
+        ran = outcome.hooks;
+    }
+    applied.note().map_err(|e| Status::internal(format!("note what is to be done after: {e}")))?;
+    Ok((Some(applied), ran))
 }
 
 /// What going back to a point gives up; nothing where it is the newest.
@@ -415,6 +485,11 @@ impl Service for ControlService {
     async fn plan_activation(&self, request: Request<ActivateRequest>) -> Result<Response<ActivationPlan>, Status> {
         let request = request.into_inner();
         self.blocking(move |receiver| make_plan(receiver, &request)).await
+    }
+
+    async fn check_plan(&self, request: Request<CheckPlanRequest>) -> Result<Response<CheckPlanReply>, Status> {
+        let request = request.into_inner();
+        self.blocking(move |receiver| site::answer(receiver, &request)).await
     }
 
     async fn create_point(&self, request: Request<PointRequest>) -> Result<Response<Point>, Status> {

@@ -29,6 +29,7 @@ use crate::cold::{self, Cold};
 use crate::config::Config;
 use crate::control::ControlService;
 use crate::metrics::{DomainSample, Metrics, Sample};
+use crate::recovery::{self, watch::Watched};
 use crate::replication::ReplicationService;
 use crate::reverse::{self, Reversal};
 use crate::stats::Stats;
@@ -80,6 +81,8 @@ pub struct Receiver {
     pub verifier: Verifier,
     /// Object storage.
     pub cold: Cold,
+    /// What the last look at the recovery plan has found.
+    pub watched: Watched,
     sessions: Mutex<HashMap<Uuid, Session>>,
     activations: Mutex<HashMap<Uuid, Arc<tokio::sync::Mutex<()>>>>,
     started: Instant,
@@ -102,6 +105,7 @@ impl Receiver {
             ownerships,
             reversals: Mutex::default(),
             verifier: Verifier::default(),
+            watched: Watched::default(),
             sessions: Mutex::default(),
             activations: Mutex::default(),
             started: Instant::now(),
@@ -158,9 +162,10 @@ impl Receiver {
         ActiveDirectory::of(&self.domain_directory(uuid))
     }
 
-    /// What activation needs of the configuration.
-    pub fn settings(&self) -> Settings {
-        Settings { state_directory: self.config.state_dir.clone(), bridges: self.config.bridges.clone() }
+    /// What activation of a domain needs of the configuration and the recovery plan.
+    pub fn settings(&self, name: &str, uuid: Uuid) -> Settings {
+        let mapping = recovery::mapping(&self.config, name, &uuid.to_string());
+        Settings { state_directory: self.config.state_dir.clone(), mapping }
     }
 
     /// Bytes that can still be written where the state directory is.
@@ -189,7 +194,8 @@ impl Receiver {
             active: d.frozen,
             uuid: d.uuid,
         });
-        Sample { domains: domains.collect(), free_bytes: self.free_bytes().unwrap_or(0) }
+        let plan = self.watched.last().map(|last| (last.refusals() as u64, last.unix_seconds));
+        Sample { domains: domains.collect(), free_bytes: self.free_bytes().unwrap_or(0), plan }
     }
 }
 
@@ -200,6 +206,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let receiver = tokio::task::spawn_blocking(move || Receiver::open(config)).await.context("open the store")??;
     let receiver = Arc::new(receiver);
     verify::start(&receiver).context("start the thread that verifies")?;
+    recovery::watch::start(&receiver).context("start the thread that looks at the recovery plan")?;
 
     let listener = listen(receiver.config.listen).await?;
     let address = listener.local_addr().context("ask for the address listened on")?;

@@ -7,6 +7,7 @@
 //! - [`activate`]: from a recovery point to a running guest, once.
 //! - [`takeover`]: a guest that its owner hands over; [`reverse`]: a standby made of a former owner's disks.
 //! - [`cold`]: recovery points to and from object storage.
+//! - [`recovery`]: the recovery plan: hooks, announcements, and whether it fits this site.
 //! - [`control`]: the `vmdr` command's requests.
 //! - [`verify`]: points are read again in the background.
 //! - [`daemon`]: all of it together; [`config`], [`metrics`], [`stats`].
@@ -20,6 +21,7 @@ pub mod hashes;
 pub mod history;
 pub mod metrics;
 pub mod probe;
+pub mod recovery;
 pub mod replication;
 pub mod reverse;
 pub mod stats;

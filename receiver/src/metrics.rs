@@ -107,6 +107,8 @@ pub struct Sample {
     pub domains: Vec<DomainSample>,
     /// Bytes free on the state directory's file system.
     pub free_bytes: u64,
+    /// The recovery plan: what of it does not fit this site, and when that was looked at, seconds since 1970.
+    pub plan: Option<(u64, f64)>,
 }
 
 impl Metrics {
@@ -135,6 +137,14 @@ impl Metrics {
         self.activation.write(&mut out, "vmdr_receiver_activation_seconds", activation);
         family(&mut out, "vmdr_receiver_state_free_bytes", "gauge", "Free bytes where the state directory is.");
         let _ = writeln!(out, "vmdr_receiver_state_free_bytes {}", sample.free_bytes);
+        if let Some((findings, checked)) = sample.plan {
+            let (name, help) = ("vmdr_receiver_plan_findings", "What of the recovery plan does not fit this site.");
+            family(&mut out, name, "gauge", help);
+            let _ = writeln!(out, "{name} {findings}");
+            let (name, help) = ("vmdr_receiver_plan_checked_timestamp_seconds", "When that was last looked at.");
+            family(&mut out, name, "gauge", help);
+            let _ = writeln!(out, "{name} {checked}");
+        }
         type Value = fn(&DomainSample) -> Option<f64>;
         let gauges: [(&str, &str, Value); 13] = [
             ("vmdr_receiver_domain_generation", "Stored generation.", |d| Some(d.generation as f64)),
@@ -208,7 +218,7 @@ mod tests {
             active: false,
         };
         let none = DomainSample { name: "new".to_owned(), recovery_point_age_seconds: None, ..domain.clone() };
-        Sample { domains: vec![domain, none], free_bytes: 5 }
+        Sample { domains: vec![domain, none], free_bytes: 5, plan: Some((2, 1.5)) }
     }
 
     #[test]
@@ -232,6 +242,8 @@ mod tests {
             "vmdr_receiver_domain_history_alarm{domain=\"new\",uuid=\"u\"} 1",
             "vmdr_receiver_domain_damaged_points{domain=\"new\",uuid=\"u\"} 3",
             "vmdr_receiver_state_free_bytes 5",
+            "vmdr_receiver_plan_findings 2",
+            "vmdr_receiver_plan_checked_timestamp_seconds 1.5",
             "vmdr_receiver_domain_durable_epoch{domain=\"new\",uuid=\"u\"} 9",
             "vmdr_receiver_domain_active{domain=\"new\",uuid=\"u\"} 0",
         ] {

@@ -3,7 +3,6 @@
 //! The answers come from the same checks as an activation's ([`crate::activate::checks`], [`crate::activate::xml`]), so that
 //! what would fail on the day of the disaster is refused now.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use tonic::Status;
@@ -16,10 +15,12 @@ use vmdr_proto::replication::{ProbeReply, ProbeRequest, Refusal};
 
 use crate::activate::findings::{refusals, refused};
 use crate::activate::host::{CpuFit, Host, LocalHost};
+use crate::activate::mapping::Mapping;
 use crate::activate::record::Step;
 use crate::activate::xml::{PlacedDisk, Placement, transform};
 use crate::activate::{checks, files, record::RecordError};
 use crate::daemon::Receiver;
+use crate::recovery;
 use crate::store::Position;
 
 /// Answers a probe. Blocks while libvirt and the disk answer. One without a domain asks for versions only.
@@ -91,7 +92,8 @@ fn check_domain(
     }
     let step = receiver.active_directory(uuid).read(uuid).map(|r| r.map(|r| r.step));
     check_activation(step, found);
-    check_guest(request, uuid, &receiver.config.bridges, host, found).map_err(unavailable)?;
+    let mapping = recovery::mapping(&receiver.config, &request.domain_name, &uuid.to_string());
+    check_guest(request, uuid, &mapping, host, found).map_err(unavailable)?;
     Ok(position)
 }
 
@@ -160,7 +162,7 @@ fn check_activation(step: Result<Option<Step>, RecordError>, found: &mut Vec<Fin
 fn check_guest(
     request: &ProbeRequest,
     uuid: Uuid,
-    bridges: &BTreeMap<String, String>,
+    mapping: &Mapping,
     host: &dyn Host,
     found: &mut Vec<Finding>,
 ) -> Result<(), vmdr_hypervisor::Error> {
@@ -186,7 +188,7 @@ fn check_guest(
             "stop one of the two: two guests with the same identity must not run",
         ));
     }
-    found.extend(checks::check(&element, &domain, bridges, host)?);
+    found.extend(checks::check(&element, &domain, mapping, host)?);
     check_host_cpu(request, &domain, host, found)?;
     // Every disk that can be written will be in the standby; where exactly does not matter for the question.
     let disks: Vec<PlacedDisk> = domain
@@ -200,7 +202,7 @@ fn check_guest(
         })
         .collect();
     let variables = domain.firmware.nvram.is_some().then_some(Path::new("/variables"));
-    let placement = Placement { ram: None, disks: &disks, variables, bridges };
+    let placement = Placement { ram: None, disks: &disks, variables, nics: mapping };
     match transform(&request.domain_xml, &placement, host) {
         Ok(made) => found.extend(made.findings),
         Err(error) => found.push(refused("domain XML", &error.to_string(), "report this")),
@@ -235,7 +237,7 @@ mod tests {
         let request =
             ProbeRequest { domain_uuid: UUID.to_owned(), domain_xml: xml.to_owned(), ..ProbeRequest::default() };
         let mut found = Vec::new();
-        check_guest(&request, uuid, &BTreeMap::new(), host, &mut found).unwrap();
+        check_guest(&request, uuid, &Mapping::default(), host, &mut found).unwrap();
         refusals(&found).map(|f| format!("{}: {}", f.subject, f.fact)).collect()
     }
 

@@ -506,10 +506,12 @@ fn location(source: &Element) -> String {
 fn interface(element: &Element) -> Interface {
     let at = |path: &str, name: &str| element.attribute_at(path, name).map(str::to_owned);
     let source = element.find("source");
-    let name =
-        source.and_then(|s| ["bridge", "network", "dev", "path", "name"].into_iter().find_map(|n| s.attribute(n)));
+    let kind = element.attribute("type").unwrap_or_default();
+    // One that runs in a network has its bridge, too.
+    let names = [if kind == "network" { "network" } else { "bridge" }, "network", "dev", "path", "name"];
+    let name = source.and_then(|s| names.into_iter().find_map(|n| s.attribute(n)));
     Interface {
-        kind: element.attribute("type").unwrap_or_default().to_owned(),
+        kind: kind.to_owned(),
         source: name.map(str::to_owned),
         mac: at("mac", "address"),
         model: at("model", "type"),

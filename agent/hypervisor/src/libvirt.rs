@@ -471,6 +471,27 @@ impl Domain {
         self.domain.set_autostart(on).map(drop).map_err(|e| self.failed("set the autostart of", &e))
     }
 
+    /// Limits what it takes of this host, now and at later starts: processor time in per cent of one processor (`percent`), its
+    /// weight against other guests, bytes of memory. `None`: as it is. libvirt does it with control groups and refuses without.
+    pub fn limit(&self, percent: Option<u64>, shares: Option<u64>, memory_bytes: Option<u64>) -> Result<(), Error> {
+        /// Microseconds over which processor time is counted.
+        const PERIOD_US: u64 = 100_000;
+        let where_to = virt_sys::VIR_DOMAIN_AFFECT_LIVE | virt_sys::VIR_DOMAIN_AFFECT_CONFIG;
+        if percent.is_some() || shares.is_some() {
+            let mut wanted = virt::domain::SchedulerInfo { cpu_shares: shares, ..Default::default() };
+            wanted.global_bw.period = percent.map(|_| PERIOD_US);
+            wanted.global_bw.quota = percent.and_then(|percent| i64::try_from(percent * (PERIOD_US / 100)).ok());
+            let set = self.domain.set_scheduler_parameters_flags(&wanted, where_to);
+            set.map_err(|e| self.failed("limit the processor time of", &e))?;
+        }
+        if let Some(bytes) = memory_bytes {
+            let wanted = virt::domain::MemoryParameters { hard_limit: Some(bytes >> 10), ..Default::default() };
+            let set = self.domain.set_memory_parameters(wanted, where_to);
+            set.map_err(|e| self.failed("limit the memory of", &e))?;
+        }
+        Ok(())
+    }
+
     /// Bytes of a disk as the guest sees it (`target`: vda).
     pub fn disk_bytes(&self, target: &str) -> Result<u64, Error> {
         no_nul("the disk's target", target)?;

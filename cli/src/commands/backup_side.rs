@@ -4,7 +4,7 @@ use std::io::Write;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use vmdr_proto::control::{
-    ActivateRequest, ActivationPlan, ActivationReport, DomainRequest, GivenUp, Point, StatusRequest,
+    ActivateRequest, ActivationPlan, ActivationReport, DomainRequest, GivenUp, Mapped, Point, StatusRequest,
 };
 
 use super::{Out, findings_table, refused};
@@ -109,7 +109,11 @@ pub async fn activate(common: &Common, out: Out, domain: &Domain, options: Activ
             let messages: String = outcome.lasting().map(|message| text::wrapped("", message)).collect();
             messages + &report_text(out, report)
         },
-    )
+    )?;
+    match text::one_line(&report.failed) {
+        failed if failed.is_empty() => Ok(()),
+        failed => Err(Failure::Failed(format!("{name} runs here, but {failed}"))),
+    }
 }
 
 fn plan_text(out: Out, plan: &ActivationPlan) -> String {
@@ -133,6 +137,7 @@ fn plan_text(out: Out, plan: &ActivationPlan) -> String {
             }
             None => text.push_str("  recovery point: none\n"),
         }
+        text.push_str(&mapping_text(&plan.mapping));
         for (number, step) in plan.steps.iter().enumerate() {
             text.push_str(&text::wrapped(&format!("  {}. ", number + 1), &text::one_line(step)));
         }
@@ -147,6 +152,34 @@ fn point_text(point: &Point) -> String {
             consistency => format!("{consistency}-consistent"),
         }
     })
+}
+
+/// What is somewhere else here.
+fn mapping_text(mapping: &[Mapped]) -> String {
+    let line = |mapped: &Mapped| {
+        let said = format!("{}: {} -> {}", mapped.device, mapped.from, mapped.to);
+        text::wrapped("  mapped:         ", &text::one_line(&said))
+    };
+    mapping.iter().map(line).collect()
+}
+
+/// What was done by the recovery plan.
+fn applied_text(out: Out, report: &ActivationReport) -> String {
+    let mut applied = mapping_text(&report.mapping);
+    for announced in &report.announced {
+        applied.push_str(&format!("  announced:      {}\n", text::one_line(announced)));
+    }
+    for hook in &report.hooks {
+        let how = if hook.error.is_empty() { "done".to_owned() } else { text::one_line(&hook.error) };
+        let said =
+            format!("{}: {} ({}): {how}", hook.stage, text::one_line(&hook.command), text::seconds(hook.seconds));
+        applied.push_str(&text::wrapped("  hook:           ", &said));
+    }
+    for warning in &report.warnings {
+        let label = "  warning:        ";
+        applied.push_str(&out.paint(Tone::Care, &text::wrapped(label, &text::one_line(warning))));
+    }
+    applied
 }
 
 /// What going back gives up, beside what the newest point has lost.
@@ -164,7 +197,9 @@ fn given_up_text(given_up: Option<&GivenUp>) -> String {
 fn report_text(out: Out, report: &ActivationReport) -> String {
     let name = text::one_line(&report.name);
     if report.was_active {
-        return format!("{}\n", out.paint(Tone::Good, &format!("{name} was running here already: nothing was done")));
+        let said =
+            format!("{}\n", out.paint(Tone::Good, &format!("{name} was running here already: nothing was done")));
+        return said + &applied_text(out, report);
     }
     let mut text = format!("{}\n", out.paint(Tone::Good, &format!("{name} runs here")));
     text.push_str(&format!(
@@ -177,7 +212,7 @@ fn report_text(out: Out, report: &ActivationReport) -> String {
     text.push_str(&format!("  lost:           {}\n", text::seconds(report.lost_seconds)));
     text.push_str(&given_up_text(report.given_up.as_ref()));
     text.push_str(&format!("  generation:     {}\n", report.generation));
-    text
+    text + &applied_text(out, report)
 }
 
 /// Asks, then deletes what is stored.

@@ -4,7 +4,7 @@ use std::io::{ErrorKind, Write};
 
 use vmdr_proto::control;
 
-use crate::args::{self, Cli, Command, Output, PointAction};
+use crate::args::{self, Cli, Command, Output, PlanAction, PointAction};
 use crate::failure::Failure;
 use crate::json;
 use crate::style::{Style, Tone};
@@ -14,6 +14,7 @@ mod backup_side;
 mod cold;
 mod history;
 mod ownership;
+mod plan;
 mod protected_side;
 mod status;
 mod verify;
@@ -74,6 +75,7 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
                 domain => cold::list(common, out, domain.as_ref(), from, key_file).await,
             }
         }
+        Command::Plan { action: PlanAction::Check { file, offline } } => plan::check(common, out, file, *offline).await,
         Command::Forget { domain, yes } => backup_side::forget(common, out, domain, *yes).await,
         Command::Completions { shell } => write_stdout(&args::completions(*shell)),
     }

@@ -173,6 +173,20 @@ fn hostdev() -> Finding {
     finding(Severity::Refused, "hostdev0", "a PCI device of the host", "detach it")
 }
 
+/// What the plan has for one of the domains.
+fn mapped(domain: &str) -> Vec<Mapped> {
+    let mapped = Mapped {
+        device: "NIC 52:54:00:12:34:56".into(),
+        from: "bridge br0".into(),
+        to: "bridge br-dmz, VLAN 120".into(),
+    };
+    if ["planned", "unhooked"].contains(&domain) { vec![mapped] } else { Vec::new() }
+}
+
+fn hook(stage: &str, error: &str) -> HookRun {
+    HookRun { stage: stage.into(), command: "/usr/local/sbin/tell web1".into(), seconds: 0.25, error: error.into() }
+}
+
 fn point(epoch: u64, newest: bool) -> Point {
     Point {
         id: format!("3-{epoch}"),
@@ -439,6 +453,7 @@ impl Receiver for Daemon {
             steps: vec!["stop receiving".into(), "restore the guest".into()],
             findings: vec![finding(Severity::Warning, "network", "bridge br1 has no uplink", "check it")],
             already_active: domain == "running",
+            mapping: mapped(&domain),
         };
         if domain == "bad" {
             plan.findings.push(hostdev());
@@ -455,6 +470,7 @@ impl Receiver for Daemon {
             self.asked("at", &wanted)?;
         }
         self.asked(if wait { "activate-and-wait" } else { "activate" }, &domain)?;
+        let planned = !mapped(&domain).is_empty();
         let report = ActivationReport {
             name: "web1".into(),
             uuid: UUID.into(),
@@ -464,10 +480,44 @@ impl Receiver for Daemon {
             lost_seconds: 12.7,
             was_active: domain == "running",
             generation: 4,
+            mapping: mapped(&domain),
+            hooks: if planned {
+                vec![hook("before", ""), hook("after", "it ended with exit status: 3")]
+            } else {
+                Vec::new()
+            },
+            announced: if planned { vec!["192.0.2.10 on br-dmz".into()] } else { Vec::new() },
+            warnings: if planned {
+                vec!["it is not limited as the plan says: no control groups".into()]
+            } else {
+                Vec::new()
+            },
+            failed: if domain == "unhooked" { "a hook failed".into() } else { String::new() },
         };
         let activation = (domain != "unreported").then_some(report);
         let last = Progress { step: "run".into(), activation, ..Progress::default() };
         Ok(stream(vec![progress("apply", 1, 2, "epochs", ""), progress("restore", 0, 0, "", ""), Ok(last)]))
+    }
+
+    async fn check_plan(&self, request: Request<CheckPlanRequest>) -> Result<Response<CheckPlanReply>, Status> {
+        let text = request.into_inner().text;
+        self.asked("check-plan", "")?;
+        let found = |severity: Severity, line, column, message: &str| PlanFinding {
+            severity: severity.into(),
+            line,
+            column,
+            message: message.into(),
+        };
+        let mut findings = vec![found(
+            Severity::Warning,
+            2,
+            16,
+            "web1 has 4096 MiB of memory, the limit is 2048 MiB: the rest will be swapped out",
+        )];
+        if text.contains("br-gone") {
+            findings.push(found(Severity::Refused, 5, 10, "bridge br-gone is not on this host"));
+        }
+        Ok(Response::new(CheckPlanReply { findings, domains: vec!["web1".into()] }))
     }
 
     async fn divergence(&self, request: Request<DivergenceRequest>) -> Result<Response<DivergenceReply>, Status> {

@@ -3,7 +3,6 @@
 //! A refusal is something that libvirt or QEMU would refuse here; a warning is something that the operator should know.
 //! Questions that libvirt cannot answer (it may be busy or restarting) are errors, not findings.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use uuid::Uuid;
@@ -15,23 +14,19 @@ use vmdr_proto::control::Finding;
 
 use super::findings::{refused, warning};
 use super::host::{CpuFit, Host};
+use super::mapping::Mapping;
 
 /// Subject of findings about this host's memory.
 pub const MEMORY: &str = "memory";
 
 /// Everything that this host lacks for a guest, and what will be different.
-pub fn check(
-    xml: &Element,
-    domain: &DomainXml,
-    bridges: &BTreeMap<String, String>,
-    host: &dyn Host,
-) -> Result<Vec<Finding>, Error> {
-    let mut found = Vec::new();
+pub fn check(xml: &Element, domain: &DomainXml, mapping: &Mapping, host: &dyn Host) -> Result<Vec<Finding>, Error> {
+    let mut found = mapping.trouble.clone();
     check_name(domain, host, &mut found)?;
     check_machine(domain, host, &mut found)?;
     check_memory(domain, host, &mut found);
     for interface in &domain.interfaces {
-        check_interface(interface, bridges, host, &mut found)?;
+        check_interface(interface, mapping, host, &mut found)?;
     }
     check_files(xml, host, &mut found);
     check_confinement(host, &mut found)?;
@@ -103,31 +98,44 @@ fn check_memory(domain: &DomainXml, host: &dyn Host, found: &mut Vec<Finding>) {
 
 fn check_interface(
     interface: &Interface,
-    bridges: &BTreeMap<String, String>,
+    mapping: &Mapping,
     host: &dyn Host,
     found: &mut Vec<Finding>,
 ) -> Result<(), Error> {
-    let Some(source) = &interface.source else { return Ok(()) };
+    let placed = mapping.place_interface(interface);
+    let (source, local) = (interface.source.as_deref().unwrap_or_default(), placed.source.as_str());
+    if local.is_empty() {
+        return Ok(());
+    }
     let subject = format!("interface {}", interface.mac.as_deref().unwrap_or(source));
-    match interface.kind.as_str() {
+    let said = placed.said.map(|place| format!(" ({}:{place})", mapping.file)).unwrap_or_default();
+    match placed.kind.as_str() {
         "bridge" => {
-            let local = bridges.get(source).unwrap_or(source);
             if !host.has_interface(local) {
-                let named = if local == source { String::new() } else { format!(" (here called {local})") };
-                found.push(refused(
-                    &subject,
-                    &format!("its bridge {source}{named} is not on this host"),
-                    &format!("create {local} here, or map it in receiver.toml: [bridges] \"{source}\" = \"LOCAL\""),
-                ));
+                let (fact, remedy) = if said.is_empty() {
+                    let named = if local == source { String::new() } else { format!(" (here called {local})") };
+                    let map = format!("or map it in receiver.toml: [bridges] \"{source}\" = \"LOCAL\"");
+                    (format!("its bridge {source}{named} is not on this host"), map)
+                } else {
+                    (
+                        format!("the bridge {local} of the recovery plan{said} is not on this host"),
+                        "or mend the plan".to_owned(),
+                    )
+                };
+                found.push(refused(&subject, &fact, &format!("create {local} here, {remedy}")));
+            } else if placed.vlan.is_some()
+                && let Some(why) = host.vlan_trouble(local)?
+            {
+                found.push(refused(&subject, &format!("{why}{said}"), "or mend the recovery plan"));
             }
         }
         "network" => {
-            let (fact, remedy) = match host.network(source)? {
+            let (fact, remedy) = match host.network(local)? {
                 NetworkState::Active => return Ok(()),
-                NetworkState::Inactive => ("is not started", format!("`virsh net-start {source}` and net-autostart")),
-                NetworkState::Missing => ("is not on this host", format!("define a network {source} here")),
+                NetworkState::Inactive => ("is not started", format!("`virsh net-start {local}` and net-autostart")),
+                NetworkState::Missing => ("is not on this host", format!("define a network {local} here")),
             };
-            found.push(refused(&subject, &format!("its libvirt network {source} {fact}"), &remedy));
+            found.push(refused(&subject, &format!("its libvirt network {local} {fact}{said}"), &remedy));
         }
         "direct" if !host.has_interface(source) => found.push(refused(
             &subject,

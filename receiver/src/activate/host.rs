@@ -14,6 +14,8 @@ use vmdr_hypervisor::xml::Element;
 
 /// Where libvirt keeps what its QEMUs say.
 const QEMU_LOGS: &str = "/var/log/libvirt/qemu";
+/// The first version that puts ports of a Linux bridge into VLANs.
+const LIBVIRT_VLAN: u32 = 11;
 /// As much of a log as is looked at: a command line and some complaints.
 const LOG_BYTES_MAX: u64 = 64 << 10;
 
@@ -49,6 +51,8 @@ pub trait Host: Send + Sync {
     fn memory_available_bytes(&self) -> Option<u64>;
     /// The state of a libvirt network.
     fn network(&self, name: &str) -> Result<NetworkState, Error>;
+    /// Why a port of a bridge that is here cannot be put into a VLAN, with what to do; `None`: it can.
+    fn vlan_trouble(&self, bridge: &str) -> Result<Option<String>, Error>;
     /// `<capabilities>`.
     fn capabilities(&self) -> Result<Element, Error>;
     /// `<domainCapabilities>`; an unknown machine type is an error with libvirt's words.
@@ -131,6 +135,23 @@ impl Host for LocalHost {
 
     fn network(&self, name: &str) -> Result<NetworkState, Error> {
         self.connection.network_state(name)
+    }
+
+    fn vlan_trouble(&self, bridge: &str) -> Result<Option<String>, Error> {
+        let filtering = match std::fs::read_to_string(format!("/sys/class/net/{bridge}/bridge/vlan_filtering")) {
+            Ok(text) => text.trim() == "1",
+            // No bridge of the kernel's: Open vSwitch has ports in VLANs since ever.
+            Err(_) => return Ok(None),
+        };
+        let version = self.connection.libvirt_version()?;
+        if version.major < LIBVIRT_VLAN {
+            let what = "puts ports of a Linux bridge into VLANs";
+            return Ok(Some(format!(
+                "libvirt {LIBVIRT_VLAN} or later {what}, this is {version}: map it to a bridge of the VLAN"
+            )));
+        }
+        let remedy = format!("`ip link set {bridge} type bridge vlan_filtering 1`");
+        Ok((!filtering).then(|| format!("bridge {bridge} does not tell VLANs apart: {remedy}")))
     }
 
     fn capabilities(&self) -> Result<Element, Error> {

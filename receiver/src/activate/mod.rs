@@ -9,13 +9,14 @@
 //! An older recovery point is activated in the same way; [`content`] has what is different.
 //!
 //! [`plan`] decides, [`run`] does, [`record`] is what survives; [`xml`] and [`save_image`] are the formats, [`checks`] the
-//! questions to the host, which preflight asks as well; [`thaw`] comes after it.
+//! questions to the host, which preflight asks as well; [`thaw`] comes after it. [`mapping`] is how its NICs map onto this site.
 
 pub mod checks;
 pub mod content;
 pub mod files;
 pub mod findings;
 pub mod host;
+pub mod mapping;
 pub mod memory;
 pub mod plan;
 pub mod qcow2;
@@ -25,7 +26,6 @@ pub mod save_image;
 pub mod thaw;
 pub mod xml;
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// What the receiver's configuration says about activation.
@@ -33,8 +33,8 @@ use std::path::PathBuf;
 pub struct Settings {
     /// The receiver's state directory: QEMU's user is let through from here on.
     pub state_directory: PathBuf,
-    /// Bridges that have another name here.
-    pub bridges: BTreeMap<String, String>,
+    /// How its NICs map onto this site.
+    pub mapping: mapping::Mapping,
 }
 
 /// Why a guest was not activated. The recovery point is as it was, whatever the error.

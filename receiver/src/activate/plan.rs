@@ -72,10 +72,10 @@ pub fn make(
         ram,
         disks: &disks,
         variables: variables.as_ref().map(|(_, file)| file.as_path()),
-        bridges: &settings.bridges,
+        nics: &settings.mapping,
     };
     let mut transformed = xml::transform(&point.domain_xml, &placement, host)?;
-    let mut found = checks::check(&element, &domain, &settings.bridges, host)?;
+    let mut found = checks::check(&element, &domain, &settings.mapping, host)?;
     found.append(&mut transformed.findings);
     if let Some(closed) = files::closed_above(&settings.state_directory)? {
         let closed = closed.display();

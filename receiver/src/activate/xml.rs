@@ -2,7 +2,7 @@
 //!
 //! The guest must find exactly the devices it had: nothing that it can see is changed. What changes is behind the
 //! devices: disks become overlays over the standby's images, UEFI variables a file of the activation's own, main memory
-//! becomes a private mapping of the RAM image, bridges get their local names, and what belonged to the old host (labels,
+//! becomes a private mapping of the RAM image, NICs go where they are here, and what belonged to the old host (labels,
 //! CPU pinning, memory placement, huge pages) goes.
 //!
 //! Two definitions come out. The one to restore from has the RAM image on QEMU's command line; the persistent one does
@@ -10,7 +10,6 @@
 //!
 //! The same input gives the same output; the host is asked through [`Host`] only.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
@@ -20,6 +19,7 @@ use vmdr_proto::control::Finding;
 
 use super::findings;
 use super::host::Host;
+use super::mapping::{Mapping, source_of};
 
 /// Name of the memory backend that maps the RAM image, and of the RAM block that QEMU makes of it.
 pub const RAM_BACKEND: &str = "vmdr-ram";
@@ -34,8 +34,8 @@ pub struct Placement<'a> {
     pub disks: &'a [PlacedDisk],
     /// The file with the UEFI variables, for a guest that has any.
     pub variables: Option<&'a Path>,
-    /// Bridges that have another name here: source name to local name.
-    pub bridges: &'a BTreeMap<String, String>,
+    /// Where its NICs are here.
+    pub nics: &'a Mapping,
 }
 
 /// Where a disk is here.
@@ -88,7 +88,7 @@ pub fn transform(source: &str, placement: &Placement<'_>, host: &dyn Host) -> Re
     for device in root.find_all_mut("devices").into_iter().flat_map(Element::elements_mut) {
         match device.name.as_str() {
             "disk" => place_disk(device, placement, host, &mut findings)?,
-            "interface" => map_bridge(device, placement.bridges),
+            "interface" => place_nic(device, placement.nics),
             "graphics" => listen_here(device, host, &mut findings),
             _ => {}
         }
@@ -216,14 +216,27 @@ fn place_variables(root: &mut Element, file: &Path) -> Result<(), TransformError
     Ok(())
 }
 
-fn map_bridge(interface: &mut Element, bridges: &BTreeMap<String, String>) {
-    if interface.attribute("type") != Some("bridge") {
+/// Model, address and MAC stay: the guest sees the NIC it had. Where the plan has placed it, it says all about the port.
+fn place_nic(interface: &mut Element, mapping: &Mapping) {
+    let kind = interface.attribute("type").unwrap_or_default().to_owned();
+    let mac = interface.attribute_at("mac", "address").map(str::to_owned);
+    let placed = mapping.place(&kind, mac.as_deref(), source_of(interface).unwrap_or_default());
+    if placed.said.is_none() {
+        if kind == "bridge" && !placed.source.is_empty() {
+            interface.find_all_mut("source").into_iter().for_each(|s| s.set_attribute("bridge", placed.source.clone()));
+        }
         return;
     }
-    for source in interface.find_all_mut("source") {
-        if let Some(local) = source.attribute("bridge").and_then(|b| bridges.get(b)) {
-            source.set_attribute("bridge", local.clone());
-        }
+    if placed.kind != kind {
+        // Of another kind of port: the profile of a switch, the device of a macvtap.
+        interface.remove_where(|e| matches!(e.name.as_str(), "virtualport" | "target"));
+        interface.set_attribute("type", placed.kind.clone());
+    }
+    interface.remove_where(|e| matches!(e.name.as_str(), "source" | "vlan"));
+    interface.push(Element::new("source").with_attribute(&placed.kind, placed.source.clone()));
+    if let Some(vlan) = placed.vlan {
+        let tag = Element::new("tag").with_attribute("id", vlan.to_string());
+        interface.push(Element::new("vlan").with_child(tag));
     }
 }
 

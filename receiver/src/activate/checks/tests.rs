@@ -10,8 +10,8 @@ const RICH: &str = include_str!("../testdata/rich.xml");
 fn run(xml: &str, host: &FakeHost) -> Vec<Finding> {
     let element = Element::parse(xml).unwrap();
     let domain = DomainXml::from_element(&element).unwrap();
-    let bridges = BTreeMap::from([("vmbr0".to_owned(), "br-dr".to_owned())]);
-    check(&element, &domain, &bridges, host).unwrap()
+    let mapping = Mapping::from(BTreeMap::from([("vmbr0".to_owned(), "br-dr".to_owned())]));
+    check(&element, &domain, &mapping, host).unwrap()
 }
 
 fn host_for_q35() -> FakeHost {
@@ -114,4 +114,25 @@ fn owner_of_qemu() {
     assert_eq!(demanded_owner(&Element::parse(&label("0:+7")).unwrap()), Some((0, 7)));
     assert_eq!(demanded_owner(&Element::parse(&label("qemu:kvm")).unwrap()), None);
     assert_eq!(demanded_owner(&Element::parse(RICH).unwrap()), None);
+}
+
+#[test]
+fn what_the_recovery_plan_names_is_refused_by_its_place() {
+    let check_plan = |text: &str, host: &FakeHost| {
+        let element = Element::parse(Q35).unwrap();
+        let domain = DomainXml::from_element(&element).unwrap();
+        let plan = vmdr_plan::Plan::parse(text).unwrap().domain("proof", "").clone();
+        let mapping = Mapping { plan: Some(plan), file: "plan.toml".to_owned(), ..Mapping::default() };
+        let found = check(&element, &domain, &mapping, host).unwrap();
+        refusals(&found).map(|f| f.fact.clone()).collect::<Vec<_>>()
+    };
+    let to = |target: &str| format!("[[domain.proof.nic]]\nsource = \"vmbr0\"\n{target}\n");
+    let host = host_for_q35();
+    assert_eq!(check_plan(&to("bridge = \"br-dr\"\nvlan = 7"), &host), [] as [&str; 0]);
+    let gone = check_plan(&to("bridge = \"br-gone\""), &host);
+    assert!(gone.len() == 1 && gone[0].contains("br-gone") && gone[0].contains("(plan.toml:3:10)"), "{gone:?}");
+    let gone = check_plan(&to("network = \"dr\""), &host);
+    assert!(gone.len() == 1 && gone[0].contains("network dr is not on this host (plan.toml:3:11)"), "{gone:?}");
+    let flat = FakeHost { vlans: false, ..host_for_q35() };
+    assert!(check_plan(&to("bridge = \"br-dr\"\nvlan = 7"), &flat)[0].contains("VLANs"));
 }

@@ -43,6 +43,7 @@ pub struct Libvirt {
 pub struct FakeHost {
     pub files: BTreeSet<PathBuf>,
     pub interfaces: BTreeSet<String>,
+    pub vlans: bool,
     pub addresses: BTreeSet<IpAddr>,
     pub networks: BTreeMap<String, NetworkState>,
     pub memory_available_bytes: Option<u64>,
@@ -63,6 +64,7 @@ impl Default for FakeHost {
         FakeHost {
             files: BTreeSet::new(),
             interfaces: BTreeSet::new(),
+            vlans: true,
             addresses: BTreeSet::from([IpAddr::from([127, 0, 0, 1])]),
             networks: BTreeMap::new(),
             memory_available_bytes: Some(64 << 30),
@@ -136,6 +138,9 @@ impl Host for FakeHost {
     }
     fn network(&self, name: &str) -> Result<NetworkState, Error> {
         Ok(self.networks.get(name).copied().unwrap_or(NetworkState::Missing))
+    }
+    fn vlan_trouble(&self, bridge: &str) -> Result<Option<String>, Error> {
+        Ok((!self.vlans).then(|| format!("bridge {bridge} does not tell VLANs apart")))
     }
     fn capabilities(&self) -> Result<Element, Error> {
         Ok(Element::parse(&self.capabilities)?)

@@ -98,7 +98,7 @@ fn fixture() -> Fixture {
         ..FakeHost::default()
     };
     let settings =
-        Settings { state_directory: top, bridges: BTreeMap::from([("vmbr0".to_owned(), "br-dr".to_owned())]) };
+        Settings { state_directory: top, mapping: BTreeMap::from([("vmbr0".to_owned(), "br-dr".to_owned())]).into() };
     let (generation, raised) = (Mutex::new(1), Mutex::default());
     Fixture { standby: FakeStandby { directory: domain, generation, raised, point }, host, settings, parent: directory }
 }

@@ -23,9 +23,9 @@ fn host(files: &[&str]) -> FakeHost {
 
 fn make(xml: &str, targets: &[&str], ram: Option<(&str, u64)>, host: &FakeHost) -> Transformed {
     let disks = placed(targets);
-    let bridges = BTreeMap::from([("br0".to_owned(), "br-dr".to_owned())]);
+    let nics = Mapping::from(BTreeMap::from([("br0".to_owned(), "br-dr".to_owned())]));
     let ram = ram.map(|(path, bytes)| (Path::new(path), bytes));
-    transform(xml, &Placement { ram, disks: &disks, variables: None, bridges: &bridges }, host).unwrap()
+    transform(xml, &Placement { ram, disks: &disks, variables: None, nics: &nics }, host).unwrap()
 }
 
 fn disk<'a>(root: &'a Element, target: &str) -> &'a Element {
@@ -204,13 +204,13 @@ fn memory_that_is_carried_needs_no_huge_pages_until_the_guest_is_started_anew() 
 
 #[test]
 fn uefi_variables_are_a_file_of_the_activation() {
-    let bridges = BTreeMap::new();
+    let nics = Mapping::default();
     let variables = Some(Path::new("/s/active/attempt-1/variables.fd"));
     let disks = placed(&["vda", "sdb"]);
     let in_source =
         RICH.replace("format='raw'>/var/lib/libvirt/qemu/nvram/rich_VARS.fd<", "type='file'><source file='/v'/><");
     for xml in [RICH, &in_source] {
-        let placement = Placement { ram: None, disks: &disks, variables, bridges: &bridges };
+        let placement = Placement { ram: None, disks: &disks, variables, nics: &nics };
         let made = transform(xml, &placement, &host(&[])).unwrap();
         for root in [&made.restore, &made.persistent] {
             assert_eq!(root.text_at("os/nvram").as_deref(), Some("/s/active/attempt-1/variables.fd"));
@@ -223,8 +223,63 @@ fn uefi_variables_are_a_file_of_the_activation() {
 
 #[test]
 fn what_is_no_definition_is_refused() {
-    let placement = Placement { ram: None, disks: &[], variables: None, bridges: &BTreeMap::new() };
+    let placement = Placement { ram: None, disks: &[], variables: None, nics: &Mapping::default() };
     for xml in ["", "<domain", "<network/>", "<domain type='kvm'><name>x</name></domain>"] {
         assert!(matches!(transform(xml, &placement, &host(&[])), Err(TransformError::Read(_))), "{xml:?}");
     }
+}
+
+#[test]
+fn a_nic_goes_where_the_recovery_plan_says_and_stays_what_it_is() {
+    let plan = "[[domain.proof.nic]]\nmac = \"52:54:00:aa:bb:01\"\nbridge = \"br-dmz\"\nvlan = 120\n\
+                [[domain.proof.nic]]\nsource = \"lan\"\nnetwork = \"dr\"\n[[domain.proof.nic]]\nsource = \"eth0\"\nbridge = \"br-dr\"\n";
+    let plan = vmdr_plan::Plan::parse(plan).unwrap().domain("proof", "").clone();
+    let bridges = BTreeMap::from([("vmbr0".to_owned(), "br-old".to_owned())]);
+    let nics = Mapping { plan: Some(plan), ..Mapping::from(bridges) };
+    let more = "<interface type='network'><mac address='52:54:00:00:00:01'/><source network='lan' portgroup='a' bridge='virbr0'/>\
+                <vlan><tag id='5'/></vlan><model type='virtio'/></interface>\
+                <interface type='direct'><mac address='52:54:00:00:00:02'/><source dev='eth0' mode='bridge'/><target dev='macvtap0'/>\
+                <virtualport type='802.1Qbg'/><model type='e1000'/></interface>\
+                <interface type='bridge'><mac address='52:54:00:00:00:03'/><source bridge='vmbr0'/><vlan><tag id='6'/></vlan></interface>\
+                <interface type='user'><mac address='52:54:00:00:00:04'/></interface><controller type='virtio-serial'";
+    let xml = Q35.replacen("<controller type='virtio-serial'", more, 1);
+    let disks = placed(&["vda"]);
+    let made =
+        transform(&xml, &Placement { ram: None, disks: &disks, variables: None, nics: &nics }, &host(&[])).unwrap();
+    let (gone, new) = difference(&Element::parse(&xml).unwrap(), &made.persistent);
+    let of_nics = |lines: Vec<String>| -> Vec<String> {
+        lines
+            .into_iter()
+            .filter_map(|l| Some(l.strip_prefix("/domain/devices/interface")?.trim_end().to_owned()))
+            .collect()
+    };
+    let same = |mut a: Vec<String>, mut b: Vec<String>| {
+        a.sort();
+        b.sort();
+        assert_eq!(a, b);
+    };
+    let lines = |lines: &[&str]| lines.iter().map(|line| (*line).to_owned()).collect::<Vec<_>>();
+    same(
+        of_nics(gone),
+        lines(&[
+            r#" [("type", "direct")]"#,
+            r#"/source [("network", "lan"), ("portgroup", "a"), ("bridge", "virbr0")]"#,
+            r#"/source [("dev", "eth0"), ("mode", "bridge")]"#,
+            r#"/source [("bridge", "vmbr0")]"#,
+            r#"/source [("bridge", "vmbr0")]"#,
+            r#"/target [("dev", "macvtap0")]"#,
+            r#"/virtualport [("type", "802.1Qbg")]"#,
+            r#"/vlan/tag [("id", "5")]"#,
+        ]),
+    );
+    same(
+        of_nics(new),
+        lines(&[
+            r#"/source [("bridge", "br-dmz")]"#,
+            r#"/source [("network", "dr")]"#,
+            r#"/source [("bridge", "br-dr")]"#,
+            r#"/source [("bridge", "br-old")]"#,
+            r#"/vlan/tag [("id", "120")]"#,
+        ]),
+    );
 }

@@ -1,0 +1,222 @@
+//! The recovery plan around an activation: hooks before; after the resume announcement, limits and hooks.
+//!
+//! What is done after is noted in a file beside the activation's record before the guest is started, so that an activation that was
+//! interrupted in between, and is run again, does it all the same. Hooks may therefore run twice.
+
+use std::path::PathBuf;
+
+use uuid::Uuid;
+use vmdr_daemon::durable;
+use vmdr_hypervisor::domain_xml::DomainXml;
+use vmdr_hypervisor::xml::Element;
+use vmdr_plan::Limits;
+use vmdr_proto::control::{HookRun, Mapped};
+
+use super::{announce, hooks};
+use crate::activate::host::LocalHost;
+use crate::activate::mapping::{Mapping, source_of};
+use crate::activate::record::{ActiveDirectory, Step};
+
+/// There while an activation is under way of which something is left to be done when the guest runs.
+const PENDING: &str = "after-pending";
+
+/// A plan that is applied to one domain.
+pub struct Applied<'a> {
+    /// The domain.
+    pub uuid: Uuid,
+    /// Its name.
+    pub name: &'a str,
+    /// How it maps.
+    pub mapping: &'a Mapping,
+    /// The definition that it had at the protected host.
+    pub original: Element,
+    /// Where its activation is recorded.
+    pub active: ActiveDirectory,
+}
+
+/// What was done.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// Hooks in the order in which they ran.
+    pub hooks: Vec<HookRun>,
+    /// Addresses and bridges.
+    pub announced: Vec<String>,
+    /// What did not work and did not end anything.
+    pub warnings: Vec<String>,
+    /// A hook that was to end the activation.
+    pub failed: Option<String>,
+}
+
+impl Applied<'_> {
+    /// What is somewhere else here.
+    pub fn list(&self) -> Vec<Mapped> {
+        DomainXml::from_element(&self.original).map(|domain| self.mapping.list(&domain)).unwrap_or_default()
+    }
+
+    fn environment(&self, point: &str, generation: Option<u64>) -> Vec<(&'static str, String)> {
+        let nics = self.original.find_all("devices/interface");
+        let nics = nics.into_iter().map(|nic| {
+            let mac = nic.attribute_at("mac", "address").unwrap_or_default();
+            let source = source_of(nic);
+            let kind = nic.attribute("type").unwrap_or_default();
+            let placed = self.mapping.place(kind, Some(mac), source.unwrap_or_default());
+            let vlan = placed.vlan.map(|vlan| vlan.to_string()).unwrap_or_default();
+            let said = self.mapping.plan.as_ref().and_then(|plan| plan.nic(Some(mac), source));
+            let addresses = said.map(|said| said.addresses.as_slice()).unwrap_or_default();
+            let addresses: Vec<String> = addresses.iter().map(|at| at.value.to_string()).collect();
+            (
+                mac.to_owned(),
+                format!("{mac},{},{},{vlan},{}", placed.kind, placed.source, addresses.join("+")),
+                addresses,
+            )
+        });
+        let nics: Vec<(String, String, Vec<String>)> = nics.collect();
+        let all = |words: Vec<String>| words.join(" ");
+        let mut environment = vec![
+            ("VMDR_DOMAIN", self.name.to_owned()),
+            ("VMDR_UUID", self.uuid.to_string()),
+            ("VMDR_POINT", point.to_owned()),
+            ("VMDR_PLAN", self.mapping.file.clone()),
+            ("VMDR_NICS", all(nics.iter().map(|(_, nic, _)| nic.clone()).collect())),
+            ("VMDR_MACS", all(nics.iter().map(|(mac, ..)| mac.clone()).collect())),
+            ("VMDR_ADDRESSES", all(nics.into_iter().flat_map(|(.., addresses)| addresses).collect())),
+        ];
+        environment.extend(generation.map(|generation| ("VMDR_GENERATION", generation.to_string())));
+        environment
+    }
+
+    /// Runs the hooks that come before. Nothing is changed yet when they run.
+    pub fn before(&self, point: &str, progress: &mut dyn FnMut(&str)) -> Outcome {
+        let Some(plan) = &self.mapping.plan else { return Outcome::default() };
+        let (hooks, failed) = hooks::run("before", &plan.before, &self.environment(point, None), progress);
+        Outcome { hooks, failed, ..Outcome::default() }
+    }
+
+    fn pending(&self) -> PathBuf {
+        self.active.path().join(PENDING)
+    }
+
+    /// Notes that [`Applied::after`] has to be done.
+    pub fn note(&self) -> std::io::Result<()> {
+        if self.mapping.plan.is_none() {
+            return Ok(());
+        }
+        durable::write(&self.pending(), b"")
+    }
+
+    /// Whether that was noted and not done.
+    pub fn is_noted(&self) -> bool {
+        self.pending().exists()
+    }
+
+    /// Takes the note back after an activation that has ended without a guest, unless libvirt may still be at work.
+    pub fn failed(&self) {
+        if !matches!(self.active.read(self.uuid), Ok(Some(record)) if matches!(record.step, Step::Restoring { .. }))
+            && let Err(error) = durable::remove(&self.pending())
+        {
+            tracing::warn!(domain = self.name, %error, "take the note back that hooks are to be run");
+        }
+    }
+
+    /// What comes after the guest's resume. Nothing here takes the guest back: what fails is told.
+    pub fn after(
+        &self,
+        uri: &str,
+        host: &LocalHost,
+        point: &str,
+        generation: u64,
+        progress: &mut dyn FnMut(&str),
+    ) -> Outcome {
+        let mut outcome = Outcome::default();
+        let Some(plan) = &self.mapping.plan else { return outcome };
+        let domain = host.connection().domain_by_uuid(&self.uuid);
+        match domain.as_ref().map_err(ToString::to_string).and_then(|d| d.live_xml().map_err(|e| e.to_string())) {
+            Ok(live) => {
+                let of = announce::collect(&self.original, &live, self.mapping);
+                (outcome.announced, outcome.warnings) = announce::begin(uri, self.uuid, self.name, of);
+            }
+            Err(error) => outcome.warnings.push(format!("its addresses were not announced: {error}")),
+        }
+        if !plan.limits.is_empty()
+            && let Ok(domain) = &domain
+        {
+            let Limits { cpu_percent, cpu_shares, memory_bytes } = &plan.limits;
+            let value = |at: &Option<vmdr_plan::At<u64>>| at.as_ref().map(|at| at.value);
+            if let Err(error) = domain.limit(value(cpu_percent), value(cpu_shares), value(memory_bytes)) {
+                outcome.warnings.push(format!("it is not limited as the plan says: {error}"));
+            }
+        }
+        let environment = self.environment(point, Some(generation));
+        (outcome.hooks, outcome.failed) = hooks::run("after", &plan.after, &environment, progress);
+        if let Err(error) = durable::remove(&self.pending()) {
+            outcome.warnings.push(format!("the hooks may run again: remove {}: {error}", self.pending().display()));
+        }
+        for warning in &outcome.warnings {
+            tracing::warn!(domain = self.name, "{warning}");
+        }
+        outcome
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::activate::record::PointId;
+    use vmdr_plan::Plan;
+
+    #[test]
+    fn what_is_left_to_be_done_is_noted_until_nothing_can_come_of_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let uuid = Uuid::from_u128(7);
+        let plan = Plan::parse("").unwrap().domain("web1", "").clone();
+        let original = Element::new("domain");
+        let applied = |mapping| Applied {
+            uuid,
+            name: "web1",
+            mapping,
+            original: original.clone(),
+            active: ActiveDirectory::of(directory.path()),
+        };
+        let none = Mapping::default();
+        applied(&none).note().unwrap();
+        assert!(!applied(&none).is_noted(), "without a plan there is nothing to be done");
+        let mapping = Mapping { plan: Some(plan), ..Mapping::default() };
+        let applied = applied(&mapping);
+        applied.note().unwrap();
+        assert!(applied.is_noted());
+        // libvirt may be starting it all the same.
+        let point = PointId { generation: 1, epoch: 1, cut_unix_ns: 1 };
+        let step = Step::Restoring { generation: 2, point, attempt: 1, overlays: Vec::new() };
+        applied.active.write(uuid, "web1", &step).unwrap();
+        applied.failed();
+        assert!(applied.is_noted());
+        applied.active.write(uuid, "web1", &Step::Fenced { generation: 2, point, attempt: 1 }).unwrap();
+        applied.failed();
+        assert!(!applied.is_noted());
+    }
+
+    #[test]
+    fn the_environment_says_where_each_nic_is() {
+        let plan = "[[domain.web1.nic]]\nmac = \"52:54:00:00:00:01\"\nbridge = \"br-dmz\"\nvlan = 7\n\
+                    addresses = [\"192.0.2.10/24\", \"2001:db8::10/64\"]\n[[defaults.nic]]\nsource = \"lan\"\nnetwork = \"dr\"\n";
+        let plan = Plan::parse(plan).unwrap().domain("web1", "").clone();
+        let mapping = Mapping { plan: Some(plan), file: "/etc/vmdr/plan.toml".to_owned(), ..Mapping::default() };
+        let nics = "<domain><devices><interface type='bridge'><mac address='52:54:00:00:00:01'/><source bridge='br0'/></interface>\
+                    <interface type='network'><mac address='52:54:00:00:00:02'/><source network='lan' bridge='virbr0'/></interface>\
+                    </devices></domain>";
+        let applied = Applied {
+            uuid: Uuid::from_u128(7),
+            name: "web1",
+            mapping: &mapping,
+            original: Element::parse(nics).unwrap(),
+            active: ActiveDirectory::of(std::path::Path::new("/nonexistent")),
+        };
+        let environment = applied.environment("1-5", Some(2));
+        let of = |name: &str| environment.iter().find(|(n, _)| *n == name).map(|(_, value)| value.as_str());
+        assert_eq!(of("VMDR_ADDRESSES"), Some("192.0.2.10/24 2001:db8::10/64"));
+        assert_eq!(of("VMDR_MACS"), Some("52:54:00:00:00:01 52:54:00:00:00:02"));
+        let nics = "52:54:00:00:00:01,bridge,br-dmz,7,192.0.2.10/24+2001:db8::10/64 52:54:00:00:00:02,network,dr,,";
+        assert_eq!((of("VMDR_NICS"), of("VMDR_GENERATION"), of("VMDR_POINT")), (Some(nics), Some("2"), Some("1-5")));
+        assert!(applied.environment("1-5", None).iter().all(|(name, _)| *name != "VMDR_GENERATION"));
+    }
+}
