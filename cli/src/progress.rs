@@ -6,7 +6,7 @@
 use std::io::{IsTerminal, Write};
 
 use tonic::Streaming;
-use vmdr_proto::control::{ActivationReport, MoveReport, Progress, VerifyReport};
+use vmdr_proto::control::{ActivationReport, DrillReport, MoveReport, Progress, VerifyReport};
 
 use crate::client::Daemon;
 use crate::failure::Failure;
@@ -26,6 +26,8 @@ pub struct Outcome {
     pub moved: Option<MoveReport>,
     /// The last message of a verification carries it.
     pub verification: Option<VerifyReport>,
+    /// The last message of a drill carries it.
+    pub drill: Option<DrillReport>,
 }
 
 impl Outcome {
@@ -54,6 +56,9 @@ pub async fn follow(daemon: Daemon, request: &str, mut stream: Streaming<Progres
                 }
                 if progress.verification.is_some() {
                     outcome.verification = progress.verification;
+                }
+                if progress.drill.is_some() {
+                    outcome.drill = progress.drill;
                 }
                 if progress.activation.is_some() {
                     outcome.report = progress.activation;

@@ -8,12 +8,14 @@
 //! - [`takeover`]: a guest that its owner hands over; [`reverse`]: a standby made of a former owner's disks.
 //! - [`control`]: the `vmdr` command's requests.
 //! - [`verify`]: points are read again in the background.
+//! - [`drill`]: an activation rehearsed on a copy, cut off from everything.
 //! - [`daemon`]: all of it together; [`config`], [`metrics`], [`stats`].
 
 pub mod activate;
 pub mod config;
 pub mod control;
 pub mod daemon;
+pub mod drill;
 pub mod hashes;
 pub mod history;
 pub mod metrics;
