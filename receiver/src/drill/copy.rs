@@ -35,6 +35,9 @@ pub struct Cost {
 /// Asked before so many bytes are written: waits for its turn, or says why not.
 pub type Pace<'a> = dyn FnMut(u64) -> Result<(), DrillError> + 'a;
 
+/// Makes a new file share all blocks of another; false: the file system cannot.
+pub type Clone = fn(&File, &File) -> io::Result<bool>;
+
 /// The bytes that copying would write, at most, with and without clones.
 pub fn estimate(reader: &PointReader, standby: &RecoveryPoint) -> Result<(u64, u64), DrillError> {
     let (mut cloned, mut copied) = (0, 0);
@@ -48,23 +51,23 @@ pub fn estimate(reader: &PointReader, standby: &RecoveryPoint) -> Result<(u64, u
 }
 
 /// Whether files in `directory` can share blocks with `image`.
-pub fn can_clone(image: &Path, directory: &Path) -> Result<bool, DrillError> {
+pub fn can_clone(image: &Path, directory: &Path) -> Result<Option<Clone>, DrillError> {
     let trial = directory.join("clone");
     let (to, from) = (
         create(&trial)?,
         match File::open(image) {
             Ok(from) => from,
             // Nothing there, nothing to be shared.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(DrillError::io("open", image)(e)),
         },
     );
-    let cloned = clone(&to, &from).map_err(DrillError::io("clone", image));
+    let cloned = reflink(&to, &from).map_err(DrillError::io("clone", image));
     fs::remove_file(&trial).map_err(DrillError::io("remove", &trial))?;
-    cloned
+    Ok(cloned?.then_some(reflink))
 }
 
-fn clone(to: &File, from: &File) -> io::Result<bool> {
+fn reflink(to: &File, from: &File) -> io::Result<bool> {
     match rustix::fs::ioctl_ficlone(to, from) {
         Ok(()) => Ok(true),
         Err(Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY | Errno::NOSYS) => Ok(false),
@@ -87,7 +90,7 @@ fn images(reader: &PointReader, point: &RecoveryPoint) -> Vec<(Array, PathBuf)> 
 pub fn copy(
     reader: &Arc<PointReader>,
     directory: &Path,
-    clones: bool,
+    clone: Option<Clone>,
     pace: &mut Pace<'_>,
 ) -> Result<(RecoveryPoint, Cost), DrillError> {
     let standby = Arc::clone(reader).recovery_point();
@@ -103,7 +106,7 @@ pub fn copy(
             // Targets come from outside.
             _ => directory.join("disk").join(format!("{}.raw", paths.len())),
         };
-        image(reader, array, &from, &path, clones, pace, &mut cost)?;
+        image(reader, array, &from, &path, clone, pace, &mut cost)?;
         paths.push(path);
     }
     let mut paths = paths.into_iter();
@@ -122,14 +125,14 @@ fn image(
     array: Array,
     from: &Path,
     path: &Path,
-    clones: bool,
+    clone: Option<Clone>,
     pace: &mut Pace<'_>,
     cost: &mut Cost,
 ) -> Result<(), DrillError> {
     let to = create(path)?;
     let length = reader.length(array);
-    let cloned = match File::open(from) {
-        Ok(from_file) if clones => clone(&to, &from_file).map_err(DrillError::io("clone", from))?,
+    let cloned = match (clone, File::open(from)) {
+        (Some(clone), Ok(from_file)) => clone(&to, &from_file).map_err(DrillError::io("clone", from))?,
         // A block that is gone is read like any other.
         _ => false,
     };

@@ -220,7 +220,7 @@ impl Drill {
             // Before anything of it is there.
             self.note()?;
             durable::create_directory(&directory).map_err(DrillError::io("create", &directory))?;
-            let clones = make_room(&receiver, &reader, &standby, &plan, &directory)?;
+            let clone = make_room(&receiver, &reader, &standby, &plan, &directory)?;
             progress("copy the recovery point");
             let begun = Instant::now();
             let mut pace = Pace { due: None, per_second: receiver.config.drill.copy_bytes_per_second };
@@ -228,7 +228,7 @@ impl Drill {
                 guard()?;
                 control.rest(pace.rest(bytes))
             };
-            let (point, cost) = copy::copy(&reader, &directory, clones, &mut turn)?;
+            let (point, cost) = copy::copy(&reader, &directory, clone, &mut turn)?;
             self.current.report.copy_seconds = begun.elapsed().as_secs_f64();
             (self.current.report.copied_bytes, self.current.report.shared_bytes) =
                 (cost.copied_bytes, cost.shared_bytes);
@@ -347,30 +347,30 @@ pub fn room(receiver: &Receiver) -> Result<(), DrillError> {
     Ok(())
 }
 
-/// Whether the copy fits; whether the standby's images can be cloned.
+/// Whether the copy fits; how the standby's images can be cloned, if they can.
 fn make_room(
     receiver: &Receiver,
     reader: &PointReader,
     standby: &RecoveryPoint,
     plan: &Plan,
     directory: &Path,
-) -> Result<bool, DrillError> {
+) -> Result<Option<copy::Clone>, DrillError> {
     let images = standby.ram.iter().map(|block| &block.path).chain(standby.disks.iter().map(|disk| &disk.path));
-    let clones = match images.into_iter().find(|path| path.exists()) {
+    let clone = match images.into_iter().find(|path| path.exists()) {
         Some(image) => copy::can_clone(image, directory)?,
-        None => false,
+        None => None,
     };
     let (cloned, copied) = copy::estimate(reader, standby)?;
     // What goes into the save image.
     let carried = standby.ram.iter().enumerate().filter(|(number, _)| plan.memory != Memory::Mapped(*number));
     let carried: u64 = carried.map(|(_, block)| block.used_bytes).sum();
-    let needed = (if clones { cloned } else { copied }).saturating_add(carried);
+    let needed = (if clone.is_some() { cloned } else { copied }).saturating_add(carried);
     let free = receiver.free_bytes().map_err(DrillError::io("look at", directory))?;
     let floor = floor_bytes(receiver);
     if free < needed.saturating_add(floor) {
         return Err(DrillError::Space { needed_bytes: needed, free_bytes: free, reserve_bytes: floor });
     }
-    Ok(clones)
+    Ok(clone)
 }
 
 /// The copy takes processor time that nobody else wants.

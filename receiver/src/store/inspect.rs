@@ -282,6 +282,7 @@ impl<'a> Looked<'a> {
                         self.damage(&path, None, "it does not match its checksum: it counts as if it were not there");
                     }
                 }
+                "drill" => self.file(&path, "drills: how they went, and what there is of one"),
                 "active" => self.file(&path, "an activation: its record and overlays"),
                 _ if name.starts_with("damaged-standby.") => {
                     self.file(&path, "a standby that was moved aside as damaged")
