@@ -103,10 +103,11 @@ pub struct DrillConfig {
     /// Bytes copied per second, where the file system cannot share them.
     pub copy_bytes_per_second: u64,
     /// What is otherwise for a domain, by its name or UUID.
+    #[serde(rename = "domain")]
     pub domains: BTreeMap<String, DomainDrillConfig>,
 }
 
-/// `[drill.domains.web1]`: what is otherwise for a domain.
+/// `[drill.domain.web1]`: what is otherwise for a domain.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DomainDrillConfig {
@@ -353,7 +354,7 @@ mod tests {
              agent_socket = \"/run/a.sock\"\ndivergence_days = 7\n[bridges]\n\"br0\" = \"br-dr\"\n\
              [verify]\nbytes_per_second = 1000\nevery_seconds = 86400\nall = true\n\
              [drill]\nevery_seconds = 604800\nrun_seconds = 9\ncheck_seconds = 8\nchecks = [\"tcp:22\"]\n\
-             copy_bytes_per_second = 7\n[drill.domains.web1]\nevery_seconds = 0\nchecks = []\n\
+             copy_bytes_per_second = 7\n[drill.domain.web1]\nevery_seconds = 0\nchecks = []\n\
              [retention]\nbudget_bytes = 2097152\ntiers = [{ every_seconds = 0, for_seconds = 60 }]\n",
         )
         .unwrap();
@@ -410,7 +411,7 @@ mod tests {
             ("[bridges]\nbr0 = 3", "2:7: ", "string"),
             ("[retention]\nbudget_bytes = 5", "1:2: ", "at least"),
             ("[drill]\nchecks = [\"udp:5\"]", "1:1: ", "known are"),
-            ("[drill.domains.a]\nrun_seconds = 0", "1:1: ", "from 1 to"),
+            ("[drill.domain.a]\nrun_seconds = 0", "1:1: ", "from 1 to"),
             ("[retention]\ntiers = [{ every_seconds = 9, for_seconds = 8 }]", "1:2: ", "no sense"),
         ] {
             let error = parse(text).unwrap_err().to_string();
