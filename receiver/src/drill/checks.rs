@@ -28,6 +28,7 @@ use uuid::Uuid;
 use vmdr_guest_channel::{Decoder, Frame, Hello, Message, PORT};
 use vmdr_hypervisor::domain_xml::{GUEST_AGENT_CHANNEL, channel};
 use vmdr_hypervisor::libvirt::{Connection, Domain, DomainState};
+use vmdr_hypervisor::xml::Element;
 
 use super::net::Probe;
 use super::record::Checked;
@@ -39,6 +40,8 @@ pub const CHECKS_MAX: usize = 16;
 const COMMAND_BYTES_MAX: usize = 4096;
 /// Between two looks, and two tries.
 const LOOK: Duration = Duration::from_millis(250);
+/// How long the guest's end of a channel may take to be seen.
+const OPEN_MAX: Duration = Duration::from_secs(5);
 /// How long one try of a connection may take.
 const CONNECT: Duration = Duration::from_millis(1500);
 /// How long the guest agent may take for one answer, in libvirt's whole seconds.
@@ -144,7 +147,7 @@ impl Subject<'_> {
         let begun = Instant::now();
         let before = self.domain().and_then(|domain| vcpu_ns(&domain));
         let mut made = Vec::new();
-        for port in self.open_ports() {
+        for port in self.open_ports()? {
             progress("wait for the guest's heartbeat");
             made.push(self.try_until("heartbeat", |_| self.heartbeat(&port))?);
         }
@@ -218,15 +221,22 @@ impl Subject<'_> {
         }
     }
 
-    /// The channels whose port the guest has open: somebody is to answer there.
-    fn open_ports(&self) -> Vec<Port> {
-        let Ok(xml) = self.domain().and_then(|domain| domain.live_xml()) else { return Vec::new() };
-        let open = |name: &str| {
-            channel(&xml, name).filter(|channel| channel.attribute_at("target", "state") == Some("connected"))
-        };
-        let tools = open(PORT).and_then(|tools| tools.attribute_at("source", "path"));
-        let tools = tools.map(|path| Port::Tools(PathBuf::from(path)));
-        tools.into_iter().chain(open(GUEST_AGENT_CHANNEL).map(|_| Port::Agent)).collect()
+    /// The channels whose port the guest has open: somebody is to answer there. QEMU says so only once the guest runs, so a
+    /// guest that has such a channel is given some time.
+    fn open_ports(&self) -> Result<Vec<Port>, DrillError> {
+        let until = Instant::now() + OPEN_MAX;
+        loop {
+            let Ok(xml) = self.domain().and_then(|domain| domain.live_xml()) else { return Ok(Vec::new()) };
+            let there = [PORT, GUEST_AGENT_CHANNEL].map(|name| channel(&xml, name));
+            let is_open = |of: &&Element| of.attribute_at("target", "state") == Some("connected");
+            let [tools, agent] = there.map(|of| of.filter(is_open));
+            let all = there.iter().flatten().count() == [tools, agent].iter().flatten().count();
+            if all || Instant::now() >= until {
+                let tools = tools.and_then(|of| of.attribute_at("source", "path")).map(|path| Port::Tools(path.into()));
+                return Ok(tools.into_iter().chain(agent.map(|_| Port::Agent)).collect());
+            }
+            self.control.rest(LOOK)?;
+        }
     }
 
     fn heartbeat(&self, port: &Port) -> Result<Found, DrillError> {

@@ -392,10 +392,8 @@ fn tear_down(receiver: &Receiver, domain_directory: &Path, drill: &Current) -> R
     domain?;
     files::remove_directory(&record::directory(domain_directory).join(&drill.id))
         .map_err(crate::activate::ActivateError::from)?;
-    for log in [format!("{}.log", drill.copy_name)] {
-        // Made by libvirt, for this copy alone.
-        let _ = std::fs::remove_file(Path::new(QEMU_LOGS).join(log));
-    }
+    // Made by libvirt, for this copy alone.
+    let _ = std::fs::remove_file(Path::new(QEMU_LOGS).join(format!("{}.log", drill.copy_name)));
     Ok(network?)
 }
 
