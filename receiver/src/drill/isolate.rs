@@ -12,10 +12,22 @@ use super::net::{BRIDGES_MAX, bridge_names};
 use crate::activate::xml::RAM_BACKEND;
 
 /// Devices that consist of nothing but QEMU.
-const INSIDE: [&str; 11] =
-    ["emulator", "controller", "input", "video", "memballoon", "watchdog", "panic", "sound", "iommu", "hub", "crypto"];
+const INSIDE: [&str; 12] = [
+    "emulator",
+    "controller",
+    "input",
+    "video",
+    "memballoon",
+    "watchdog",
+    "panic",
+    "sound",
+    "iommu",
+    "hub",
+    "crypto",
+    "redirfilter",
+];
 /// QEMU's own options that reach nothing.
-const OPTIONS: [&str; 8] = ["-cpu", "-global", "-machine", "-smbios", "-rtc", "-accel", "-icount", "-set"];
+const OPTIONS: [&str; 7] = ["-cpu", "-global", "-machine", "-smbios", "-rtc", "-accel", "-icount"];
 /// What a network card is to the guest; the rest is where its frames go.
 const CARD: [&str; 10] = ["mac", "model", "driver", "address", "alias", "boot", "mtu", "link", "rom", "acpi"];
 
@@ -108,6 +120,7 @@ fn arguments(root: &Element, refused: &mut Vec<String>) {
         let ram = value.starts_with(&format!("memory-backend-file,id={RAM_BACKEND},"));
         let inside = match option.as_str() {
             "-object" => ram,
+            "-set" => value.starts_with("device."),
             option => OPTIONS.contains(&option),
         };
         if !inside {

@@ -124,6 +124,8 @@ impl Probe {
         let probe = Probe { jobs: Some(jobs), thread: Some(thread), networks: bridges.len() };
         let namespace = is_ready.recv().map_err(|_| NetError::Ended)?;
         let namespace = namespace.map_err(failed("make a network namespace"))?;
+        // A kernel without any address takes every other for a broadcast's, and remembers none.
+        probe.run(|| ip(&["link", "set", "lo", "up"]))??;
         for (number, bridge) in bridges.iter().enumerate() {
             let (own, peer) = (probe_of(bridge), format!("{PROBE}{number}"));
             ip(&["link", "add", "name", &own, "type", "veth", "peer", "name", &peer, "netns", &namespace])?;
