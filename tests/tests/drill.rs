@@ -275,7 +275,9 @@ fn xfs(scene: &mut Scene) -> Result<()> {
 
 #[test]
 fn with_reflinks_next_to_nothing_is_copied_and_drills_come_by_themselves() -> Result<()> {
-    let mut scene = Scene::new("drill-xfs", guest())?;
+    // Little is written, so that replication has room where a drill has none.
+    let light = "--ram-mib 32 --pages 20 --interval-ms 300 --readers 1";
+    let mut scene = Scene::new("drill-xfs", guest().workload(light))?;
     scene.configure_receiver("[drill]\nrun_seconds = 2\ncheck_seconds = 20\n");
     xfs(&mut scene)?;
     scene.protect(&["--interval", "100ms"])?;
@@ -306,7 +308,7 @@ fn with_reflinks_next_to_nothing_is_copied_and_drills_come_by_themselves() -> Re
     };
     by_itself("passed")?;
     let site = scene.rig.site(At::B);
-    let full = "free=$(stat -f -c '%a * %S' /var/lib/vmdr/receiver); fallocate -l $((free - 280 * 1024 * 1024)) /var/lib/vmdr/receiver/ballast";
+    let full = "free=$(stat -f -c '%a * %S' /var/lib/vmdr/receiver); fallocate -l $((free - 312 * 1024 * 1024)) /var/lib/vmdr/receiver/ballast";
     site.run("sh", &["-c", full])?;
     let drill = by_itself("failed")?;
     assert!(drill["error"].as_str().is_some_and(|error| error.contains("kept for replication")), "{drill}");
