@@ -4,6 +4,7 @@ mod crash;
 mod drill;
 mod every;
 mod fault;
+mod fixtures;
 mod history;
 mod ownership;
 mod refuse;
@@ -327,7 +328,7 @@ impl Sent {
 }
 
 /// The protected host: a guest, its past, and the epoch that it is sending.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Host {
     pub random: Random,
     pub guest: Guest,
