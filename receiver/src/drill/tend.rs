@@ -41,15 +41,9 @@ fn watch(of: &Weak<Receiver>) {
             if rest.contains_key(&uuid) || receiver.drills.of(uuid).is_some() {
                 continue;
             }
-            match look(&receiver, uuid, &mut scheduled) {
-                Ok(false) => {}
-                Ok(true) => {
-                    rest.insert(uuid, now + REST);
-                }
-                Err(error) => {
-                    tracing::warn!(domain = %uuid, %error, "a drill");
-                    rest.insert(uuid, now + REST);
-                }
+            if let Err(error) = look(&receiver, uuid, &mut scheduled) {
+                tracing::warn!(domain = %uuid, %error, "a drill");
+                rest.insert(uuid, now + REST);
             }
         }
         drop(receiver);
@@ -57,13 +51,12 @@ fn watch(of: &Weak<Receiver>) {
     }
 }
 
-/// Whether the domain can be left alone for a while.
-fn look(receiver: &Arc<Receiver>, uuid: Uuid, scheduled: &mut Option<JoinHandle<()>>) -> Result<bool, DrillError> {
+/// Does what is due for a domain. After an error it is left alone for a while.
+fn look(receiver: &Arc<Receiver>, uuid: Uuid, scheduled: &mut Option<JoinHandle<()>>) -> Result<(), DrillError> {
     let book = Book::read(&receiver.domain_directory(uuid))?;
     match &book.current {
         Some(current) if !current.kept => {
             run::end(receiver, uuid, "it was left over")?;
-            Ok(false)
         }
         Some(kept) => {
             if let Err(error) = run::room(receiver) {
@@ -71,32 +64,34 @@ fn look(receiver: &Arc<Receiver>, uuid: Uuid, scheduled: &mut Option<JoinHandle<
                     tracing::warn!(domain = %uuid, drill = kept.id, %error, "a drill that was kept is ended");
                     run::end(receiver, uuid, &error.to_string())?;
                 }
-                return Ok(false);
+                return Ok(());
             }
             let host = LocalHost::connect(&receiver.config.libvirt_uri)?;
             if host.guest(kept.copy_uuid)?.is_none() {
                 run::end(receiver, uuid, "its copy has ended")?;
             }
-            // Space can go within moments, libvirt is not asked that often.
-            Ok(false)
         }
         None => {
             if scheduled.as_ref().is_some_and(|drill| !drill.is_finished()) {
-                return Ok(false);
+                return Ok(());
             }
-            let summary = receiver.store.domains().into_iter().find(|domain| domain.uuid == uuid.to_string());
-            let Some(summary) = summary.filter(|summary| is_due(receiver, summary, &book)) else { return Ok(false) };
-            *scheduled = Some(begin(receiver, &summary)?);
-            Ok(true)
+            let id = uuid.to_string();
+            let every = receiver.store.name(&id).and_then(|name| receiver.config.drill.of(&name, &id).every());
+            if !every.is_some_and(|every| is_over(every, &book, unix_ns(SystemTime::now()))) {
+                return Ok(());
+            }
+            let summary = receiver.store.domains().into_iter().find(|domain| domain.uuid == id);
+            if let Some(summary) = summary.filter(is_usable) {
+                *scheduled = Some(begin(receiver, &summary)?);
+            }
         }
     }
+    Ok(())
 }
 
-/// Whether it is a domain's turn.
-fn is_due(receiver: &Receiver, summary: &DomainSummary, book: &Book) -> bool {
-    let Some(every) = receiver.config.drill.of(&summary.name, &summary.uuid).every() else { return false };
-    let usable = !summary.frozen && summary.position.epoch > 0 && summary.trouble.is_none();
-    usable && is_over(every, book, unix_ns(SystemTime::now()))
+/// Whether there is something to be drilled.
+fn is_usable(summary: &DomainSummary) -> bool {
+    !summary.frozen && summary.position.epoch > 0 && summary.trouble.is_none()
 }
 
 /// Whether the last drill began so long ago; also where there was none.
