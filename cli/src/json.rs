@@ -3,6 +3,8 @@
 //! [`VERSION`] rises when a field goes away or changes its meaning; fields may be added without that. `null` means
 //! "not known, or does not apply". Units are last in names; times are UTC.
 
+pub mod cold;
+
 use serde::Serialize;
 use vmdr_proto::control;
 
@@ -188,6 +190,7 @@ pub struct DomainStatus {
     damage: Option<String>,
     drill: Option<Drill>,
     alarm: Option<String>,
+    exported: Option<cold::Exported>,
     last_error: Option<String>,
     advice: Option<String>,
 }
@@ -268,6 +271,7 @@ impl DomainStatus {
             damage: word(&verify.damage),
             drill: status.drill.as_ref().map(Drill::from),
             alarm: word(&status.alarm),
+            exported: cold::Exported::new(status),
             last_error: word(&status.last_error),
             advice: word(&status.advice),
         }

@@ -6,7 +6,9 @@
 use std::io::{IsTerminal, Write};
 
 use tonic::Streaming;
-use vmdr_proto::control::{ActivationReport, DrillReport, MoveReport, Progress, VerifyReport};
+use vmdr_proto::control::{
+    ActivationReport, DrillReport, ExportReport, ImportReport, MoveReport, Progress, VerifyReport,
+};
 
 use crate::client::Daemon;
 use crate::failure::Failure;
@@ -28,6 +30,10 @@ pub struct Outcome {
     pub verification: Option<VerifyReport>,
     /// The last message of a drill carries it.
     pub drill: Option<DrillReport>,
+    /// That of an export.
+    pub exported: Option<ExportReport>,
+    /// That of an import.
+    pub imported: Option<ImportReport>,
 }
 
 impl Outcome {
@@ -66,6 +72,8 @@ pub async fn follow(daemon: Daemon, request: &str, mut stream: Streaming<Progres
                 if progress.moved.is_some() {
                     outcome.moved = progress.moved;
                 }
+                outcome.exported = progress.exported.or(outcome.exported);
+                outcome.imported = progress.imported.or(outcome.imported);
             }
             Ok(None) => return Ok(outcome),
             Err(status) => return Err(Failure::from_status(daemon, request, &status)),

@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer};
 use vmdr_proto::{RECEIVER_PORT, RECEIVER_SOCKET};
 
+use crate::cold::ColdConfig;
 use crate::drill::checks;
 use crate::history;
 use crate::store::{Retention, StoreOptions};
@@ -52,6 +53,8 @@ pub struct Config {
     pub verify: VerifyConfig,
     /// How activations are rehearsed.
     pub drill: DrillConfig,
+    /// Object storage for recovery points.
+    pub cold: ColdConfig,
     /// Bridges that have another name here: `"br0" = "br-dr"`.
     pub bridges: BTreeMap<String, String>,
 }
@@ -229,6 +232,7 @@ impl Default for Config {
             retention: RetentionConfig::default(),
             verify: VerifyConfig::default(),
             drill: DrillConfig::default(),
+            cold: ColdConfig::default(),
             bridges: BTreeMap::new(),
         }
     }
@@ -320,6 +324,9 @@ impl Config {
         if let Err(what) = config.retention.policy() {
             return Err(invalid(text.find("retention").unwrap_or(0), what));
         }
+        if let Err(what) = config.cold.check() {
+            return Err(invalid(text.find("[cold]").unwrap_or(0), what));
+        }
         Ok(config)
     }
 }
@@ -355,7 +362,10 @@ mod tests {
              [verify]\nbytes_per_second = 1000\nevery_seconds = 86400\nall = true\n\
              [drill]\nevery_seconds = 604800\nrun_seconds = 9\ncheck_seconds = 8\nchecks = [\"tcp:22\"]\n\
              copy_bytes_per_second = 7\n[drill.domain.web1]\nevery_seconds = 0\nchecks = []\n\
-             [retention]\nbudget_bytes = 2097152\ntiers = [{ every_seconds = 0, for_seconds = 60 }]\n",
+             [retention]\nbudget_bytes = 2097152\ntiers = [{ every_seconds = 0, for_seconds = 60 }]\n\
+             [cold]\nurl = \"s3://b/p\"\nendpoint = \"https://s\"\nregion = \"r\"\nkey_file = \"/k\"\nold_key_files = [\"/o\"]\n\
+             every_seconds = 3600\ndomains = [\"web1\"]\nkeep = [{ every_seconds = 1, for_seconds = 2 }]\n\
+             grace_seconds = 7\nbytes_per_second = 8\nparallel = 9\n",
         )
         .unwrap();
         let expected = Config {
@@ -388,6 +398,20 @@ mod tests {
                     },
                 )]),
             },
+            cold: ColdConfig {
+                url: "s3://b/p".to_owned(),
+                endpoint: "https://s".to_owned(),
+                region: "r".to_owned(),
+                key_file: Some("/k".into()),
+                key_credential: String::new(),
+                old_key_files: vec!["/o".into()],
+                every_seconds: 3600,
+                domains: vec!["web1".to_owned()],
+                keep: vec![TierConfig { every_seconds: 1, for_seconds: 2 }],
+                grace_seconds: 7,
+                bytes_per_second: 8,
+                parallel: 9,
+            },
             bridges: BTreeMap::from([("br0".to_owned(), "br-dr".to_owned())]),
         };
         assert_eq!(config, expected);
@@ -413,6 +437,10 @@ mod tests {
             ("[drill]\nchecks = [\"udp:5\"]", "1:1: ", "known are"),
             ("[drill.domain.a]\nrun_seconds = 0", "1:1: ", "from 1 to"),
             ("[retention]\ntiers = [{ every_seconds = 9, for_seconds = 8 }]", "1:2: ", "no sense"),
+            ("[cold]\nurl = \"s3://b\"", "1:1: ", "without a key"),
+            ("[cold]\nkey_file = \"k\"", "1:1: ", "absolute"),
+            ("[cold]\nurl = \"s3://b\"\nkey_file = \"/k\"\nevery_seconds = 3", "1:1: ", "at least"),
+            ("[cold]\nkeep = [{ every_seconds = 9, for_seconds = 8 }]", "1:1: ", "no sense"),
         ] {
             let error = parse(text).unwrap_err().to_string();
             let rest = error.strip_prefix("/etc/vmdr/receiver.toml:").unwrap();

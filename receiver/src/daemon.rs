@@ -25,6 +25,7 @@ use vmdr_proto::replication::replication_server::ReplicationServer;
 
 use crate::activate::run::{age_seconds, unix_ns};
 use crate::activate::{Settings, record::ActiveDirectory};
+use crate::cold::{self, Cold};
 use crate::config::Config;
 use crate::control::ControlService;
 use crate::drill::record::{Book, Outcome};
@@ -81,6 +82,8 @@ pub struct Receiver {
     pub verifier: Verifier,
     /// Drills that are under way.
     pub drills: Arc<Drills>,
+    /// Object storage.
+    pub cold: Cold,
     sessions: Mutex<HashMap<Uuid, Session>>,
     activations: Mutex<HashMap<Uuid, Arc<tokio::sync::Mutex<()>>>>,
     started: Instant,
@@ -96,6 +99,7 @@ impl Receiver {
         let store = Store::open(&config.state_dir, options).context("open the state directory")?;
         let ownerships = Ownerships::new(&config.ownership_dir, Path::new(CONFIRMED));
         Ok(Receiver {
+            cold: Cold::new(config.cold.clone()),
             config,
             store,
             metrics: Metrics::default(),
@@ -244,6 +248,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tokio::spawn(reverse::expire_for_ever(Arc::clone(&receiver)));
     let mut agents = tokio::spawn(agents);
     let mut control = tokio::spawn(control);
+    tokio::spawn(cold::schedule::run(Arc::clone(&receiver)));
     tracing::info!(%address, state_dir = %receiver.config.state_dir.display(), "ready");
 
     tokio::select! {
@@ -259,6 +264,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         }
     }
     receiver.ending.send_replace(true);
+    receiver.cold.end();
     let both = async { (agents.await, control.await) };
     if tokio::time::timeout(SHUTDOWN_TIME_MAX, both).await.is_err() {
         tracing::warn!("something is still being answered; ending without it");

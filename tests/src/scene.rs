@@ -32,6 +32,7 @@ pub struct Scene {
     pub guest: GuestSpec,
     agent_config: String,
     receiver_config: String,
+    receiver_environment: Vec<(&'static str, &'static str)>,
 }
 
 impl Scene {
@@ -54,7 +55,9 @@ impl Scene {
     ) -> Result<(Self, T)> {
         let rig = Rig::new(name)?;
         let agent_config = format!("receiver = \"{receiver}\"\n");
-        let mut scene = Self { agent: None, receiver: None, rig, guest, agent_config, receiver_config: String::new() };
+        let (receiver_config, receiver_environment) = (String::new(), Vec::new());
+        let mut scene =
+            Self { agent: None, receiver: None, rig, guest, agent_config, receiver_config, receiver_environment };
         scene.start_receiver()?;
         scene.start_agent()?;
         let prepared = prepare(&scene.rig, &scene.guest)?;
@@ -72,6 +75,11 @@ impl Scene {
         self.receiver_config.push_str(lines);
     }
 
+    /// Adds a variable to the receiver's environment, for its next start.
+    pub fn set_receiver_environment(&mut self, name: &'static str, value: &'static str) {
+        self.receiver_environment.push((name, value));
+    }
+
     /// Starts the agent, or starts it again.
     pub fn start_agent(&mut self) -> Result<()> {
         self.agent = None;
@@ -82,7 +90,8 @@ impl Scene {
     /// Starts the receiver, or starts it again.
     pub fn start_receiver(&mut self) -> Result<()> {
         self.receiver = None;
-        self.receiver = Some(Daemon::start(self.rig.site(At::B), Program::Receiver, &self.receiver_config)?);
+        let (site, environment) = (self.rig.site(At::B), &self.receiver_environment);
+        self.receiver = Some(Daemon::start_with(site, Program::Receiver, &self.receiver_config, environment)?);
         Ok(())
     }
 

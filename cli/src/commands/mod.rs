@@ -11,6 +11,7 @@ use crate::style::{Style, Tone};
 use crate::text;
 
 mod backup_side;
+mod cold;
 mod drill;
 mod history;
 mod ownership;
@@ -71,6 +72,14 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
             let which = backup_side::Which { point: point.clone(), at_unix_ns: *at, before: *before, damaged: false };
             let options = drill::Drill { which, keep: *keep, wait: *wait, checks: checks.clone(), run: *run };
             drill::drill(common, out, domain, options).await
+        }
+        Command::Export { domain, point, prune } => cold::export(common, out, domain, point.as_deref(), *prune).await,
+        Command::Import { domain, from, key_file, list, point } => {
+            let (from, key_file) = (from.as_deref(), key_file.as_deref());
+            match domain {
+                Some(domain) if !*list => cold::import(common, out, domain, from, key_file, point.as_deref()).await,
+                domain => cold::list(common, out, domain.as_ref(), from, key_file).await,
+            }
         }
         Command::Forget { domain, yes } => backup_side::forget(common, out, domain, *yes).await,
         Command::Completions { shell } => write_stdout(&args::completions(*shell)),

@@ -21,6 +21,7 @@ use vmdr_journal::{
 };
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::EXPORTED_FILE;
 use super::apply::same_files;
 use super::catalog::{Chain, PointId};
 use super::domain::standby_dir;
@@ -283,6 +284,7 @@ impl<'a> Looked<'a> {
                     }
                 }
                 "drill" => self.file(&path, "drills: how they went, and what there is of one"),
+                EXPORTED_FILE => self.file(&path, "which point was last sent to object storage"),
                 "active" => self.file(&path, "an activation: its record and overlays"),
                 _ if name.starts_with("damaged-standby.") => {
                     self.file(&path, "a standby that was moved aside as damaged")
