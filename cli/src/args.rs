@@ -392,6 +392,43 @@ pub enum Command {
         #[arg(long)]
         damaged: bool,
     },
+    /// Rehearse an activation on a copy that is cut off from everything (backup site)
+    ///
+    /// Copies a recovery point, the newest unless another is asked for, runs the copy on networks of its own that lead
+    /// nowhere, checks that it runs, and removes it. Protection goes on meanwhile; nothing of the domain is changed. Exits
+    /// with 1 when a check fails. Without `--wait` it ends once the drill has begun.
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Examples:\n  vmdr drill web1 --wait\n  vmdr drill web1 --check tcp:443 --check 'cmd:curl -sfk https://$VMDR_DRILL_ADDRESS/' --wait\n  vmdr drill web1 --before 1d --keep --wait   leave the copy running, to look at it\n  vmdr drill --end web1                       remove it"
+    )]
+    Drill {
+        /// Name or UUID
+        domain: Domain,
+        /// At this point: GENERATION-EPOCH, or a name that it was given
+        #[arg(long, value_name = "ID", value_parser = point)]
+        point: Option<String>,
+        /// At the newest point that is not younger than this time (RFC 3339)
+        #[arg(long, value_name = "TIME", value_parser = instant, conflicts_with_all = ["point", "before"])]
+        at: Option<u64>,
+        /// At the newest point that is at least so old
+        #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, conflicts_with = "point")]
+        before: Option<Duration>,
+        /// Leave the copy running until `--end`
+        #[arg(long)]
+        keep: bool,
+        /// Wait until it is done
+        #[arg(long)]
+        wait: bool,
+        /// Also check this: tcp:PORT, tcp:ADDRESS:PORT, or cmd:COMMAND, which runs beside the copy
+        #[arg(long = "check", value_name = "CHECK")]
+        checks: Vec<String>,
+        /// How long the copy has to run without a fault
+        #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+        run: Option<Duration>,
+        /// End the drill that is under way or kept, and remove the copy
+        #[arg(long, conflicts_with_all = ["point", "at", "before", "keep", "wait", "checks", "run"])]
+        end: bool,
+    },
     /// Send a recovery point to object storage, encrypted (backup site)
     ///
     /// Ends when the point can be imported from there. Only what the storage lacks is sent, and only what changed since the

@@ -188,6 +188,7 @@ pub struct DomainStatus {
     verified: Option<String>,
     damaged_points: Option<u64>,
     damage: Option<String>,
+    drill: Option<Drill>,
     alarm: Option<String>,
     exported: Option<cold::Exported>,
     last_error: Option<String>,
@@ -268,6 +269,7 @@ impl DomainStatus {
             verified: text::instant(verify.verified_unix_ns),
             damaged_points: (daemon == Daemon::Receiver).then_some(verify.damaged_points),
             damage: word(&verify.damage),
+            drill: status.drill.as_ref().map(Drill::from),
             alarm: word(&status.alarm),
             exported: cold::Exported::new(status),
             last_error: word(&status.last_error),
@@ -596,6 +598,88 @@ impl From<&control::HookRun> for HookRun {
             command: ran.command.clone(),
             seconds: ran.seconds,
             error: (!ran.error.is_empty()).then(|| ran.error.clone()),
+        }
+    }
+}
+
+/// `drill`.
+#[derive(Serialize)]
+pub struct DrillDocument {
+    name: String,
+    uuid: String,
+    /// How it went.
+    drill: Drill,
+}
+
+impl DrillDocument {
+    /// What the receiver said.
+    pub fn new(report: &control::DrillReport) -> DrillDocument {
+        DrillDocument { name: report.name.clone(), uuid: report.uuid.clone(), drill: Drill::from(report) }
+    }
+}
+
+/// How a drill went, or goes.
+#[derive(Serialize)]
+pub struct Drill {
+    id: String,
+    /// `under way`, `passed`, `failed` or `ended` (before its time, for no fault of the copy).
+    result: String,
+    error: Option<String>,
+    point: Option<String>,
+    cut: Option<String>,
+    started: Option<String>,
+    ended: Option<String>,
+    age_seconds: f64,
+    scheduled: bool,
+    kept: bool,
+    copy_seconds: f64,
+    rto_seconds: Option<f64>,
+    copied_bytes: u64,
+    shared_bytes: u64,
+    checks: Vec<Check>,
+    /// The copy, as long as it is there.
+    copy_name: Option<String>,
+    copy_uuid: Option<String>,
+    bridges: Vec<String>,
+}
+
+/// What came of a check.
+#[derive(Serialize)]
+pub struct Check {
+    check: String,
+    passed: bool,
+    said: String,
+    seconds: f64,
+}
+
+impl From<&control::DrillReport> for Drill {
+    fn from(report: &control::DrillReport) -> Drill {
+        let word = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+        let check = |check: &control::DrillCheck| Check {
+            check: check.check.clone(),
+            passed: check.passed,
+            said: check.said.clone(),
+            seconds: check.seconds,
+        };
+        Drill {
+            id: report.id.clone(),
+            result: report.result.clone(),
+            error: word(&report.error),
+            point: word(&report.point),
+            cut: text::instant(report.cut_unix_ns),
+            started: text::instant(report.started_unix_ns),
+            ended: text::instant(report.ended_unix_ns),
+            age_seconds: report.age_seconds,
+            scheduled: report.scheduled,
+            kept: report.kept,
+            copy_seconds: report.copy_seconds,
+            rto_seconds: (report.rto_seconds > 0.0).then_some(report.rto_seconds),
+            copied_bytes: report.copied_bytes,
+            shared_bytes: report.shared_bytes,
+            checks: report.checks.iter().map(check).collect(),
+            copy_name: word(&report.copy_name),
+            copy_uuid: word(&report.copy_uuid),
+            bridges: report.bridges.clone(),
         }
     }
 }

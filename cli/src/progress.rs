@@ -6,7 +6,9 @@
 use std::io::{IsTerminal, Write};
 
 use tonic::Streaming;
-use vmdr_proto::control::{ActivationReport, ExportReport, ImportReport, MoveReport, Progress, VerifyReport};
+use vmdr_proto::control::{
+    ActivationReport, DrillReport, ExportReport, ImportReport, MoveReport, Progress, VerifyReport,
+};
 
 use crate::client::Daemon;
 use crate::failure::Failure;
@@ -26,6 +28,8 @@ pub struct Outcome {
     pub moved: Option<MoveReport>,
     /// The last message of a verification carries it.
     pub verification: Option<VerifyReport>,
+    /// The last message of a drill carries it.
+    pub drill: Option<DrillReport>,
     /// That of an export.
     pub exported: Option<ExportReport>,
     /// That of an import.
@@ -58,6 +62,9 @@ pub async fn follow(daemon: Daemon, request: &str, mut stream: Streaming<Progres
                 }
                 if progress.verification.is_some() {
                     outcome.verification = progress.verification;
+                }
+                if progress.drill.is_some() {
+                    outcome.drill = progress.drill;
                 }
                 if progress.activation.is_some() {
                     outcome.report = progress.activation;

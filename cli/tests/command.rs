@@ -21,7 +21,7 @@ fn golden(name: &str, text: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn json_keeps_its_shape() {
     let host = Host::with_both();
-    let cases: [(&str, &[&str]); 26] = [
+    let cases: [(&str, &[&str]); 28] = [
         ("doctor.json", &["doctor", "web1"]),
         ("prepare.json", &["prepare", "web1"]),
         ("protect.json", &["protect", "web1"]),
@@ -48,6 +48,7 @@ async fn json_keeps_its_shape() {
         ("reprotect.json", &["reprotect", "web1"]),
         ("own.json", &["own", "web1", "--force", "--reason", "site B is gone", "--yes"]),
         ("divergence.json", &["divergence", "web1"]),
+        ("drill.json", &["drill", "web1", "--wait", "--keep"]),
     ];
     for (name, arguments) in cases {
         let ran = host.run(&[arguments, &["-o", "json"]].concat()).await;
@@ -94,15 +95,38 @@ async fn verification_says_what_is_damaged_and_fails_for_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_drill_says_how_it_went_and_fails_with_its_checks() {
+    let host = Host::with_both();
+    let begun = host.run(&["drill", "web1"]).await;
+    assert_eq!(begun.succeeded(), "drill 0a1b2c of web1 is under way; `vmdr status web1` shows how it goes\n");
+    let words = ["drill", "failing", "--wait", "--check", "tcp:22", "--check", "cmd:true", "--run", "1500ms"];
+    let failed = host.run(&words).await;
+    assert_eq!(failed.failed(1), "the drill of failing: failed");
+    assert!(failed.stdout.contains("failed:         tcp:22: Connection?[2J refused"), "{}", failed.stdout);
+    assert!(
+        host.calls().contains(&"keep false run 2 checks [\"tcp:22\", \"cmd:true\"]".to_owned()),
+        "{:?}",
+        host.calls()
+    );
+    let ended = host.run(&["drill", "--end", "web1"]).await;
+    assert!(ended.succeeded().starts_with("drill 0a1b2c of web1: passed\n"), "{}", ended.stdout);
+    assert_eq!(host.run(&["drill", "refused", "--wait"]).await.code, 1);
+    for wrong in [&["--end", "--keep"][..], &["--point", "1-2", "--before", "1h"]] {
+        assert_eq!(host.run(&[&["drill", "web1"], wrong].concat()).await.code, 2);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn tables_keep_their_shape() {
     let host = Host::with_both();
-    let cases: [(&str, &[&str]); 18] = [
+    let cases: [(&str, &[&str]); 20] = [
         ("doctor.txt", &["doctor", "web1"]),
         ("prepare.txt", &["prepare", "web1"]),
         ("protect.txt", &["protect", "web1"]),
         ("hold.txt", &["hold", "web1"]),
         ("release.txt", &["release", "web1"]),
         ("suspend.txt", &["suspend", "web1"]),
+        ("drill.txt", &["drill", "web1", "--wait", "--keep"]),
         ("resume.txt", &["resume", "web1"]),
         ("status.txt", &["status"]),
         ("point.txt", &["point", "release", "web1", "--name", "before-upgrade"]),

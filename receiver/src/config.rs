@@ -12,6 +12,7 @@ use serde::{Deserialize, Deserializer};
 use vmdr_proto::{RECEIVER_PORT, RECEIVER_SOCKET};
 
 use crate::cold::ColdConfig;
+use crate::drill::checks;
 use crate::history;
 use crate::store::{Retention, StoreOptions};
 
@@ -19,6 +20,9 @@ use crate::store::{Retention, StoreOptions};
 pub const CONFIG_FILE: &str = "/etc/vmdr/receiver.toml";
 /// TCP port of the metrics, unless configured otherwise.
 pub const METRICS_PORT: u16 = RECEIVER_PORT + 1;
+/// The longest that a step of a drill can be told to take: a drill is no second site.
+const DRILL_SECONDS_MAX: u64 = 24 * 3600;
+
 /// The receiver's configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -47,6 +51,8 @@ pub struct Config {
     pub retention: RetentionConfig,
     /// How points are read again.
     pub verify: VerifyConfig,
+    /// How activations are rehearsed.
+    pub drill: DrillConfig,
     /// Object storage for recovery points.
     pub cold: ColdConfig,
     /// The recovery plan: an absolute path. None: guests find what they had under the same names.
@@ -85,6 +91,101 @@ pub struct VerifyConfig {
     pub every_seconds: u64,
     /// Then all points, not only the newest.
     pub all: bool,
+}
+
+/// `[drill]`: how activations are rehearsed.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DrillConfig {
+    /// Each domain is drilled so often; 0: only when it is asked for.
+    pub every_seconds: u64,
+    /// How long the copy has to run without a fault.
+    pub run_seconds: u64,
+    /// How long a check may take until it passes.
+    pub check_seconds: u64,
+    /// Checks, unless others are asked for: `"tcp:22"`, `"tcp:10.0.0.5:22"`, `"cmd:..."`.
+    pub checks: Vec<String>,
+    /// Bytes copied per second, where the file system cannot share them.
+    pub copy_bytes_per_second: u64,
+    /// What is otherwise for a domain, by its name or UUID.
+    #[serde(rename = "domain")]
+    pub domains: BTreeMap<String, DomainDrillConfig>,
+}
+
+/// `[drill.domain.web1]`: what is otherwise for a domain.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DomainDrillConfig {
+    /// See [`DrillConfig`].
+    pub every_seconds: Option<u64>,
+    /// The same.
+    pub run_seconds: Option<u64>,
+    /// The same.
+    pub check_seconds: Option<u64>,
+    /// The same.
+    pub checks: Option<Vec<String>>,
+}
+
+impl Default for DrillConfig {
+    fn default() -> Self {
+        DrillConfig {
+            every_seconds: 0,
+            run_seconds: 5,
+            check_seconds: 60,
+            checks: Vec::new(),
+            copy_bytes_per_second: 100 << 20,
+            domains: BTreeMap::new(),
+        }
+    }
+}
+
+impl DrillConfig {
+    /// What holds for a domain.
+    pub fn of(&self, name: &str, uuid: &str) -> DrillConfig {
+        let own = self.domains.get(uuid).or_else(|| self.domains.get(name)).cloned().unwrap_or_default();
+        DrillConfig {
+            every_seconds: own.every_seconds.unwrap_or(self.every_seconds),
+            run_seconds: own.run_seconds.unwrap_or(self.run_seconds),
+            check_seconds: own.check_seconds.unwrap_or(self.check_seconds),
+            checks: own.checks.unwrap_or_else(|| self.checks.clone()),
+            copy_bytes_per_second: self.copy_bytes_per_second,
+            domains: BTreeMap::new(),
+        }
+    }
+
+    /// How often without being asked.
+    pub fn every(&self) -> Option<Duration> {
+        (self.every_seconds > 0).then(|| Duration::from_secs(self.every_seconds))
+    }
+
+    /// How long the copy has to run.
+    pub fn run(&self) -> Duration {
+        Duration::from_secs(self.run_seconds)
+    }
+
+    /// How long a check may take.
+    pub fn limit(&self) -> Duration {
+        Duration::from_secs(self.check_seconds)
+    }
+
+    /// What of it makes no sense.
+    fn nonsense(&self) -> Option<String> {
+        if self.copy_bytes_per_second == 0 {
+            return Some("copy_bytes_per_second = 0: at least 1 is needed".to_owned());
+        }
+        let domains = self.domains.keys().map(|domain| self.of(domain, domain));
+        for config in [self.clone()].into_iter().chain(domains) {
+            if let Err(what) = checks::parse(&config.checks) {
+                return Some(what);
+            }
+            for (key, seconds) in [("run_seconds", config.run_seconds), ("check_seconds", config.check_seconds)] {
+                if !(1..=DRILL_SECONDS_MAX).contains(&seconds) {
+                    return Some(format!("{key} = {seconds}: it is from 1 to {DRILL_SECONDS_MAX}"));
+                }
+            }
+        }
+        None
+    }
 }
 
 impl Default for VerifyConfig {
@@ -132,6 +233,7 @@ impl Default for Config {
             space_reserve_bytes: StoreOptions::default().space_reserve_bytes,
             retention: RetentionConfig::default(),
             verify: VerifyConfig::default(),
+            drill: DrillConfig::default(),
             cold: ColdConfig::default(),
             plan: None,
             bridges: BTreeMap::new(),
@@ -224,6 +326,9 @@ impl Config {
             let at = text.find("bytes_per_second").unwrap_or(0);
             return Err(invalid(at, "bytes_per_second = 0: at least 1 is needed".to_owned()));
         }
+        if let Some(what) = config.drill.nonsense() {
+            return Err(invalid(text.find("[drill").unwrap_or(0), what));
+        }
         if let Err(what) = config.retention.policy() {
             return Err(invalid(text.find("retention").unwrap_or(0), what));
         }
@@ -263,6 +368,8 @@ mod tests {
              libvirt_uri = \"test:///default\"\nspace_reserve_bytes = 5\nownership_dir = \"/srv/own\"\n\
              agent_socket = \"/run/a.sock\"\ndivergence_days = 7\nplan = \"/etc/vmdr/plan.toml\"\n[bridges]\n\"br0\" = \"br-dr\"\n\
              [verify]\nbytes_per_second = 1000\nevery_seconds = 86400\nall = true\n\
+             [drill]\nevery_seconds = 604800\nrun_seconds = 9\ncheck_seconds = 8\nchecks = [\"tcp:22\"]\n\
+             copy_bytes_per_second = 7\n[drill.domain.web1]\nevery_seconds = 0\nchecks = []\n\
              [retention]\nbudget_bytes = 2097152\ntiers = [{ every_seconds = 0, for_seconds = 60 }]\n\
              [cold]\nurl = \"s3://b/p\"\nendpoint = \"https://s\"\nregion = \"r\"\nkey_file = \"/k\"\nold_key_files = [\"/o\"]\n\
              every_seconds = 3600\ndomains = [\"web1\"]\nkeep = [{ every_seconds = 1, for_seconds = 2 }]\n\
@@ -284,6 +391,21 @@ mod tests {
                 tiers: vec![TierConfig { every_seconds: 0, for_seconds: 60 }],
             },
             verify: VerifyConfig { bytes_per_second: 1000, every_seconds: 86400, all: true },
+            drill: DrillConfig {
+                every_seconds: 604_800,
+                run_seconds: 9,
+                check_seconds: 8,
+                checks: vec!["tcp:22".to_owned()],
+                copy_bytes_per_second: 7,
+                domains: BTreeMap::from([(
+                    "web1".to_owned(),
+                    DomainDrillConfig {
+                        every_seconds: Some(0),
+                        checks: Some(Vec::new()),
+                        ..DomainDrillConfig::default()
+                    },
+                )]),
+            },
             cold: ColdConfig {
                 url: "s3://b/p".to_owned(),
                 endpoint: "https://s".to_owned(),
@@ -302,6 +424,9 @@ mod tests {
             bridges: BTreeMap::from([("br0".to_owned(), "br-dr".to_owned())]),
         };
         assert_eq!(config, expected);
+        let (web1, other) = (config.drill.of("web1", "u"), config.drill.of("web2", "u"));
+        assert_eq!((web1.every(), web1.checks.len(), web1.run_seconds), (None, 0, 9));
+        assert_eq!((other.every(), other.checks.len()), (Some(Duration::from_secs(604_800)), 1));
     }
 
     #[test]
@@ -319,6 +444,8 @@ mod tests {
             ("[verify]\nbytes_per_second = 0", "2:1: ", "at least"),
             ("[bridges]\nbr0 = 3", "2:7: ", "string"),
             ("[retention]\nbudget_bytes = 5", "1:2: ", "at least"),
+            ("[drill]\nchecks = [\"udp:5\"]", "1:1: ", "known are"),
+            ("[drill.domain.a]\nrun_seconds = 0", "1:1: ", "from 1 to"),
             ("[retention]\ntiers = [{ every_seconds = 9, for_seconds = 8 }]", "1:2: ", "no sense"),
             ("[cold]\nurl = \"s3://b\"", "1:1: ", "without a key"),
             ("[cold]\nkey_file = \"k\"", "1:1: ", "absolute"),

@@ -13,9 +13,9 @@ use vmdr_hypervisor::xml::Element;
 use vmdr_proto::control::receiver_server::Receiver as Service;
 use vmdr_proto::control::{
     ActivateRequest, ActivationPlan, ActivationReport, CheckPlanReply, CheckPlanRequest, ColdListReply,
-    ColdListRequest, DivergenceReply, DivergenceRequest, DomainRequest, DomainStatus, ExportRequest, ForgetReply,
-    GivenUp, HookRun, ImportRequest, Point, PointRequest, PointsReply, Progress, RetentionReply, RetentionRequest,
-    StatusReply, StatusRequest, VerifyReport, VerifyRequest, VerifyStatus,
+    ColdListRequest, DivergenceReply, DivergenceRequest, DomainRequest, DomainStatus, DrillReport, DrillRequest,
+    ExportRequest, ForgetReply, GivenUp, HookRun, ImportRequest, Point, PointRequest, PointsReply, Progress,
+    RetentionReply, RetentionRequest, StatusReply, StatusRequest, VerifyReport, VerifyRequest, VerifyStatus,
 };
 use vmdr_proto::replication::RefusedCode;
 
@@ -27,6 +27,7 @@ use crate::activate::thaw;
 use crate::activate::{ActivateError, Settings, findings, plan};
 use crate::cold;
 use crate::daemon::Receiver;
+use crate::drill;
 use crate::history;
 use crate::recovery::applied::{Applied, Outcome};
 use crate::recovery::site;
@@ -72,7 +73,7 @@ pub(crate) fn store_status(error: &StoreError) -> Status {
     }
 }
 
-fn activate_status(error: &ActivateError) -> Status {
+pub(crate) fn activate_status(error: &ActivateError) -> Status {
     let message = error.to_string();
     match error {
         ActivateError::Store(error) => store_status(error),
@@ -83,7 +84,7 @@ fn activate_status(error: &ActivateError) -> Status {
 }
 
 /// The stored domain of this name or UUID.
-fn find(receiver: &Receiver, wanted: &str) -> Result<(Uuid, DomainSummary), Status> {
+pub(crate) fn find(receiver: &Receiver, wanted: &str) -> Result<(Uuid, DomainSummary), Status> {
     if wanted.is_empty() {
         return Err(Status::invalid_argument("no domain is named: give a name or a UUID"));
     }
@@ -167,6 +168,7 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
     // A domain whose control record is damaged has its name from the activation, if there was one.
     let recorded = record.ok().flatten().map(|r| r.name);
     let name = if domain.name.is_empty() { recorded.unwrap_or_default() } else { domain.name };
+    let last_drill = drill::wire::newest(receiver, uuid, &name);
     let owner = receiver.ownerships.get(&domain.uuid).ok().flatten();
     DomainStatus {
         owner: owner.map(|owner| owner.describe()).unwrap_or_default(),
@@ -191,6 +193,7 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
         points: domain.points,
         alarm: domain.alarm.unwrap_or_default(),
         verify: Some(verify),
+        drill: last_drill,
         exported_unix_ns: exported.as_ref().map_or(0, |record| record.exported_unix_ns),
         exported_point: exported.map(|record| record.point).unwrap_or_default(),
         export_error: receiver.cold.exported(uuid).error,
@@ -285,7 +288,7 @@ pub(crate) fn make_plan(receiver: &Receiver, request: &ActivateRequest) -> Resul
 }
 
 pub(crate) fn activate(
-    receiver: &Receiver,
+    receiver: &Arc<Receiver>,
     request: &ActivateRequest,
     requested: (Instant, u64),
     progress: &mut dyn FnMut(&str),
@@ -295,7 +298,7 @@ pub(crate) fn activate(
 
 /// The same, unless the domain has another generation than this one by now.
 pub(crate) fn activate_in(
-    receiver: &Receiver,
+    receiver: &Arc<Receiver>,
     request: &ActivateRequest,
     only: Option<u64>,
     requested: (Instant, u64),
@@ -318,6 +321,7 @@ pub(crate) fn activate_in(
             return Err(Status::aborted(message));
         }
     }
+    drill::run::make_way(receiver, uuid, progress);
     let chosen = history::choose(store, &id, request)?;
     let host = connect(receiver)?;
     let standby =
@@ -436,11 +440,18 @@ fn stored_point(point: &PointId) -> StoredPoint {
     StoredPoint { generation: point.generation, epoch: point.epoch }
 }
 
-fn forget(receiver: &Receiver, wanted: &str) -> Result<ForgetReply, Status> {
+fn forget(receiver: &Arc<Receiver>, wanted: &str) -> Result<ForgetReply, Status> {
     let (uuid, summary) = find(receiver, wanted)?;
     let lock = receiver.activation_lock(uuid);
     let _one_at_a_time = lock.blocking_lock();
     let id = uuid.to_string();
+    // What a drill has made lies beside what is deleted.
+    drill::run::end(receiver, uuid, "the domain is forgotten").map_err(|error| {
+        let name = &summary.name;
+        Status::failed_precondition(format!(
+            "a drill of {name} cannot be ended ({error}), and its files lie with what would be deleted: `vmdr drill {name} --end` first"
+        ))
+    })?;
     // A domain that cannot be opened may have been activated all the same.
     let activated = ActiveDirectory::of(&receiver.store.dir().join(&id)).path().exists();
     if summary.frozen || activated {
@@ -587,6 +598,20 @@ impl Service for ControlService {
             divergence::divergence(receiver, uuid, drop)
         })
         .await
+    }
+
+    type DrillStream = ReceiverStream<Result<Progress, Status>>;
+
+    async fn drill(&self, request: Request<DrillRequest>) -> Result<Response<Self::DrillStream>, Status> {
+        let request = request.into_inner();
+        let (messages, stream) = mpsc::channel(PROGRESS_MAX);
+        self.blocking(move |receiver| drill::wire::begin(receiver, &request, messages)).await?;
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn end_drill(&self, request: Request<DomainRequest>) -> Result<Response<DrillReport>, Status> {
+        let wanted = request.into_inner().domain;
+        self.blocking(move |receiver| drill::wire::end(receiver, &wanted)).await
     }
 
     async fn forget(&self, request: Request<DomainRequest>) -> Result<Response<ForgetReply>, Status> {

@@ -28,7 +28,9 @@ use crate::activate::{Settings, record::ActiveDirectory};
 use crate::cold::{self, Cold};
 use crate::config::Config;
 use crate::control::ControlService;
-use crate::metrics::{DomainSample, Metrics, Sample};
+use crate::drill::record::{Book, Outcome};
+use crate::drill::{self, Drills};
+use crate::metrics::{DomainSample, DrillSample, Metrics, Sample};
 use crate::recovery::{self, watch::Watched};
 use crate::replication::ReplicationService;
 use crate::reverse::{self, Reversal};
@@ -79,6 +81,8 @@ pub struct Receiver {
     pub reversals: Mutex<HashMap<Uuid, Reversal>>,
     /// Who reads points again.
     pub verifier: Verifier,
+    /// Drills that are under way.
+    pub drills: Arc<Drills>,
     /// Object storage.
     pub cold: Cold,
     /// What the last look at the recovery plan has found.
@@ -106,6 +110,7 @@ impl Receiver {
             reversals: Mutex::default(),
             verifier: Verifier::default(),
             watched: Watched::default(),
+            drills: Arc::default(),
             sessions: Mutex::default(),
             activations: Mutex::default(),
             started: Instant::now(),
@@ -177,7 +182,17 @@ impl Receiver {
     /// The state for metrics.
     pub fn sample(&self) -> Sample {
         let now = unix_ns(SystemTime::now());
+        let drill = |uuid: &str| {
+            let book = Book::read(&self.store.dir().join(uuid)).ok()?;
+            let last = book.newest().filter(|report| report.ended_unix_ns > 0)?;
+            Some(DrillSample {
+                ended_seconds: last.ended_unix_ns as f64 / 1e9,
+                passed: last.outcome == Outcome::Passed,
+                rto_seconds: last.rto_seconds,
+            })
+        };
         let domains = self.store.domains().into_iter().map(|d| DomainSample {
+            drill: drill(&d.uuid),
             name: d.name,
             generation: d.position.generation,
             epoch: d.position.epoch,
@@ -207,6 +222,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let receiver = Arc::new(receiver);
     verify::start(&receiver).context("start the thread that verifies")?;
     recovery::watch::start(&receiver).context("start the thread that looks at the recovery plan")?;
+    drill::tend::start(&receiver).context("start the thread that looks after drills")?;
 
     let listener = listen(receiver.config.listen).await?;
     let address = listener.local_addr().context("ask for the address listened on")?;

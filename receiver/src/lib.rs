@@ -10,6 +10,7 @@
 //! - [`recovery`]: the recovery plan: hooks, announcements, and whether it fits this site.
 //! - [`control`]: the `vmdr` command's requests.
 //! - [`verify`]: points are read again in the background.
+//! - [`drill`]: an activation rehearsed on a copy, cut off from everything.
 //! - [`daemon`]: all of it together; [`config`], [`metrics`], [`stats`].
 
 pub mod activate;
@@ -17,6 +18,7 @@ pub mod cold;
 pub mod config;
 pub mod control;
 pub mod daemon;
+pub mod drill;
 pub mod hashes;
 pub mod history;
 pub mod metrics;

@@ -63,6 +63,21 @@ pub struct Metrics {
     pub activation: Histogram,
     /// Bytes that were read to verify points.
     pub verified_bytes: AtomicU64,
+    /// Drills that have ended.
+    pub drills: AtomicU64,
+    /// Those that failed.
+    pub drill_failures: AtomicU64,
+}
+
+/// How a domain's last drill went.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct DrillSample {
+    /// When it ended, seconds since 1970.
+    pub ended_seconds: f64,
+    /// Whether it passed.
+    pub passed: bool,
+    /// What an activation would have taken; `None`: the copy never ran.
+    pub rto_seconds: Option<f64>,
 }
 
 /// What the store says of one domain.
@@ -94,6 +109,8 @@ pub struct DomainSample {
     pub damaged: bool,
     /// When a point was last found to be sound, seconds since 1970; `None`: never.
     pub verified_seconds: Option<f64>,
+    /// Its last drill; `None`: there was none.
+    pub drill: Option<DrillSample>,
     /// A stream is open.
     pub receiving: bool,
     /// It was activated here.
@@ -127,6 +144,8 @@ impl Metrics {
             ("vmdr_receiver_activations_total", "Activations that ended with a running guest.", &self.activations),
             ("vmdr_receiver_verified_bytes_total", "Bytes read to verify recovery points.", &self.verified_bytes),
             ("vmdr_receiver_activation_failures_total", "Activations that failed.", &self.activation_failures),
+            ("vmdr_receiver_drills_total", "Drills that have ended.", &self.drills),
+            ("vmdr_receiver_drill_failures_total", "Drills that failed.", &self.drill_failures),
         ] {
             family(&mut out, name, "counter", help);
             let _ = writeln!(out, "{name} {}", value.load(Ordering::Relaxed));
@@ -146,7 +165,7 @@ impl Metrics {
             let _ = writeln!(out, "{name} {checked}");
         }
         type Value = fn(&DomainSample) -> Option<f64>;
-        let gauges: [(&str, &str, Value); 13] = [
+        let gauges: [(&str, &str, Value); 16] = [
             ("vmdr_receiver_domain_generation", "Stored generation.", |d| Some(d.generation as f64)),
             ("vmdr_receiver_domain_durable_epoch", "Newest durable epoch.", |d| Some(d.epoch as f64)),
             ("vmdr_receiver_domain_recovery_point_age_seconds", "Age of the newest recovery point.", |d| {
@@ -169,6 +188,15 @@ impl Metrics {
             }),
             ("vmdr_receiver_domain_verified_timestamp_seconds", "When a point was last found to be sound.", |d| {
                 d.verified_seconds
+            }),
+            ("vmdr_receiver_domain_drill_timestamp_seconds", "When the last drill ended.", |d| {
+                d.drill.map(|drill| drill.ended_seconds)
+            }),
+            ("vmdr_receiver_domain_drill_passed", "1 if the last drill passed.", |d| {
+                d.drill.map(|drill| f64::from(drill.passed))
+            }),
+            ("vmdr_receiver_domain_drill_rto_seconds", "RTO that the last drill found.", |d| {
+                d.drill.and_then(|drill| drill.rto_seconds)
             }),
             ("vmdr_receiver_domain_receiving", "1 while a stream is open.", |d| Some(f64::from(d.receiving))),
             ("vmdr_receiver_domain_active", "1 once it was activated here.", |d| Some(f64::from(d.active))),
@@ -214,6 +242,7 @@ mod tests {
             damaged_points: 3,
             damaged: true,
             verified_seconds: None,
+            drill: Some(DrillSample { ended_seconds: 1.5, passed: true, rto_seconds: None }),
             receiving: true,
             active: false,
         };
@@ -246,6 +275,8 @@ mod tests {
             "vmdr_receiver_plan_checked_timestamp_seconds 1.5",
             "vmdr_receiver_domain_durable_epoch{domain=\"new\",uuid=\"u\"} 9",
             "vmdr_receiver_domain_active{domain=\"new\",uuid=\"u\"} 0",
+            "vmdr_receiver_domain_drill_passed{domain=\"new\",uuid=\"u\"} 1",
+            "vmdr_receiver_domain_drill_timestamp_seconds{domain=\"new\",uuid=\"u\"} 1.5",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
         }

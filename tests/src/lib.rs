@@ -8,6 +8,7 @@
 //! - [`oracle`]: what a guest's memory and disks hold, read by a path that shares nothing with vmdr's.
 //! - [`huge_pages`]: lets guests have huge pages.
 //! - [`wire`]: the link as a long and bad cable, for the sites' own TCP.
+//! - [`sniff`]: what passes a network device, by its sender.
 //! - [`footprint`]: what a process takes of the machine.
 //! - [`leftovers`]: what a protection may leave behind: nothing.
 //! - [`images`]: what guests boot.
@@ -34,6 +35,7 @@ pub mod relay;
 pub mod rig;
 pub mod scene;
 pub mod site;
+pub mod sniff;
 mod tap;
 pub mod wait;
 pub mod wire;

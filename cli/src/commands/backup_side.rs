@@ -40,7 +40,8 @@ pub struct Which {
 }
 
 impl Which {
-    fn at(&self) -> Result<u64, Failure> {
+    /// The time that it means; 0: none.
+    pub fn at(&self) -> Result<u64, Failure> {
         let Some(before) = self.before else { return Ok(self.at_unix_ns.unwrap_or(0)) };
         let then = SystemTime::now().checked_sub(before).and_then(|then| then.duration_since(UNIX_EPOCH).ok());
         let ns = then.and_then(|then| u64::try_from(then.as_nanos()).ok()).filter(|ns| *ns > 0);

@@ -12,6 +12,7 @@ use crate::text;
 
 mod backup_side;
 mod cold;
+mod drill;
 mod history;
 mod ownership;
 mod plan;
@@ -66,6 +67,12 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
                 backup_side::Which { point: point.clone(), at_unix_ns: *at, before: *before, damaged: *damaged };
             let options = backup_side::Activate { dry_run: *dry_run, yes: *yes, wait: *wait, which };
             backup_side::activate(common, out, domain, options).await
+        }
+        Command::Drill { domain, end: true, .. } => drill::end(common, out, domain).await,
+        Command::Drill { domain, point, at, before, keep, wait, checks, run, end: false } => {
+            let which = backup_side::Which { point: point.clone(), at_unix_ns: *at, before: *before, damaged: false };
+            let options = drill::Drill { which, keep: *keep, wait: *wait, checks: checks.clone(), run: *run };
+            drill::drill(common, out, domain, options).await
         }
         Command::Export { domain, point, prune } => cold::export(common, out, domain, point.as_deref(), *prune).await,
         Command::Import { domain, from, key_file, list, point } => {

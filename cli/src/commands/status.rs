@@ -99,6 +99,7 @@ fn table(out: Out, rows: &Rows) -> String {
         let verify = status.verify.clone().unwrap_or_default();
         let sentences = [
             ("  verify: ", &verify.doing),
+            ("  drill: ", &drill_text(status)),
             ("  limited by: ", &status.limited_by),
             ("  last error: ", &status.last_error),
             ("  no application-consistent point: ", &status.application_error),
@@ -114,6 +115,25 @@ fn table(out: Out, rows: &Rows) -> String {
         table.row(cells(*daemon, status), below);
     }
     table.render(out.style)
+}
+
+/// How the last drill went; nothing where there was none.
+fn drill_text(status: &control::DomainStatus) -> String {
+    let Some(drill) = &status.drill else { return String::new() };
+    let mut said = match drill.result.as_str() {
+        "under way" => format!("under way since {}", text::seconds(drill.age_seconds)),
+        result => format!("{result} {} ago", text::seconds(drill.age_seconds)),
+    };
+    if drill.rto_seconds > 0.0 {
+        said.push_str(&format!(", RTO {}", text::seconds(drill.rto_seconds)));
+    }
+    if drill.kept {
+        said.push_str(&format!("; its copy {} still runs", drill.copy_name));
+    }
+    let failed =
+        drill.checks.iter().filter(|check| !check.passed).map(|check| format!("{}: {}", check.check, check.said));
+    let why: Vec<String> = (!drill.error.is_empty()).then(|| drill.error.clone()).into_iter().chain(failed).collect();
+    if why.is_empty() { said } else { format!("{said}: {}", why.join("; ")) }
 }
 
 fn cells(daemon: Daemon, status: &control::DomainStatus) -> [Cell; 10] {

@@ -203,6 +203,32 @@ fn point(epoch: u64, newest: bool) -> Point {
     }
 }
 
+/// A drill that passed, or failed.
+fn drill(name: &str, passed: bool) -> DrillReport {
+    let check =
+        |check: &str, passed, said: &str| DrillCheck { check: check.into(), passed, said: said.into(), seconds: 5.0 };
+    DrillReport {
+        id: "0a1b2c".into(),
+        name: name.into(),
+        uuid: UUID.into(),
+        point: "3-1000".into(),
+        cut_unix_ns: CUT_UNIX_NS,
+        result: if passed { "passed" } else { "failed" }.into(),
+        started_unix_ns: CUT_UNIX_NS,
+        ended_unix_ns: CUT_UNIX_NS + 9_000_000_000,
+        age_seconds: 7200.0,
+        copy_seconds: 0.25,
+        rto_seconds: 1.5,
+        copied_bytes: 5 << 20,
+        shared_bytes: 512 << 20,
+        checks: vec![
+            check("runs", true, "in 5.0 s its vCPUs ran for 1.2 s, and no I/O failed"),
+            check("tcp:22", passed, if passed { "10.0.0.5:22 takes connections" } else { "Connection\x1b[2J refused" }),
+        ],
+        ..DrillReport::default()
+    }
+}
+
 fn policy() -> RetentionReply {
     let tier = |every_seconds, for_seconds| RetentionTier { every_seconds, for_seconds };
     let tiers = vec![tier(0, 600), tier(60, 86_400), tier(3600, 604_800)];
@@ -404,9 +430,35 @@ impl Receiver for Daemon {
             paused_ratio: 0.0,
             monitor: String::new(),
             peer: "a.example".into(),
+            drill: Some(drill("web2", true)),
             ..protected("web2")
         };
         Ok(Response::new(StatusReply { domains: vec![standby] }))
+    }
+
+    type DrillStream = Stream;
+
+    async fn drill(&self, request: Request<DrillRequest>) -> Result<Response<Stream>, Status> {
+        let DrillRequest { domain, keep, wait, checks, run_seconds, .. } = request.into_inner();
+        self.asked("drill", &domain)?;
+        self.calls.lock().unwrap().push(format!("keep {keep} run {run_seconds} checks {checks:?}"));
+        let mut report = drill(&domain, domain != "failing");
+        if keep {
+            report.kept = true;
+            report.copy_name = format!("{domain}-drill-0a1b2c");
+            report.bridges = vec!["vmdr-d0a1b2c0".into()];
+        }
+        if !wait {
+            report = DrillReport { result: "under way".into(), ended_unix_ns: 0, checks: Vec::new(), ..report };
+        }
+        let last = Ok(Progress { step: "drill".into(), drill: Some(report), ..Progress::default() });
+        Ok(stream(vec![progress("copy the recovery point", 0, 0, "", ""), last]))
+    }
+
+    async fn end_drill(&self, request: Request<DomainRequest>) -> Result<Response<DrillReport>, Status> {
+        let domain = request.into_inner().domain;
+        self.asked("end-drill", &domain)?;
+        Ok(Response::new(drill(&domain, true)))
     }
 
     async fn points(&self, request: Request<DomainRequest>) -> Result<Response<PointsReply>, Status> {

@@ -67,19 +67,20 @@ mod tests {
         let hook = directory.path().join("hooks/qemu.d/vmdr");
         assert!(install(&hook, &all).unwrap());
         assert!(!install(&hook, &all).unwrap());
-        let run = |operation: &str| {
+        let run_as = |uuid: &str, operation: &str| {
             let mut child = Command::new(&hook)
                 .args(["web", operation, "begin", "-"])
                 .stdin(Stdio::piped())
                 .stderr(Stdio::piped())
                 .spawn()
                 .unwrap();
-            let xml = format!("<domain type='kvm'>\n  <name>web</name>\n  <uuid>{UUID}</uuid>\n</domain>\n");
+            let xml = format!("<domain type='kvm'>\n  <name>web</name>\n  <uuid>{uuid}</uuid>\n</domain>\n");
             // One that is not interested does not read.
             let _ = child.stdin.take().unwrap().write_all(xml.as_bytes());
             let output = child.wait_with_output().unwrap();
             (output.status.success(), String::from_utf8(output.stderr).unwrap())
         };
+        let run = |operation: &str| run_as(UUID, operation);
         assert!(run("prepare").0, "nothing is known of it");
         all.transition(UUID, "web", &Event::Protected(1), "").unwrap();
         let (may, said) = run("prepare");
@@ -90,6 +91,8 @@ mod tests {
         all.transition(UUID, "web", &Event::Outdated(2), "").unwrap();
         let (may, said) = run("prepare");
         assert!(!may && said.contains("domain web is fenced"), "{said}");
+        // The copy of a drill is another domain.
+        assert!(run_as("33333333-1111-4111-8111-111111111111", "prepare").0);
         all.transition(UUID, "web", &Event::Activating(3), "").unwrap();
         assert!(run("prepare").0, "it is protected nowhere: there is nobody to ask");
     }

@@ -251,7 +251,7 @@ fn complaints(log: &str) -> Option<String> {
 }
 
 /// Asked of the kernel and not of /sys, which may be that of another network namespace.
-fn interface_index(name: &str) -> bool {
+pub(crate) fn interface_index(name: &str) -> bool {
     use rustix::net::{AddressFamily, SocketType, netdevice, socket};
     let Ok(any) = socket(AddressFamily::INET, SocketType::DGRAM, None) else { return false };
     netdevice::name_to_index(&any, name).is_ok()

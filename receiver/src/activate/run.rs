@@ -141,7 +141,8 @@ impl Activation<'_> {
         let plan = plan::make(&point, &active.attempt(attempt), self.settings, self.host)?;
         self.refuse(&plan)?;
         let image = active.attempt(attempt).join(SAVE_IMAGE);
-        let overlays = self.prepare(&active, attempt, &point, &plan, &image)?;
+        let top = &self.settings.state_directory;
+        let overlays = make_files(top, &active.attempt(attempt), &point, &plan, &image)?;
 
         progress("restore the guest");
         let step = Step::Restoring { generation, point: id, attempt, overlays };
@@ -257,56 +258,6 @@ impl Activation<'_> {
         }
     }
 
-    fn prepare(
-        &self,
-        active: &ActiveDirectory,
-        attempt: u32,
-        point: &RecoveryPoint,
-        plan: &Plan,
-        image: &Path,
-    ) -> Result<Vec<Pristine>, ActivateError> {
-        let directory = active.attempt(attempt);
-        // Made by a predecessor that did not get as far as recording it: nobody has used it.
-        files::remove_directory(&directory)?;
-        durable::create_directory(&directory).map_err(io("create", &directory))?;
-        let top = &self.settings.state_directory;
-        let mut overlays = Vec::with_capacity(plan.disks.len());
-        for (i, (disk, stored)) in plan.disks.iter().zip(&point.disks).enumerate() {
-            let overlay = match &point.older {
-                None => files::create_overlay(&disk.overlay, &disk.base, stored.size_bytes)?,
-                Some(older) => {
-                    let mut read = |cluster: u64, buffer: &mut [u8]| {
-                        let at = cluster * qcow2::CLUSTER_BYTES;
-                        older.read(Array::Disk(i as u16), at, buffer).map_err(std::io::Error::other)
-                    };
-                    let clusters = content::clusters(point, i)?;
-                    let bytes = stored.size_bytes;
-                    files::create_older_overlay(&disk.overlay, &disk.base, bytes, &clusters, &mut read)?
-                }
-            };
-            overlays.push(overlay);
-            files::let_pass(top, &disk.overlay)?;
-            files::let_pass(top, &disk.base)?;
-            files::give_to_read(&disk.base, plan.qemu_owner)?;
-        }
-        if let Some((index, file)) = &plan.variables {
-            let flash = &point.ram[*index];
-            files::let_pass(top, file)?;
-            let mut image = content::ram(point, *index).map_err(io("read", &flash.path))?;
-            files::copy_variables(&mut image, file, flash.used_bytes, plan.qemu_owner)?;
-        }
-        if let Memory::Mapped(index) = plan.memory {
-            let ram = &point.ram[index].path;
-            files::let_pass(top, ram)?;
-            files::give_to_read(ram, plan.qemu_owner)?;
-        }
-        if plan.memory != Memory::Off {
-            write_save_image(image, point, plan)?;
-        }
-        durable::sync_directory(&directory).map_err(io("sync", &directory))?;
-        Ok(overlays)
-    }
-
     fn restore_failed(
         &self,
         active: &ActiveDirectory,
@@ -384,6 +335,55 @@ impl Activation<'_> {
             }
         }
     }
+}
+
+/// Makes everything that QEMU needs to run `point` as it was planned, in `directory`: overlays, UEFI variables, and `image`, the
+/// save image. `top` is the state directory, through which QEMU's user is let.
+pub(crate) fn make_files(
+    top: &Path,
+    directory: &Path,
+    point: &RecoveryPoint,
+    plan: &Plan,
+    image: &Path,
+) -> Result<Vec<Pristine>, ActivateError> {
+    // Made by a predecessor that did not get as far as recording it: nobody has used it.
+    files::remove_directory(directory)?;
+    durable::create_directory(directory).map_err(io("create", directory))?;
+    let mut overlays = Vec::with_capacity(plan.disks.len());
+    for (i, (disk, stored)) in plan.disks.iter().zip(&point.disks).enumerate() {
+        let overlay = match &point.older {
+            None => files::create_overlay(&disk.overlay, &disk.base, stored.size_bytes)?,
+            Some(older) => {
+                let mut read = |cluster: u64, buffer: &mut [u8]| {
+                    let at = cluster * qcow2::CLUSTER_BYTES;
+                    older.read(Array::Disk(i as u16), at, buffer).map_err(std::io::Error::other)
+                };
+                let clusters = content::clusters(point, i)?;
+                let bytes = stored.size_bytes;
+                files::create_older_overlay(&disk.overlay, &disk.base, bytes, &clusters, &mut read)?
+            }
+        };
+        overlays.push(overlay);
+        files::let_pass(top, &disk.overlay)?;
+        files::let_pass(top, &disk.base)?;
+        files::give_to_read(&disk.base, plan.qemu_owner)?;
+    }
+    if let Some((index, file)) = &plan.variables {
+        let flash = &point.ram[*index];
+        files::let_pass(top, file)?;
+        let mut image = content::ram(point, *index).map_err(io("read", &flash.path))?;
+        files::copy_variables(&mut image, file, flash.used_bytes, plan.qemu_owner)?;
+    }
+    if let Memory::Mapped(index) = plan.memory {
+        let ram = &point.ram[index].path;
+        files::let_pass(top, ram)?;
+        files::give_to_read(ram, plan.qemu_owner)?;
+    }
+    if plan.memory != Memory::Off {
+        write_save_image(image, point, plan)?;
+    }
+    durable::sync_directory(directory).map_err(io("sync", directory))?;
+    Ok(overlays)
 }
 
 /// A guest without disks cannot be told from another of its UUID; that libvirt was asked to restore it is enough then.

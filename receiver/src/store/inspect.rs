@@ -283,6 +283,7 @@ impl<'a> Looked<'a> {
                         self.damage(&path, None, "it does not match its checksum: it counts as if it were not there");
                     }
                 }
+                "drill" => self.file(&path, "drills: how they went, and what there is of one"),
                 EXPORTED_FILE => self.file(&path, "which point was last sent to object storage"),
                 "active" => self.file(&path, "an activation: its record and overlays"),
                 _ if name.starts_with("damaged-standby.") => {

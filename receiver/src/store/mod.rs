@@ -419,6 +419,11 @@ impl Store {
         self.slots().keys().map(Uuid::to_string).collect()
     }
 
+    /// The name of a domain that is in order, when last heard of.
+    pub fn name(&self, uuid: &str) -> Option<String> {
+        Some(self.working(uuid)?.shared().name.clone())
+    }
+
     /// When a point of a domain was last found to be sound, and what is to be read because something is damaged of which it is
     /// not known where. Nothing of a domain that has no point, or that was activated.
     pub fn last_verified(&self, uuid: &str) -> Option<(Option<u64>, Option<Scope>)> {

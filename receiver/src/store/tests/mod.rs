@@ -1,6 +1,7 @@
 //! A guest in memory, what it sends, and whether the store has it.
 
 mod crash;
+mod drill;
 mod every;
 mod fault;
 mod fixtures;

@@ -1,0 +1,472 @@
+//! What has to be true of a copy that runs.
+//!
+//! | check | passes when |
+//! | --- | --- |
+//! | `runs` | for some seconds the copy runs, its vCPUs get and use time, and no I/O of its disks fails; always made |
+//! | `heartbeat` | the guest's tools answer, or its QEMU guest agent; made where the guest has the channel's port open |
+//! | `tcp:PORT`, `tcp:ADDRESS:PORT` | a TCP connection from beside the guest is accepted |
+//! | `cmd:COMMAND` | a shell's command ends with 0; it runs beside the guest, in a network with nothing else in it |
+//!
+//! All but the first are tried again until they pass or their time is over. What the guest says is not believed further than
+//! that it was said.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process_group};
+use serde_json::Value;
+use uuid::Uuid;
+use vmdr_guest_channel::{Decoder, Frame, Hello, Message, PORT};
+use vmdr_hypervisor::domain_xml::{GUEST_AGENT_CHANNEL, channel};
+use vmdr_hypervisor::libvirt::{Connection, Domain, DomainState};
+use vmdr_hypervisor::xml::Element;
+
+use super::net::Probe;
+use super::record::Checked;
+use super::{Control, DrillError};
+
+/// Checks of one drill, at most.
+pub const CHECKS_MAX: usize = 16;
+/// The longest command.
+const COMMAND_BYTES_MAX: usize = 4096;
+/// Between two looks, and two tries.
+const LOOK: Duration = Duration::from_millis(250);
+/// How long the guest's end of a channel may take to be seen.
+const OPEN_MAX: Duration = Duration::from_secs(5);
+/// How long one try of a connection may take.
+const CONNECT: Duration = Duration::from_millis(1500);
+/// How long the guest agent may take for one answer, in libvirt's whole seconds.
+const ANSWER_SECONDS: i32 = 2;
+/// As much of what a command says is shown.
+const SAID_BYTES_MAX: u64 = 400;
+
+/// A check that is asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Check {
+    /// A TCP port is open.
+    Tcp {
+        /// At this address; nothing: at the one that the guest announces.
+        address: Option<Ipv4Addr>,
+        /// The port.
+        port: u16,
+    },
+    /// A command of the operator's ends with 0.
+    Command(String),
+}
+
+impl FromStr for Check {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let shown: String = text.chars().take(64).collect();
+        let wrong =
+            |what: &str| format!("check {shown:?}: {what}; known are tcp:PORT, tcp:ADDRESS:PORT and cmd:COMMAND");
+        match text.split_once(':') {
+            Some(("tcp", rest)) => {
+                let (address, port) = match rest.rsplit_once(':') {
+                    None => (None, rest),
+                    Some((address, port)) => {
+                        let parsed = address.parse().map_err(|_| wrong("the address is not an IPv4 address"))?;
+                        (Some(parsed), port)
+                    }
+                };
+                let port = port.parse().ok().filter(|port| *port > 0).ok_or_else(|| wrong("there is no such port"))?;
+                Ok(Self::Tcp { address, port })
+            }
+            Some(("cmd", command)) if command.trim().is_empty() => Err(wrong("the command is empty")),
+            Some(("cmd", command)) if command.len() > COMMAND_BYTES_MAX || command.contains('\0') => {
+                Err(wrong("the command is too long, or has a NUL"))
+            }
+            Some(("cmd", command)) => Ok(Self::Command(command.to_owned())),
+            _ => Err(wrong("it is none")),
+        }
+    }
+}
+
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp { address: None, port } => write!(f, "tcp:{port}"),
+            Self::Tcp { address: Some(address), port } => write!(f, "tcp:{address}:{port}"),
+            Self::Command(command) => write!(f, "cmd:{command}"),
+        }
+    }
+}
+
+/// Reads what was asked for.
+pub fn parse(texts: &[String]) -> Result<Vec<Check>, String> {
+    if texts.len() > CHECKS_MAX {
+        return Err(format!("{} checks: at most {CHECKS_MAX} are made", texts.len()));
+    }
+    texts.iter().map(|text| text.parse()).collect()
+}
+
+/// The copy, and how it is asked.
+pub struct Subject<'a> {
+    /// Its libvirt.
+    pub connection: &'a Connection,
+    /// Its domain.
+    pub uuid: Uuid,
+    /// Its identity, and the domain and point that it is of, for commands: names and values.
+    pub environment: Vec<(&'static str, String)>,
+    /// Beside it.
+    pub probe: &'a Arc<Probe>,
+    /// The addresses of its cards.
+    pub macs: &'a [String],
+    /// Where commands write.
+    pub directory: &'a Path,
+    /// Whether to go on.
+    pub control: &'a Arc<Control>,
+    /// How long a check may take.
+    pub limit: Duration,
+    /// How long it has to run.
+    pub run: Duration,
+    /// Whether there is room to go on.
+    pub guard: &'a dyn Fn() -> Result<(), DrillError>,
+}
+
+/// What a try of a check found: passed, not yet, or for good.
+enum Found {
+    Passed(String),
+    NotYet(String),
+    Failed(String),
+}
+
+impl Subject<'_> {
+    /// Makes all checks. An error: the drill has to end.
+    pub fn check(&self, asked: &[Check], progress: &mut dyn FnMut(&str)) -> Result<Vec<Checked>, DrillError> {
+        let begun = Instant::now();
+        let before = self.domain().and_then(|domain| vcpu_ns(&domain));
+        let mut made = Vec::new();
+        for port in self.open_ports()? {
+            progress("wait for the guest's heartbeat");
+            made.push(self.try_until("heartbeat", |_| self.heartbeat(&port))?);
+        }
+        for check in asked {
+            progress(&format!("check {check}"));
+            made.push(match check {
+                Check::Tcp { address, port } => {
+                    self.try_until(&check.to_string(), |turn| self.tcp(*address, *port, turn))?
+                }
+                Check::Command(command) => self.try_until(&check.to_string(), |turn| self.command(command, turn))?,
+            });
+        }
+        progress("see the guest run");
+        made.insert(0, self.runs(begun, before)?);
+        Ok(made)
+    }
+
+    fn domain(&self) -> Result<Domain, vmdr_hypervisor::Error> {
+        self.connection.domain_by_uuid(&self.uuid)
+    }
+
+    fn try_until(
+        &self,
+        name: &str,
+        mut one: impl FnMut(usize) -> Result<Found, DrillError>,
+    ) -> Result<Checked, DrillError> {
+        let begun = Instant::now();
+        let done =
+            |passed, said| Ok(Checked { check: name.to_owned(), passed, said, seconds: begun.elapsed().as_secs_f64() });
+        for turn in 0.. {
+            (self.guard)()?;
+            match one(turn)? {
+                Found::Passed(said) => return done(true, said),
+                Found::Failed(said) => return done(false, said),
+                Found::NotYet(said) if begun.elapsed() >= self.limit => return done(false, said),
+                Found::NotYet(_) => self.control.rest(LOOK)?,
+            }
+        }
+        done(false, String::new())
+    }
+
+    fn runs(&self, begun: Instant, before: Result<u64, vmdr_hypervisor::Error>) -> Result<Checked, DrillError> {
+        let done = |passed, said: String| {
+            Ok(Checked { check: "runs".to_owned(), passed, said, seconds: begun.elapsed().as_secs_f64() })
+        };
+        loop {
+            (self.guard)()?;
+            let looked = self.domain().and_then(|domain| Ok((domain.state()?.0, failed_io(&domain)?, domain)));
+            match looked {
+                Err(error) if error.is_no_such_domain() => {
+                    return done(false, "the guest has shut down, or QEMU has ended".to_owned());
+                }
+                Err(error) => return done(false, error.to_string()),
+                Ok((state, ..)) if !matches!(state, DomainState::Running | DomainState::Blocked) => {
+                    return done(false, format!("the guest is {state}"));
+                }
+                Ok((_, 1.., _)) => return done(false, "I/O of its disks has failed".to_owned()),
+                Ok((_, _, domain)) if begun.elapsed() >= self.run => {
+                    return match (before, vcpu_ns(&domain)) {
+                        (Ok(before), Ok(now)) if now > before => {
+                            let used = Duration::from_nanos(now - before).as_secs_f64();
+                            let all = begun.elapsed().as_secs_f64();
+                            done(true, format!("in {all:.1} s its vCPUs ran for {used:.1} s, and no I/O failed"))
+                        }
+                        (Ok(_), Ok(_)) => done(false, "its vCPUs do not run".to_owned()),
+                        (Err(error), _) | (_, Err(error)) => done(false, error.to_string()),
+                    };
+                }
+                Ok(_) => self.control.rest(LOOK)?,
+            }
+        }
+    }
+
+    /// The channels whose port the guest has open: somebody is to answer there. QEMU says so only once the guest runs, so a
+    /// guest that has such a channel is given some time.
+    fn open_ports(&self) -> Result<Vec<Port>, DrillError> {
+        let until = Instant::now() + OPEN_MAX;
+        loop {
+            let Ok(xml) = self.domain().and_then(|domain| domain.live_xml()) else { return Ok(Vec::new()) };
+            let there = [PORT, GUEST_AGENT_CHANNEL].map(|name| channel(&xml, name));
+            let is_open = |of: &&Element| of.attribute_at("target", "state") == Some("connected");
+            let [tools, agent] = there.map(|of| of.filter(is_open));
+            let all = there.iter().flatten().count() == [tools, agent].iter().flatten().count();
+            if all || Instant::now() >= until {
+                let tools = tools.and_then(|of| of.attribute_at("source", "path")).map(|path| Port::Tools(path.into()));
+                return Ok(tools.into_iter().chain(agent.map(|_| Port::Agent)).collect());
+            }
+            self.control.rest(LOOK)?;
+        }
+    }
+
+    fn heartbeat(&self, port: &Port) -> Result<Found, DrillError> {
+        Ok(match port {
+            Port::Tools(path) => match greet(path) {
+                Ok(true) => Found::Passed("its tools answer".to_owned()),
+                Ok(false) => Found::NotYet("its tools do not answer".to_owned()),
+                Err(error) => Found::NotYet(format!("its tools: {}: {error}", path.display())),
+            },
+            // It does not thaw by itself what was frozen at the cut.
+            Port::Agent => match self.domain().and_then(|of| of.guest_agent("guest-fsfreeze-thaw", ANSWER_SECONDS)) {
+                Ok(_) => Found::Passed("its QEMU guest agent answers".to_owned()),
+                Err(error) => Found::NotYet(error.to_string()),
+            },
+        })
+    }
+
+    /// Where the guest is: as it announces it, or as its agent claims.
+    fn addresses(&self) -> Result<Vec<(usize, Ipv4Addr)>, DrillError> {
+        let announced = self.probe.announced(self.macs)?;
+        if !announced.is_empty() {
+            return Ok(announced);
+        }
+        let asked = self.domain().and_then(|of| of.guest_agent("guest-network-get-interfaces", ANSWER_SECONDS));
+        let claimed = asked.map(|claims| claimed(&claims, self.macs)).unwrap_or_default();
+        let networks = 0..self.probe.networks();
+        Ok(networks.flat_map(|network| claimed.iter().map(move |address| (network, *address))).collect())
+    }
+
+    fn tcp(&self, address: Option<Ipv4Addr>, port: u16, turn: usize) -> Result<Found, DrillError> {
+        let places = match address {
+            Some(address) => (0..self.probe.networks()).map(|network| (network, address)).collect(),
+            None => self.addresses()?,
+        };
+        if self.probe.networks() == 0 {
+            return Ok(Found::Failed("the guest has no network card".to_owned()));
+        }
+        let Some((network, address)) = places.get(turn % places.len().max(1)).copied() else {
+            let said = "the guest has not announced an address; name it: tcp:ADDRESS:PORT".to_owned();
+            return Ok(Found::NotYet(said));
+        };
+        self.probe.settle_beside(network, address, turn / places.len().max(1))?;
+        let to = SocketAddr::from((address, port));
+        Ok(match self.probe.run(move || TcpStream::connect_timeout(&to, CONNECT).map(drop))? {
+            Ok(()) => Found::Passed(format!("{to} takes connections")),
+            Err(error) => Found::NotYet(format!("{to}: {error}")),
+        })
+    }
+
+    fn command(&self, command: &str, turn: usize) -> Result<Found, DrillError> {
+        let mut environment = self.environment.clone();
+        let places = self.addresses()?;
+        if let Some((network, address)) = places.first().copied() {
+            self.probe.settle_beside(network, address, turn)?;
+            environment.push(("VMDR_DRILL_ADDRESS", address.to_string()));
+        }
+        let said = self.directory.join("check.out");
+        let out = File::create(&said).map_err(DrillError::io("create", &said))?;
+        let errors = out.try_clone().map_err(DrillError::io("open", &said))?;
+        let mut shell = Command::new("sh");
+        shell.arg("-c").arg(command).envs(environment).stdin(Stdio::null()).stdout(out).stderr(errors);
+        // So that all of it can be ended.
+        shell.process_group(0);
+        let (control, limit) = (Arc::clone(self.control), self.limit);
+        let ended = self.probe.run(move || wait(shell, &control, limit))?;
+        let mut last = Vec::new();
+        let read = File::open(&said).and_then(|file| file.take(SAID_BYTES_MAX).read_to_end(&mut last));
+        read.map_err(DrillError::io("read", &said))?;
+        let last = String::from_utf8_lossy(&last).trim().replace('\n', "; ");
+        Ok(match ended {
+            Ok(Some(status)) if status.success() => Found::Passed(last),
+            Ok(Some(status)) => Found::NotYet(format!("{status}: {last}").trim_end_matches([' ', ':']).to_owned()),
+            Ok(None) => {
+                self.control.go_on()?;
+                Found::Failed(format!("it did not end within {} s: {last}", self.limit.as_secs()))
+            }
+            Err(error) => Found::Failed(format!("cannot run it: {error}")),
+        })
+    }
+}
+
+/// Who is to answer.
+enum Port {
+    Tools(PathBuf),
+    Agent,
+}
+
+/// Runs it to its end; nothing: it was killed.
+fn wait(mut shell: Command, control: &Control, limit: Duration) -> std::io::Result<Option<std::process::ExitStatus>> {
+    let mut child = shell.spawn()?;
+    let until = Instant::now() + limit;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        if Instant::now() >= until || control.rest(Duration::from_millis(20)).is_err() {
+            if let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
+                // It may have ended by now.
+                let _ = kill_process_group(group, Signal::KILL);
+            }
+            child.wait()?;
+            return Ok(None);
+        }
+    }
+}
+
+/// Whether the guest's tools say anything at all.
+fn greet(path: &Path) -> std::io::Result<bool> {
+    let mut stream = UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(CONNECT))?;
+    stream.set_write_timeout(Some(CONNECT))?;
+    let message = Message::Hello(Hello::own(0, true, concat!("vmdr drill ", env!("CARGO_PKG_VERSION"))));
+    stream.write_all(&Frame { number: 1, message }.encode())?;
+    let (mut decoder, until) = (Decoder::default(), Instant::now() + CONNECT);
+    let mut buffer = [0; 1024];
+    while Instant::now() < until {
+        let read = match stream.read(&mut buffer) {
+            Ok(0) => return Ok(false),
+            Ok(read) => read,
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Ok(false),
+            Err(e) => return Err(e),
+        };
+        let mut bytes = &buffer[..read];
+        if decoder.next(&mut bytes).is_some() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// The IPv4 addresses that a guest agent claims for these cards.
+fn claimed(claims: &Value, macs: &[String]) -> Vec<Ipv4Addr> {
+    let cards = claims.as_array().into_iter().flatten();
+    let ours = cards.filter(|card| {
+        let mac = card["hardware-address"].as_str().unwrap_or_default();
+        macs.iter().any(|known| known.eq_ignore_ascii_case(mac))
+    });
+    let addresses = ours.flat_map(|card| card["ip-addresses"].as_array().into_iter().flatten());
+    addresses.filter_map(|address| address["ip-address"].as_str()?.parse().ok()).take(CHECKS_MAX).collect()
+}
+
+/// Nanoseconds for which the copy's vCPUs have run.
+fn vcpu_ns(domain: &Domain) -> Result<u64, vmdr_hypervisor::Error> {
+    let vcpus = domain.qmp("query-cpus-fast", Value::Null)?;
+    let threads = vcpus.as_array().into_iter().flatten().filter_map(|vcpu| vcpu["thread-id"].as_u64());
+    let ran = |thread: u64| {
+        let text = std::fs::read_to_string(format!("/proc/{thread}/schedstat")).ok()?;
+        text.split_whitespace().next()?.parse::<u64>().ok()
+    };
+    Ok(threads.filter_map(ran).sum())
+}
+
+/// How many of its disks' operations have failed.
+fn failed_io(domain: &Domain) -> Result<u64, vmdr_hypervisor::Error> {
+    let disks = domain.qmp("query-blockstats", Value::Null)?;
+    let kinds = ["failed_rd_operations", "failed_wr_operations", "failed_flush_operations"];
+    let of = |disk: &Value| kinds.iter().map(|kind| disk["stats"][kind].as_u64().unwrap_or(0)).sum::<u64>();
+    Ok(disks.as_array().into_iter().flatten().map(of).sum())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn checks_are_read_and_said_again() {
+        for text in ["tcp:22", "tcp:10.0.0.1:443", "cmd:curl -sf http://$VMDR_DRILL_ADDRESS:80/"] {
+            assert_eq!(text.parse::<Check>().unwrap().to_string(), text);
+        }
+        for (text, what) in [
+            ("tcp:0", "no such port"),
+            ("tcp:70000", "no such port"),
+            ("tcp:host:1", "not an IPv4 address"),
+            ("cmd: ", "empty"),
+            ("udp:5", "it is none"),
+            ("", "it is none"),
+        ] {
+            let error = text.parse::<Check>().unwrap_err();
+            assert!(error.contains(what) && error.contains("known are"), "{text}: {error}");
+        }
+        assert!(parse(&vec!["tcp:1".to_owned(); CHECKS_MAX + 1]).is_err());
+    }
+
+    #[test]
+    fn what_an_agent_claims_of_other_cards_does_not_count() {
+        let claims = serde_json::json!([
+            { "name": "lo", "ip-addresses": [{ "ip-address": "127.0.0.1" }], "hardware-address": "00:00:00:00:00:00" },
+            { "name": "a", "ip-addresses": [{ "ip-address": "fe80::1" }, { "ip-address": "10.0.0.7" }],
+              "hardware-address": "52:54:00:00:00:0A" },
+            { "name": "b" }, 7
+        ]);
+        assert_eq!(claimed(&claims, &["52:54:00:00:00:0a".to_owned()]), [Ipv4Addr::new(10, 0, 0, 7)]);
+        assert_eq!(claimed(&Value::Null, &[]), [] as [Ipv4Addr; 0]);
+    }
+
+    #[test]
+    fn a_command_ends_in_any_case() {
+        let control = Arc::new(Control::default());
+        let shell = |command: &str| {
+            let mut shell = Command::new("sh");
+            shell.arg("-c").arg(command).process_group(0);
+            shell
+        };
+        let limit = Duration::from_secs(60);
+        assert!(wait(shell("true"), &control, limit).unwrap().unwrap().success());
+        assert_eq!(wait(shell("exit 7"), &control, limit).unwrap().unwrap().code(), Some(7));
+        assert!(wait(shell("sleep 600 & sleep 600"), &control, Duration::from_millis(100)).unwrap().is_none());
+        control.end("enough");
+        assert!(wait(shell("sleep 600"), &control, limit).unwrap().is_none());
+    }
+
+    #[test]
+    fn tools_that_say_anything_live() {
+        let dir = tempfile::tempdir().unwrap();
+        for (answer, lives) in [(true, true), (false, false)] {
+            let path = dir.path().join(answer.to_string());
+            let listener = UnixListener::bind(&path).unwrap();
+            let guest = std::thread::spawn(move || {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut asked = [0; 256];
+                assert!(stream.read(&mut asked).unwrap() > 0);
+                let said = Frame { number: 1, message: Message::Hello(Hello::own(0, false, "x")) }.encode();
+                let said = if answer { said } else { b"noise".to_vec() };
+                stream.write_all(&said).unwrap();
+            });
+            assert_eq!(greet(&path).unwrap(), lives);
+            guest.join().unwrap();
+        }
+        assert!(greet(&dir.path().join("nobody")).is_err());
+    }
+}

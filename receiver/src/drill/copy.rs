@@ -1,0 +1,197 @@
+//! The copy of a recovery point that a drill runs on, beside the standby, which goes on meanwhile.
+//!
+//! Where the file system can (XFS, btrfs), each image is *cloned*: the clone shares the standby's blocks until either is
+//! written. The standby may be written while that happens; so afterwards everything in which the point is other than the
+//! standby *by then* is written over the clone, out of the history. Elsewhere the point is read and written, without its
+//! zeroes, at a limited rate. The point cannot go while it is copied ([`PointReader`]); applying waits for one read at a time.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+use super::DrillError;
+use crate::store::{Array, DiskImage, PointReader, RamImage, RecoveryPoint};
+
+/// Read and written at once: so long a batch of the same domain waits.
+const PIECE_BYTES: usize = 1 << 20;
+/// Zeroes are left out in pieces of this size.
+const GRAIN_BYTES: usize = 64 << 10;
+/// Written between two syncs, so that what waits in the page cache does not hold up the journal's own.
+const SYNC_BYTES: u64 = 16 << 20;
+
+/// What a copy cost.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Cost {
+    /// Bytes written.
+    pub copied_bytes: u64,
+    /// Bytes shared with the standby.
+    pub shared_bytes: u64,
+}
+
+/// Asked before so many bytes are written: waits for its turn, or says why not.
+pub type Pace<'a> = dyn FnMut(u64) -> Result<(), DrillError> + 'a;
+
+/// Makes a new file share all blocks of another; false: the file system cannot.
+pub type Clone = fn(&File, &File) -> io::Result<bool>;
+
+/// The bytes that copying would write, at most, with and without clones.
+pub fn estimate(reader: &PointReader, standby: &RecoveryPoint) -> Result<(u64, u64), DrillError> {
+    let (mut cloned, mut copied) = (0, 0);
+    for (array, path) in images(reader, standby) {
+        let changed: u64 = reader.differences(array)?.iter().map(|change| change.bytes).sum();
+        let stored = fs::metadata(&path).map_or(0, |of| of.blocks() * 512);
+        cloned += changed;
+        copied += (stored + changed).min(reader.length(array));
+    }
+    Ok((cloned, copied))
+}
+
+/// Whether files in `directory` can share blocks with `image`.
+pub fn can_clone(image: &Path, directory: &Path) -> Result<Option<Clone>, DrillError> {
+    let trial = directory.join("clone");
+    let (to, from) = (
+        create(&trial)?,
+        match File::open(image) {
+            Ok(from) => from,
+            // Nothing there, nothing to be shared.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(DrillError::io("open", image)(e)),
+        },
+    );
+    let cloned = reflink(&to, &from).map_err(DrillError::io("clone", image));
+    fs::remove_file(&trial).map_err(DrillError::io("remove", &trial))?;
+    Ok(cloned?.then_some(reflink))
+}
+
+fn reflink(to: &File, from: &File) -> io::Result<bool> {
+    match rustix::fs::ioctl_ficlone(to, from) {
+        Ok(()) => Ok(true),
+        Err(Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY | Errno::NOSYS) => Ok(false),
+        Err(other) => Err(other.into()),
+    }
+}
+
+fn create(path: &Path) -> Result<File, DrillError> {
+    let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+    made.map_err(DrillError::io("create", path))
+}
+
+/// The arrays that have images, in the order of `point.ram` and then `point.disks`, with the standby's files.
+fn images(reader: &PointReader, point: &RecoveryPoint) -> Vec<(Array, PathBuf)> {
+    let paths = point.ram.iter().map(|block| &block.path).chain(point.disks.iter().map(|disk| &disk.path));
+    reader.arrays().zip(paths.cloned()).collect()
+}
+
+/// Copies the point into `directory`, which is there and empty.
+pub fn copy(
+    reader: &Arc<PointReader>,
+    directory: &Path,
+    clone: Option<Clone>,
+    pace: &mut Pace<'_>,
+) -> Result<(RecoveryPoint, Cost), DrillError> {
+    let standby = Arc::clone(reader).recovery_point();
+    let mut cost = Cost::default();
+    for part in ["ram", "disk"] {
+        let part = directory.join(part);
+        fs::create_dir(&part).map_err(DrillError::io("create", &part))?;
+    }
+    let mut paths = Vec::new();
+    for (array, from) in images(reader, &standby) {
+        let path = match array {
+            Array::Ram(n) => directory.join("ram").join(format!("{n}.img")),
+            // Targets come from outside.
+            _ => directory.join("disk").join(format!("{}.raw", paths.len())),
+        };
+        image(reader, array, &from, &path, clone, pace, &mut cost)?;
+        paths.push(path);
+    }
+    let mut paths = paths.into_iter();
+    let mut next = |old: &PathBuf| paths.next().unwrap_or_else(|| old.clone());
+    let ram = standby.ram.iter().map(|block| RamImage { path: next(&block.path), ..block.clone() }).collect();
+    let disks = standby.disks.iter().map(|disk| DiskImage { path: next(&disk.path), ..disk.clone() }).collect();
+    let device_state = directory.join("device.state");
+    fs::write(&device_state, reader.device_state()).map_err(DrillError::io("write", &device_state))?;
+    let copy =
+        RecoveryPoint { ram, disks, device_state, dir: directory.to_owned(), older: None, checked: None, ..standby };
+    Ok((copy, cost))
+}
+
+fn image(
+    reader: &PointReader,
+    array: Array,
+    from: &Path,
+    path: &Path,
+    clone: Option<Clone>,
+    pace: &mut Pace<'_>,
+    cost: &mut Cost,
+) -> Result<(), DrillError> {
+    let to = create(path)?;
+    let length = reader.length(array);
+    let cloned = match (clone, File::open(from)) {
+        (Some(clone), Ok(from_file)) => clone(&to, &from_file).map_err(DrillError::io("clone", from))?,
+        // A block that is gone is read like any other.
+        _ => false,
+    };
+    if cloned {
+        cost.shared_bytes += to.metadata().map_or(0, |of| of.blocks() * 512);
+    }
+    to.set_len(length).map_err(DrillError::io("size", path))?;
+    let mut copy = Copier { reader, array, to: &to, path, length, buffer: vec![0; PIECE_BYTES], unsynced: 0 };
+    if cloned {
+        // Only now: what was written while it was cloned is among them.
+        for change in reader.differences(array)? {
+            cost.copied_bytes += copy.range(change.offset, change.bytes, true, pace)?;
+        }
+    } else {
+        cost.copied_bytes += copy.range(0, length, false, pace)?;
+    }
+    Ok(())
+}
+
+struct Copier<'a> {
+    reader: &'a PointReader,
+    array: Array,
+    to: &'a File,
+    path: &'a Path,
+    length: u64,
+    buffer: Vec<u8>,
+    unsynced: u64,
+}
+
+impl Copier<'_> {
+    /// Returns the bytes written. `over`: there is something, which zeroes have to replace.
+    fn range(&mut self, offset: u64, bytes: u64, over: bool, pace: &mut Pace<'_>) -> Result<u64, DrillError> {
+        let end = offset.saturating_add(bytes).min(self.length);
+        let (mut at, mut written) = (offset, 0);
+        while at < end {
+            if !over {
+                at = self.reader.data_from(self.array, at)?;
+                if at >= end {
+                    break;
+                }
+            }
+            let now = (end - at).min(self.buffer.len() as u64) as usize;
+            pace(now as u64)?;
+            let piece = &mut self.buffer[..now];
+            self.reader.read(self.array, at, piece)?;
+            for (number, grain) in piece.chunks(GRAIN_BYTES).enumerate() {
+                if over || grain.iter().any(|byte| *byte != 0) {
+                    let to = at + (number * GRAIN_BYTES) as u64;
+                    self.to.write_all_at(grain, to).map_err(DrillError::io("write", self.path))?;
+                    written += grain.len() as u64;
+                    self.unsynced += grain.len() as u64;
+                }
+            }
+            if self.unsynced >= SYNC_BYTES {
+                self.unsynced = 0;
+                self.to.sync_data().map_err(DrillError::io("sync", self.path))?;
+            }
+            at += now as u64;
+        }
+        Ok(written)
+    }
+}
