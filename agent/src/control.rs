@@ -8,9 +8,13 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
+use vmdr_daemon::caller::Groups;
+use vmdr_daemon::guard::Guard;
+use vmdr_daemon::host::HostService;
 use vmdr_daemon::ownership::Role;
+use vmdr_daemon::socket::incoming;
 use vmdr_hypervisor::domain_xml::own_qmp_socket;
 use vmdr_hypervisor::libvirt::Connection;
 use vmdr_proto::REPLICATION_VERSION;
@@ -20,6 +24,7 @@ use vmdr_proto::control::{
     OwnRequest, Point, PointRequest, PrepareReply, Progress, ProtectRequest, ReleaseReply, ResumeReply, StatusReply,
     StatusRequest, SuspendReply, UnprotectReply,
 };
+use vmdr_proto::host::host_server::HostServer;
 use vmdr_proto::replication::{NamePointRequest, ProbeReply, ProbeRequest};
 
 use crate::config::check_interval;
@@ -45,11 +50,17 @@ const PROGRESS_LOOK: Duration = Duration::from_millis(100);
 
 type Reports = Pin<Box<dyn tokio_stream::Stream<Item = Result<Progress, Status>> + Send>>;
 
+/// What those may ask who may only look.
+const READABLE: &[&str] = &["Doctor", "Status"];
+
 /// Serves it for ever.
-pub async fn serve(listener: UnixListener, agent: Agent) -> anyhow::Result<()> {
+pub async fn serve(listener: UnixListener, groups: Groups, agent: Agent) -> anyhow::Result<()> {
+    let audit = agent.audit.clone();
     tonic::transport::Server::builder()
+        .layer(Guard::new(audit.clone(), READABLE))
+        .add_service(HostServer::new(HostService::new("agent", audit.clone())))
         .add_service(AgentServer::new(Control { agent }))
-        .serve_with_incoming(UnixListenerStream::new(listener))
+        .serve_with_incoming(incoming(listener, groups, audit))
         .await
         .context("serve the control socket")
 }

@@ -21,7 +21,8 @@ site, which can resume the guest from the newest one: same processes, same memor
 
 On the protected host:  doctor, prepare, protect, status, hold, release, suspend, resume, unprotect, move.
 At the backup site:     status, points, point, retention, verify, inspect, activate, forget.
-After an activation:    reprotect and failback where the guest runs now; own and divergence where it ran.";
+After an activation:    reprotect and failback where the guest runs now; own and divergence where it ran.
+On both:                audit.";
 
 const EXAMPLES: &str = "\
 Examples, in the order in which they are used:
@@ -403,11 +404,38 @@ pub enum Command {
         #[arg(short, long)]
         yes: bool,
     },
+    /// Show what was done to protection on this host, and who was refused
+    ///
+    /// Each daemon keeps a log to which is only added: every administrative act, before it is done and how it ended, and
+    /// every refused attempt. Each record carries the hash of the one before, so that changes show.
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Examples:\n  vmdr audit\n  vmdr audit -n 1000 -o json | jq -c '.records[] | select(.outcome == \"refused\")'\n  vmdr audit verify\n  vmdr audit verify --dir /backup/of/var/lib/vmdr/audit"
+    )]
+    Audit {
+        /// At most so many records of each daemon
+        #[arg(short = 'n', long, default_value_t = 20, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+        lines: u32,
+        /// What to do instead of showing it
+        #[command(subcommand)]
+        action: Option<AuditAction>,
+    },
     /// Write a completion script for a shell to stdout
     #[command(verbatim_doc_comment, after_help = "Example:\n  vmdr completions bash > /etc/bash_completion.d/vmdr")]
     Completions {
         /// Which shell
         shell: clap_complete::Shell,
+    },
+}
+
+/// What to do with the audit log.
+#[derive(Debug, Subcommand)]
+pub enum AuditAction {
+    /// Read the whole log; name the first line that is wrong. Exits with 1 when there is one
+    Verify {
+        /// A directory with logs, instead of asking the daemons
+        #[arg(long, value_name = "PATH")]
+        dir: Option<PathBuf>,
     },
 }
 

@@ -68,6 +68,37 @@ pub struct Doctor {
     pub findings: Vec<Finding>,
 }
 
+/// `audit`.
+#[derive(Serialize)]
+pub struct Audit {
+    /// As they stand in the logs.
+    pub records: Vec<serde_json::Value>,
+}
+
+/// `audit verify`.
+#[derive(Serialize)]
+pub struct AuditVerify<'a> {
+    /// Whether all are whole.
+    pub ok: bool,
+    /// One for each daemon.
+    pub logs: &'a [AuditVerdict],
+}
+
+/// A daemon's log.
+#[derive(Serialize)]
+pub struct AuditVerdict {
+    /// `agent` or `receiver`.
+    pub daemon: String,
+    /// Good ones, up to the first fault.
+    pub records: u64,
+    /// Number of the last good one.
+    pub last: u64,
+    /// Its hash.
+    pub hash: String,
+    /// The first line that is wrong, and why.
+    pub fault: Option<String>,
+}
+
 /// `prepare`.
 #[derive(Serialize)]
 pub struct Prepare {

@@ -421,6 +421,8 @@ async fn help_version_completions() {
         &["activate", "--help"],
         &["prepare", "--help"],
         &["hold", "--help"],
+        &["audit", "--help"],
+        &["audit", "verify", "--help"],
         &["release", "--help"],
         &["protect", "-h"],
         &["--version"],

@@ -38,6 +38,12 @@ pub struct Config {
     pub agent_socket: PathBuf,
     /// Days for which what a former owner's disks had is kept.
     pub divergence_days: u64,
+    /// Append-only record of what was done and refused; the agent of this host uses the same directory.
+    pub audit_dir: PathBuf,
+    /// Group whose members may do everything on the control socket, as root may; none: root alone.
+    pub operator_group: Option<String>,
+    /// Group whose members may look.
+    pub reader_group: Option<String>,
     /// The libvirt that guests are activated on.
     pub libvirt_uri: String,
     /// Bytes of the state directory's file system that are never used.
@@ -123,6 +129,9 @@ impl Default for Config {
             ownership_dir: PathBuf::from(vmdr_daemon::ownership::RECORDS),
             agent_socket: PathBuf::from(vmdr_proto::AGENT_SOCKET),
             divergence_days: 30,
+            audit_dir: PathBuf::from(vmdr_audit::DIRECTORY),
+            operator_group: None,
+            reader_group: None,
             libvirt_uri: vmdr_hypervisor::libvirt::SYSTEM_URI.to_owned(),
             space_reserve_bytes: StoreOptions::default().space_reserve_bytes,
             retention: RetentionConfig::default(),
@@ -246,7 +255,8 @@ mod tests {
         let config = parse(
             "listen = \"10.0.9.2:7000\"\nstate_dir = \"/srv/vmdr\"\ncontrol_socket = \"/run/x.sock\"\nmetrics_listen = \"\"\n\
              libvirt_uri = \"test:///default\"\nspace_reserve_bytes = 5\nownership_dir = \"/srv/own\"\n\
-             agent_socket = \"/run/a.sock\"\ndivergence_days = 7\n[bridges]\n\"br0\" = \"br-dr\"\n\
+             agent_socket = \"/run/a.sock\"\ndivergence_days = 7\naudit_dir = \"/srv/audit\"\n\
+             operator_group = \"vmdr\"\nreader_group = \"users\"\n[bridges]\n\"br0\" = \"br-dr\"\n\
              [verify]\nbytes_per_second = 1000\nevery_seconds = 86400\nall = true\n\
              [retention]\nbudget_bytes = 2097152\ntiers = [{ every_seconds = 0, for_seconds = 60 }]\n",
         )
@@ -259,6 +269,9 @@ mod tests {
             ownership_dir: "/srv/own".into(),
             agent_socket: "/run/a.sock".into(),
             divergence_days: 7,
+            audit_dir: "/srv/audit".into(),
+            operator_group: Some("vmdr".to_owned()),
+            reader_group: Some("users".to_owned()),
             libvirt_uri: "test:///default".to_owned(),
             space_reserve_bytes: 5,
             retention: RetentionConfig {

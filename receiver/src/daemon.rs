@@ -14,13 +14,17 @@ use anyhow::Context;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use uuid::Uuid;
+use vmdr_audit::Audit;
+use vmdr_daemon::caller::Groups;
+use vmdr_daemon::guard::Guard;
+use vmdr_daemon::host::HostService;
 use vmdr_daemon::ownership::{CONFIRMED, Ownerships};
 use vmdr_proto::MESSAGE_BYTES_MAX;
 use vmdr_proto::control::receiver_server::ReceiverServer;
+use vmdr_proto::host::host_server::HostServer;
 use vmdr_proto::replication::replication_server::ReplicationServer;
 
 use crate::activate::run::{age_seconds, unix_ns};
@@ -48,6 +52,9 @@ const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
 /// was not acknowledged, and an activation goes on from its record.
 const SHUTDOWN_TIME_MAX: Duration = Duration::from_secs(5);
 
+/// What those may ask on the control socket who may only look.
+const READABLE: &[&str] = &["Status", "Points", "PlanActivation"];
+
 /// What is known of a domain's stream while the receiver runs.
 #[derive(Debug, Default)]
 pub struct Session {
@@ -69,6 +76,8 @@ pub struct Receiver {
     pub config: Config,
     /// What is stored.
     pub store: Store,
+    /// What was done here, and refused.
+    pub audit: Audit,
     /// What is counted.
     pub metrics: Metrics,
     /// Which domains this host owns.
@@ -91,8 +100,10 @@ impl Receiver {
         let options = StoreOptions { space_reserve_bytes, retention, ..StoreOptions::default() };
         let store = Store::open(&config.state_dir, options).context("open the state directory")?;
         let ownerships = Ownerships::new(&config.ownership_dir, Path::new(CONFIRMED));
+        let audit = Audit::open(&config.audit_dir, "receiver")?;
         Ok(Receiver {
             config,
+            audit,
             store,
             metrics: Metrics::default(),
             ownerships,
@@ -197,6 +208,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let receiver = Arc::new(receiver);
     verify::start(&receiver).context("start the thread that verifies")?;
 
+    let of = &receiver.config;
+    let groups = Groups::named(of.operator_group.as_deref(), of.reader_group.as_deref());
+    let groups = groups.context("operator_group and reader_group of the configuration")?;
     let listener = listen(receiver.config.listen).await?;
     let address = listener.local_addr().context("ask for the address listened on")?;
     let metrics = match receiver.config.metrics_listen {
@@ -221,9 +235,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .add_service(replication)
         .serve_with_incoming_shutdown(incoming, ended(receiver.ending()));
+    let audit = receiver.audit.clone();
     let control = Server::builder()
+        .layer(Guard::new(audit.clone(), READABLE))
+        .add_service(HostServer::new(HostService::new("receiver", audit.clone())))
         .add_service(ReceiverServer::new(ControlService::new(Arc::clone(&receiver))))
-        .serve_with_incoming_shutdown(UnixListenerStream::new(socket), ended(receiver.ending()));
+        .serve_with_incoming_shutdown(vmdr_daemon::socket::incoming(socket, groups, audit), ended(receiver.ending()));
     takeover::resume_all(&receiver);
     tokio::spawn(reverse::expire_for_ever(Arc::clone(&receiver)));
     let mut agents = tokio::spawn(agents);

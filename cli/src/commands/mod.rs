@@ -4,12 +4,13 @@ use std::io::{ErrorKind, Write};
 
 use vmdr_proto::control;
 
-use crate::args::{self, Cli, Command, Output, PointAction};
+use crate::args::{self, AuditAction, Cli, Command, Output, PointAction};
 use crate::failure::Failure;
 use crate::json;
 use crate::style::{Style, Tone};
 use crate::text;
 
+mod audit;
 mod backup_side;
 mod history;
 mod ownership;
@@ -66,6 +67,10 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
             backup_side::activate(common, out, domain, options).await
         }
         Command::Forget { domain, yes } => backup_side::forget(common, out, domain, *yes).await,
+        Command::Audit { lines, action: None } => audit::show(common, out, *lines).await,
+        Command::Audit { action: Some(AuditAction::Verify { dir }), .. } => {
+            audit::verify(common, out, dir.as_deref()).await
+        }
         Command::Completions { shell } => write_stdout(&args::completions(*shell)),
     }
 }

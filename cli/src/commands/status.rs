@@ -24,16 +24,7 @@ type Rows = Vec<(Daemon, control::DomainStatus)>;
 
 /// Asks, merges, shows.
 pub async fn status(common: &Common, out: Out, domain: Option<&Domain>) -> Result<(), Failure> {
-    let daemons: Vec<Daemon> =
-        [Daemon::Agent, Daemon::Receiver].into_iter().filter(|daemon| daemon.socket(common).exists()).collect();
-    if daemons.is_empty() {
-        return Err(Failure::Unreachable(format!(
-            "no vmdr daemon on this host: neither {} nor {} exists; start vmdr-agent or vmdr-receiver, or name a \
-             socket with --agent-socket or --receiver-socket",
-            common.agent_socket.display(),
-            common.receiver_socket.display()
-        )));
-    }
+    let daemons = client::there(common)?;
     let mut rows = Rows::new();
     let (mut unknown, mut silent) = (Vec::new(), Vec::new());
     for daemon in daemons {

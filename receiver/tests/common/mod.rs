@@ -64,11 +64,12 @@ impl Daemon {
 
     fn write_config(&self) {
         let config = format!(
-            "listen = \"{}\"\nmetrics_listen = \"{}\"\nstate_dir = {:?}\ncontrol_socket = {:?}\nspace_reserve_bytes = 0\n\
+            "listen = \"{}\"\nmetrics_listen = \"{}\"\nstate_dir = {:?}\naudit_dir = {:?}\ncontrol_socket = {:?}\nspace_reserve_bytes = 0\n\
              libvirt_uri = \"qemu+unix:///system?socket=/nonexistent/vmdr-test\"\n",
             self.address,
             self.metrics,
             self.state(),
+            self.directory.path().join("audit"),
             self.socket()
         );
         std::fs::write(self.config(), config).unwrap();

@@ -302,8 +302,9 @@ impl Receiver {
         let address = TcpListener::bind("127.0.0.1:0").and_then(|at| at.local_addr()).context("find a free port")?;
         let socket = directory.path().join("receiver.sock");
         let config = format!(
-            "listen = \"{address}\"\nmetrics_listen = \"\"\nstate_dir = {:?}\ncontrol_socket = {socket:?}\n",
-            directory.path().join("state")
+            "listen = \"{address}\"\nmetrics_listen = \"\"\nstate_dir = {:?}\naudit_dir = {:?}\ncontrol_socket = {socket:?}\n",
+            directory.path().join("state"),
+            directory.path().join("audit")
         );
         let file = directory.path().join("receiver.toml");
         fs::write(&file, config).context("write the receiver's configuration")?;
