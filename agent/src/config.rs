@@ -50,6 +50,8 @@ pub struct Config {
     pub cut_limit_ms: u64,
     /// Bytes per second at which disks are copied first; 0: no limit.
     pub disk_copy_bytes_per_second: u64,
+    /// Who this host is and which hosts it trusts; both daemons of a host use the same directory.
+    pub identity_dir: PathBuf,
     /// Append-only record of what was done and refused; the receiver of this host uses the same directory.
     pub audit_dir: PathBuf,
     /// Group whose members may do everything on the control socket, as root may; none: root alone.
@@ -89,6 +91,7 @@ impl Default for Config {
             cut_pages_max: CUT_PAGES_MAX,
             cut_limit_ms: CUT_LIMIT_MS,
             disk_copy_bytes_per_second: 0,
+            identity_dir: vmdr_trust::DIRECTORY.into(),
             audit_dir: vmdr_audit::DIRECTORY.into(),
             operator_group: None,
             reader_group: None,

@@ -26,6 +26,7 @@ use vmdr_proto::control::{
 };
 use vmdr_proto::host::host_server::HostServer;
 use vmdr_proto::replication::{NamePointRequest, ProbeReply, ProbeRequest};
+use vmdr_trust::Trust;
 
 use crate::config::check_interval;
 use crate::daemon::Agent;
@@ -37,7 +38,7 @@ use crate::quiesce;
 use crate::registry::Protection;
 use crate::session::{Answer, Input, Phase, Session};
 
-const RECEIVER_REMEDY: &str = "start vmdr-receiver there, or correct the address";
+const RECEIVER_REMEDY: &str = "start vmdr-receiver there, correct the address, or pair the two hosts (`vmdr pair`)";
 /// How long a session may take for what it was asked, the receiver's acknowledgement included.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 /// Reports to a command that does not read; what was asked for does not wait for it.
@@ -58,7 +59,7 @@ pub async fn serve(listener: UnixListener, groups: Groups, agent: Agent) -> anyh
     let audit = agent.audit.clone();
     tonic::transport::Server::builder()
         .layer(Guard::new(audit.clone(), READABLE))
-        .add_service(HostServer::new(HostService::new("agent", audit.clone())))
+        .add_service(HostServer::new(HostService::new("agent", agent.trust.clone())))
         .add_service(AgentServer::new(Control { agent }))
         .serve_with_incoming(incoming(listener, groups, audit))
         .await
@@ -269,7 +270,10 @@ impl AgentService for Control {
         if domains.is_empty() && !name.is_empty() {
             return Err(Status::not_found(format!("domain {name} is not protected")));
         }
-        Ok(Response::new(StatusReply { domains }))
+        drop(sessions);
+        let trust = self.agent.trust.clone();
+        let notices = blocking(move || Ok(trust.notices())).await?;
+        Ok(Response::new(StatusReply { domains, notices }))
     }
 }
 
@@ -398,7 +402,7 @@ impl Control {
             (session.protection.receiver.clone(), uuid)
         };
         let name = request.name.clone();
-        let mut questions = Questions::connect(&receiver).await?;
+        let mut questions = Questions::connect(&self.agent.trust, &receiver).await?;
         Ok(questions.name_point(NamePointRequest { domain_uuid, generation, epoch, name }).await?.bytes)
     }
 
@@ -423,7 +427,7 @@ impl Control {
         })
         .await?;
         if let (Some(receiver), Some(probe)) = (receiver, probe) {
-            let reply = ask_receiver(receiver, probe).await;
+            let reply = ask_receiver(&self.agent.trust, receiver, probe).await;
             let position = reply.as_ref().ok().and_then(|reply| reply.position);
             examined.stored_generation = position.map_or(0, |position| position.generation);
             examined.findings.extend(receiver_findings(receiver, reply));
@@ -436,15 +440,15 @@ impl Control {
             return Finding::warning("receiver", "none is configured", "set `receiver` in agent.toml");
         };
         let probe = ProbeRequest { protocol_version: REPLICATION_VERSION, ..Default::default() };
-        match ask_receiver(receiver, probe).await {
+        match ask_receiver(&self.agent.trust, receiver, probe).await {
             Ok(reply) => Finding::ok("receiver", format!("{receiver} answers (vmdr {})", reply.receiver_version)),
             Err(error) => Finding::refused("receiver", error, RECEIVER_REMEDY),
         }
     }
 }
 
-async fn ask_receiver(receiver: &str, request: ProbeRequest) -> Result<ProbeReply, String> {
-    Questions::connect(receiver).await?.probe(request).await
+async fn ask_receiver(trust: &Trust, receiver: &str, request: ProbeRequest) -> Result<ProbeReply, String> {
+    Questions::connect(trust, receiver).await?.probe(request).await
 }
 
 fn receiver_findings(receiver: &str, reply: Result<ProbeReply, String>) -> Vec<Finding> {

@@ -14,6 +14,7 @@ use vmdr_daemon::hook;
 use vmdr_daemon::ownership;
 use vmdr_hypervisor::events::{DomainEvent, Event, IoErrorAction};
 use vmdr_hypervisor::libvirt::Connection;
+use vmdr_trust::Trust;
 
 use crate::config::Config;
 use crate::control;
@@ -35,6 +36,8 @@ pub struct Agent {
     pub registry: Registry,
     /// What was done here, and refused.
     pub audit: Audit,
+    /// Who this host is, and which hosts it trusts.
+    pub trust: Trust,
     /// Held while something is being protected or unprotected.
     pub administration: Arc<tokio::sync::Mutex<()>>,
     sessions: Arc<Mutex<BTreeMap<String, Session>>>,
@@ -46,11 +49,13 @@ impl Agent {
         let registry = Registry::open(&config.state_dir)?;
         let limits = limits::Host::new(config.limits.clone());
         let audit = Audit::open(&config.audit_dir, "agent")?;
+        let trust = Trust::open(&config.identity_dir, audit.clone()).context("this host's identity")?;
         Ok(Self {
             config: Arc::new(config),
             limits,
             registry,
             audit,
+            trust,
             administration: Arc::default(),
             sessions: Arc::default(),
         })
@@ -74,7 +79,15 @@ impl Agent {
         let uuid = protection.uuid.clone();
         let runtime = tokio::runtime::Handle::current();
         let limits = self.limits.guest(&protection.name);
-        let session = Session::start(self.config.clone(), self.registry.clone(), limits, protection, first, runtime)?;
+        let session = Session::start(
+            self.config.clone(),
+            self.registry.clone(),
+            self.trust.clone(),
+            limits,
+            protection,
+            first,
+            runtime,
+        )?;
         self.sessions().insert(uuid, session);
         Ok(())
     }
@@ -198,6 +211,7 @@ pub async fn run(path: &Path) -> anyhow::Result<()> {
             agent.reload(path);
         }
     };
+    tokio::spawn(agent.trust.clone().watch());
     let metrics = agent.clone();
     tokio::select! {
         served = control::serve(listener, groups, agent.clone()) => served?,

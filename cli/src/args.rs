@@ -22,10 +22,12 @@ site, which can resume the guest from the newest one: same processes, same memor
 On the protected host:  doctor, prepare, protect, status, hold, release, suspend, resume, unprotect, move.
 At the backup site:     status, points, point, retention, verify, inspect, activate, forget.
 After an activation:    reprotect and failback where the guest runs now; own and divergence where it ran.
-On both:                audit.";
+On both:                pair, peers, audit.";
 
 const EXAMPLES: &str = "\
 Examples, in the order in which they are used:
+  vmdr pair                                  (backup site) a token, for the next command
+  vmdr pair --with b.example                 once: the two hosts know each other
   vmdr doctor web1                           can web1 be protected? what is in the way?
   vmdr prepare web1                          for intervals below 1s: a control socket, from web1's next start
   vmdr protect web1 --receiver b.example     start; ends when the first recovery point is safe at the backup site
@@ -404,6 +406,36 @@ pub enum Command {
         #[arg(short, long)]
         yes: bool,
     },
+    /// Make this host and another one known to each other
+    ///
+    /// Hosts exchange nothing before they are paired. On the host where a receiver runs, `vmdr pair` shows a token; on the
+    /// other, `vmdr pair --with` asks for it. The token serves once and for ten minutes. From then on either host can
+    /// protect guests to the other, whoever showed the token.
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Examples:\n  vmdr pair                         (backup site) shows a token\n  vmdr pair --with b.example        (protected host) asks for the token\n  vmdr pair --with b.example < file  reads it from a file"
+    )]
+    Pair {
+        /// The host that showed a token; port 7420 unless given
+        #[arg(long, value_name = "HOST[:PORT]", value_parser = receiver)]
+        with: Option<String>,
+        /// How long the token shown is good, 1s to 1h
+        #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = token_life, conflicts_with = "with")]
+        valid: u32,
+    },
+    /// Show the hosts that this one is paired with, and steer what they may
+    ///
+    /// Without a word it lists them. A peer that is revoked is refused from then on, and its connections end; pairing it
+    /// anew makes it a peer again.
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Examples:\n  vmdr peers\n  vmdr peers revoke site-a\n  vmdr peers rotate                 another key and certificate for this host\n  vmdr peers grant web1 site-c      let site-c take web1 over from the host that seeded it"
+    )]
+    Peers {
+        /// What to do
+        #[command(subcommand)]
+        action: Option<PeersAction>,
+    },
     /// Show what was done to protection on this host, and who was refused
     ///
     /// Each daemon keeps a log to which is only added: every administrative act, before it is done and how it ended, and
@@ -425,6 +457,30 @@ pub enum Command {
     Completions {
         /// Which shell
         shell: clap_complete::Shell,
+    },
+}
+
+/// What to do with peers.
+#[derive(Debug, Subcommand)]
+pub enum PeersAction {
+    /// List them
+    List,
+    /// Trust one no longer
+    Revoke {
+        /// Name, or the first 6 or more characters of the id
+        peer: String,
+    },
+    /// Make another key and certificate for this host; running streams go on
+    Rotate,
+    /// Let a peer do with a stored domain what its owner may (backup site)
+    Grant {
+        /// Name or UUID
+        domain: Domain,
+        /// Name, or the first 6 or more characters of the id
+        peer: String,
+        /// No longer
+        #[arg(long)]
+        withdraw: bool,
     },
 }
 
@@ -528,6 +584,13 @@ fn point(typed: &str) -> Result<String, String> {
         return Ok(typed.to_owned());
     }
     Err("1 to 64 letters, digits, dots, underscores and hyphens, the first a letter or digit".to_owned())
+}
+
+/// Whole seconds, 1 to 3,600.
+fn token_life(typed: &str) -> Result<u32, String> {
+    let life = humantime::parse_duration(typed).map_err(|e| e.to_string())?;
+    let seconds = u32::try_from(life.as_secs()).ok().filter(|seconds| (1..=3600).contains(seconds));
+    seconds.filter(|_| life.subsec_nanos() == 0).ok_or_else(|| "write it like 10m; 1s to 1h".to_owned())
 }
 
 /// A domain's name or UUID as typed; the daemons find out which.

@@ -103,6 +103,11 @@ pub fn there(common: &Common) -> Result<Vec<Daemon>, Failure> {
     Ok(daemons)
 }
 
+/// A daemon of this host that is there; the agent first.
+pub fn either(common: &Common) -> Result<Daemon, Failure> {
+    Ok(there(common)?.into_iter().next().unwrap_or(Daemon::Agent))
+}
+
 async fn connect(daemon: Daemon, socket: &Path) -> Result<Channel, Failure> {
     let no_answer =
         || Failure::NoAnswer(format!("the {daemon} at {} did not accept within 5 s: its log", socket.display()));

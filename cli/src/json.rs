@@ -99,6 +99,76 @@ pub struct AuditVerdict {
     pub fault: Option<String>,
 }
 
+/// `pair`, on the host that shows the token.
+#[derive(Serialize)]
+pub struct Token {
+    /// To be typed on the other.
+    pub token: String,
+    /// UTC.
+    pub expires_at: String,
+}
+
+/// A peer, of `pair`, `peers` and `peers revoke`.
+#[derive(Serialize)]
+pub struct Peer {
+    id: String,
+    name: String,
+    trusted: bool,
+    paired_unix: u64,
+    revoked_unix: Option<u64>,
+    authority_until_unix: u64,
+    addresses: Vec<String>,
+    connections: u32,
+}
+
+impl From<&vmdr_proto::host::Peer> for Peer {
+    fn from(peer: &vmdr_proto::host::Peer) -> Peer {
+        Peer {
+            id: peer.id.clone(),
+            name: peer.name.clone(),
+            trusted: peer.revoked_unix == 0,
+            paired_unix: peer.paired_unix,
+            revoked_unix: (peer.revoked_unix > 0).then_some(peer.revoked_unix),
+            authority_until_unix: peer.expires_unix,
+            addresses: peer.addresses.clone(),
+            connections: peer.connections,
+        }
+    }
+}
+
+/// `peers`.
+#[derive(Serialize)]
+pub struct Peers {
+    /// This host's own.
+    pub id: String,
+    /// UTC.
+    pub certificate_until: String,
+    /// UTC.
+    pub authority_until: String,
+    /// By name.
+    pub peers: Vec<Peer>,
+    /// What ends soon.
+    pub notices: Vec<String>,
+}
+
+/// `peers rotate`.
+#[derive(Serialize)]
+pub struct Rotated {
+    /// UTC.
+    pub certificate_until: String,
+}
+
+/// `peers grant`.
+#[derive(Serialize)]
+pub struct Grant {
+    /// As typed.
+    pub domain: String,
+    /// Name and id; empty: nobody.
+    pub owner: String,
+    /// Others.
+    pub granted: Vec<String>,
+}
+
 /// `prepare`.
 #[derive(Serialize)]
 pub struct Prepare {
@@ -179,6 +249,8 @@ pub struct Status {
     pub domains: Vec<DomainStatus>,
     /// Daemons that are configured here and did not answer.
     pub unreachable: Vec<String>,
+    /// About this host: certificates that end soon, an audit log that cannot be written.
+    pub notices: Vec<String>,
 }
 
 /// One domain as one daemon sees it.

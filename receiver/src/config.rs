@@ -22,7 +22,7 @@ pub const METRICS_PORT: u16 = RECEIVER_PORT + 1;
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Address and port where agents connect. There is no TLS yet: put it on a network of its own.
+    /// Address and port where agents connect, over TLS and with a certificate of a paired host.
     pub listen: SocketAddr,
     /// Directory of journals and standbys: an absolute path, on a file system with room for the memory and the disks of
     /// every protected guest, twice.
@@ -38,6 +38,8 @@ pub struct Config {
     pub agent_socket: PathBuf,
     /// Days for which what a former owner's disks had is kept.
     pub divergence_days: u64,
+    /// Who this host is and which hosts it trusts; both daemons of a host use the same directory.
+    pub identity_dir: PathBuf,
     /// Append-only record of what was done and refused; the agent of this host uses the same directory.
     pub audit_dir: PathBuf,
     /// Group whose members may do everything on the control socket, as root may; none: root alone.
@@ -129,6 +131,7 @@ impl Default for Config {
             ownership_dir: PathBuf::from(vmdr_daemon::ownership::RECORDS),
             agent_socket: PathBuf::from(vmdr_proto::AGENT_SOCKET),
             divergence_days: 30,
+            identity_dir: PathBuf::from(vmdr_trust::DIRECTORY),
             audit_dir: PathBuf::from(vmdr_audit::DIRECTORY),
             operator_group: None,
             reader_group: None,

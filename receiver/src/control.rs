@@ -12,11 +12,12 @@ use vmdr_daemon::ownership::{Event, Ownerships};
 use vmdr_proto::control::receiver_server::Receiver as Service;
 use vmdr_proto::control::{
     ActivateRequest, ActivationPlan, ActivationReport, DivergenceReply, DivergenceRequest, DomainRequest, DomainStatus,
-    ForgetReply, GivenUp, Point, PointRequest, PointsReply, Progress, RetentionReply, RetentionRequest, StatusReply,
-    StatusRequest, VerifyReport, VerifyRequest, VerifyStatus,
+    ForgetReply, GivenUp, GrantReply, GrantRequest, Point, PointRequest, PointsReply, Progress, RetentionReply,
+    RetentionRequest, StatusReply, StatusRequest, VerifyReport, VerifyRequest, VerifyStatus,
 };
 use vmdr_proto::replication::RefusedCode;
 
+use crate::access;
 use crate::activate::host::{Host, LocalHost};
 use crate::activate::record::ActiveDirectory;
 use crate::activate::record::{PointId, Step};
@@ -78,7 +79,7 @@ fn activate_status(error: &ActivateError) -> Status {
 }
 
 /// The stored domain of this name or UUID.
-fn find(receiver: &Receiver, wanted: &str) -> Result<(Uuid, DomainSummary), Status> {
+pub(crate) fn find(receiver: &Receiver, wanted: &str) -> Result<(Uuid, DomainSummary), Status> {
     if wanted.is_empty() {
         return Err(Status::invalid_argument("no domain is named: give a name or a UUID"));
     }
@@ -159,6 +160,7 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
     let recorded = record.ok().flatten().map(|r| r.name);
     let name = if domain.name.is_empty() { recorded.unwrap_or_default() } else { domain.name };
     let owner = receiver.ownerships.get(&domain.uuid).ok().flatten();
+    let access = receiver.store.access(&domain.uuid).unwrap_or_default();
     DomainStatus {
         owner: owner.map(|owner| owner.describe()).unwrap_or_default(),
         name,
@@ -182,6 +184,8 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
         points: domain.points,
         alarm: domain.alarm.unwrap_or_default(),
         verify: Some(verify),
+        peer: access.owner.map(|id| receiver.peer_shown(&id)).unwrap_or_default(),
+        granted: access.granted.iter().map(|id| receiver.peer_shown(id)).collect(),
         ..DomainStatus::default()
     }
 }
@@ -389,7 +393,8 @@ impl Service for ControlService {
         let wanted = request.into_inner().domain;
         self.blocking(move |receiver| {
             let domains = if wanted.is_empty() { receiver.store.domains() } else { vec![find(receiver, &wanted)?.1] };
-            Ok(StatusReply { domains: domains.into_iter().map(|d| domain_status(receiver, d)).collect() })
+            let domains = domains.into_iter().map(|d| domain_status(receiver, d)).collect();
+            Ok(StatusReply { domains, notices: receiver.trust.notices() })
         })
         .await
     }
@@ -503,6 +508,11 @@ impl Service for ControlService {
             divergence::divergence(receiver, uuid, drop)
         })
         .await
+    }
+
+    async fn grant(&self, request: Request<GrantRequest>) -> Result<Response<GrantReply>, Status> {
+        let request = request.into_inner();
+        self.blocking(move |receiver| access::grant(receiver, &request)).await
     }
 
     async fn forget(&self, request: Request<DomainRequest>) -> Result<Response<ForgetReply>, Status> {

@@ -10,6 +10,7 @@
 //! - [`verify`]: points are read again in the background.
 //! - [`daemon`]: all of it together; [`config`], [`metrics`], [`stats`].
 
+pub mod access;
 pub mod activate;
 pub mod config;
 pub mod control;

@@ -1,6 +1,8 @@
 //! Who may do what, with the real daemons: on the control sockets, over the network, and what the audit log says of it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "security/peers.rs"]
+mod peers;
 #[path = "security/sockets.rs"]
 mod sockets;
 

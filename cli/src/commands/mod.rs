@@ -4,7 +4,7 @@ use std::io::{ErrorKind, Write};
 
 use vmdr_proto::control;
 
-use crate::args::{self, AuditAction, Cli, Command, Output, PointAction};
+use crate::args::{self, AuditAction, Cli, Command, Output, PeersAction, PointAction};
 use crate::failure::Failure;
 use crate::json;
 use crate::style::{Style, Tone};
@@ -14,6 +14,7 @@ mod audit;
 mod backup_side;
 mod history;
 mod ownership;
+mod peers;
 mod protected_side;
 mod status;
 mod verify;
@@ -67,6 +68,14 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
             backup_side::activate(common, out, domain, options).await
         }
         Command::Forget { domain, yes } => backup_side::forget(common, out, domain, *yes).await,
+        Command::Pair { with: None, valid } => peers::show_token(common, out, *valid).await,
+        Command::Pair { with: Some(address), .. } => peers::join(common, out, address).await,
+        Command::Peers { action: None | Some(PeersAction::List) } => peers::list(common, out).await,
+        Command::Peers { action: Some(PeersAction::Revoke { peer }) } => peers::revoke(common, out, peer).await,
+        Command::Peers { action: Some(PeersAction::Rotate) } => peers::rotate(common, out).await,
+        Command::Peers { action: Some(PeersAction::Grant { domain, peer, withdraw }) } => {
+            peers::grant(common, out, domain, peer, *withdraw).await
+        }
         Command::Audit { lines, action: None } => audit::show(common, out, *lines).await,
         Command::Audit { action: Some(AuditAction::Verify { dir }), .. } => {
             audit::verify(common, out, dir.as_deref()).await

@@ -366,7 +366,7 @@ impl Agent for Daemon {
             "web1" => vec![protected("web1")],
             _ => return Err(Status::not_found(format!("{domain} is not protected here"))),
         };
-        Ok(Response::new(StatusReply { domains }))
+        Ok(Response::new(StatusReply { notices: Vec::new(), domains }))
     }
 }
 
@@ -392,7 +392,7 @@ impl Receiver for Daemon {
             peer: "a.example".into(),
             ..protected("web2")
         };
-        Ok(Response::new(StatusReply { domains: vec![standby] }))
+        Ok(Response::new(StatusReply { notices: Vec::new(), domains: vec![standby] }))
     }
 
     async fn points(&self, request: Request<DomainRequest>) -> Result<Response<PointsReply>, Status> {
@@ -500,6 +500,12 @@ impl Receiver for Daemon {
         };
         let last = Progress { step: "verify".into(), verification: Some(report), ..Progress::default() };
         Ok(stream(vec![progress("verify", 1 << 20, 5 << 20, "bytes", ""), Ok(last)]))
+    }
+
+    async fn grant(&self, request: Request<GrantRequest>) -> Result<Response<GrantReply>, Status> {
+        let GrantRequest { domain, peer, withdraw } = request.into_inner();
+        self.asked(if withdraw { "withdraw" } else { "grant" }, &format!("{domain} {peer}"))?;
+        Ok(Response::new(GrantReply { owner: "site-a (0123456789ab)".into(), granted: vec![peer] }))
     }
 
     async fn forget(&self, request: Request<DomainRequest>) -> Result<Response<ForgetReply>, Status> {

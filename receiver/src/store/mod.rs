@@ -25,6 +25,7 @@
 //! UUID/verified                       when points were last verified
 //! ```
 
+mod access;
 mod apply;
 mod base;
 mod catalog;
@@ -59,6 +60,7 @@ use vmdr_journal::{Disk, FsDisk, JournalError, LockGuard};
 
 use domain::Domain;
 
+pub use access::Access;
 pub use base::{Base, Fill};
 pub use catalog::PointId;
 pub use error::StoreError;

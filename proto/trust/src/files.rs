@@ -1,0 +1,51 @@
+//! Small files that are secret: mode 0600, replaced whole and durably; and the lock of their directory.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+
+use crate::TrustError;
+
+/// The largest file that is read.
+const BYTES_MAX: u64 = 256 << 10;
+
+pub fn make_directory(path: &Path) -> Result<(), TrustError> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(TrustError::io("create", path))
+}
+
+/// Keeps everybody else of this host from changing the directory, as long as the answer lives.
+pub fn lock(directory: &Path) -> Result<File, TrustError> {
+    let path = directory.join("lock");
+    let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
+    let file = file.map_err(TrustError::io("open", &path))?;
+    file.lock().map_err(TrustError::io("lock", &path))?;
+    Ok(file)
+}
+
+/// The file's content; none where there is no file.
+pub fn read(path: &Path) -> Result<Option<Vec<u8>>, TrustError> {
+    let mut bytes = Vec::new();
+    match File::open(path).and_then(|file| file.take(BYTES_MAX).read_to_end(&mut bytes)) {
+        Ok(_) => Ok(Some(bytes)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(TrustError::io("read", path)(error)),
+    }
+}
+
+/// Replaces a file. After an error it is the old one or the new one.
+pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), TrustError> {
+    let aside = path.with_extension("new");
+    let write = || -> io::Result<()> {
+        match fs::remove_file(&aside) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut file = OpenOptions::new().create_new(true).write(true).mode(0o600).open(&aside)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&aside, path)?;
+        File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
+    };
+    write().map_err(TrustError::io("replace", path))
+}

@@ -1,0 +1,170 @@
+//! This host's own authority and certificate.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose,
+};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use time::OffsetDateTime;
+
+use crate::peers::{fingerprint, not_after};
+use crate::{TrustError, files};
+
+/// How long an authority is good.
+const CA_LIFE: Duration = Duration::from_secs(20 * 365 * 24 * 3600);
+/// How long a certificate is good. The daemons make another one in time.
+pub const LEAF_LIFE: Duration = Duration::from_secs(90 * 24 * 3600);
+/// How long before its end a certificate is renewed.
+const RENEW_BEFORE: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Certificates are good a little before they are made: clocks of two hosts differ.
+const SKEW: Duration = Duration::from_secs(24 * 3600);
+/// In every certificate; who it is of is known by who signed it.
+pub(crate) const SERVER_NAME: &str = "vmdr.internal";
+
+const CA_FILE: &str = "ca.pem";
+const LEAF_FILE: &str = "host.pem";
+
+/// This host's authority and certificate as files. Clones are the same.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    directory: PathBuf,
+}
+
+/// What a connection shows: read anew for each, so that a renewed one is used at once.
+pub(crate) struct Held {
+    /// This host, as its peers know it.
+    pub id: String,
+    /// The authority.
+    pub ca: CertificateDer<'static>,
+    /// The certificate.
+    pub leaf: CertificateDer<'static>,
+    key: PrivateKeyDer<'static>,
+}
+
+impl Held {
+    /// Certificates as they are shown, the host's first.
+    pub fn chain(&self) -> Vec<CertificateDer<'static>> {
+        vec![self.leaf.clone(), self.ca.clone()]
+    }
+
+    pub fn key(&self) -> PrivateKeyDer<'static> {
+        self.key.clone_key()
+    }
+}
+
+impl fmt::Debug for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Held").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl Identity {
+    /// Opens the directory; what is not there is made.
+    pub fn open(directory: &Path) -> Result<Self, TrustError> {
+        files::make_directory(directory)?;
+        let identity = Self { directory: directory.to_owned() };
+        let _lock = files::lock(directory)?;
+        if files::read(&identity.ca_path())?.is_none() {
+            identity.make_ca()?;
+        }
+        if files::read(&identity.leaf_path())?.is_none() {
+            identity.make_leaf(SystemTime::now() - SKEW, SystemTime::now() + LEAF_LIFE)?;
+        }
+        identity.load()?;
+        Ok(identity)
+    }
+
+    /// Makes another key and certificate, which the next connections show.
+    pub fn rotate(&self) -> Result<SystemTime, TrustError> {
+        let until = SystemTime::now() + LEAF_LIFE;
+        self.issue(SystemTime::now() - SKEW, until)?;
+        Ok(until)
+    }
+
+    /// The same with another time in which it is good.
+    pub fn issue(&self, from: SystemTime, until: SystemTime) -> Result<(), TrustError> {
+        let _lock = files::lock(&self.directory)?;
+        self.make_leaf(from, until)
+    }
+
+    /// Whether the certificate is to be renewed.
+    pub(crate) fn is_due(&self) -> Result<bool, TrustError> {
+        Ok(not_after(&self.load()?.leaf)? < SystemTime::now() + RENEW_BEFORE)
+    }
+
+    /// What is there now.
+    pub(crate) fn load(&self) -> Result<Held, TrustError> {
+        let (ca, _) = self.pair(&self.ca_path())?;
+        let (leaf, key) = self.pair(&self.leaf_path())?;
+        Ok(Held { id: fingerprint(&ca), ca, leaf, key })
+    }
+
+    fn ca_path(&self) -> PathBuf {
+        self.directory.join(CA_FILE)
+    }
+
+    fn leaf_path(&self) -> PathBuf {
+        self.directory.join(LEAF_FILE)
+    }
+
+    /// A certificate and its key, which are one file so that they are replaced together.
+    fn pair(&self, path: &Path) -> Result<(CertificateDer<'static>, PrivateKeyDer<'static>), TrustError> {
+        let damaged = |what: String| {
+            let what =
+                format!("{what}; without it this host has to be paired anew: move {} away", self.directory.display());
+            TrustError::Damaged { path: path.to_owned(), what }
+        };
+        let bytes = files::read(path)?.ok_or_else(|| damaged("it is not there".to_owned()))?;
+        let certificate = CertificateDer::from_pem_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
+        let key = PrivateKeyDer::from_pem_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
+        Ok((certificate, key))
+    }
+
+    fn make_ca(&self) -> Result<(), TrustError> {
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::default();
+        params.distinguished_name = named(&format!("vmdr authority of {}", host_name()));
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params.not_before = moment(SystemTime::now() - SKEW);
+        params.not_after = moment(SystemTime::now() + CA_LIFE);
+        let certificate = params.self_signed(&key)?;
+        files::replace(&self.ca_path(), format!("{}{}", certificate.pem(), key.serialize_pem()).as_bytes())
+    }
+
+    fn make_leaf(&self, from: SystemTime, until: SystemTime) -> Result<(), TrustError> {
+        let (ca, ca_key) = self.pair(&self.ca_path())?;
+        let ca_key = KeyPair::try_from(ca_key.secret_der())?;
+        let issuer = Issuer::from_ca_cert_der(&ca, ca_key)?;
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::new(vec![SERVER_NAME.to_owned()])?;
+        params.distinguished_name = named(&format!("vmdr on {}", host_name()));
+        params.is_ca = IsCa::ExplicitNoCa;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.not_before = moment(from);
+        params.not_after = moment(until);
+        let certificate = params.signed_by(&key, &issuer)?;
+        files::replace(&self.leaf_path(), format!("{}{}", certificate.pem(), key.serialize_pem()).as_bytes())
+    }
+}
+
+/// This host's name.
+pub(crate) fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+fn named(name: &str) -> DistinguishedName {
+    let mut named = DistinguishedName::new();
+    named.push(DnType::CommonName, name);
+    named
+}
+
+fn moment(at: SystemTime) -> OffsetDateTime {
+    at.into()
+}
