@@ -89,16 +89,7 @@ impl ShimClient {
     }
 
     /// See `shim.proto`.
-    pub fn arm(&mut self, generation: u64, epoch: u64, whole: Whole) -> Result<State, ShimError> {
-        self.arm_with(generation, epoch, whole, false)
-    }
-
-    /// [`Shim::arm`] of a resync that trusts no note of what was written to the disks.
-    pub fn arm_whole_disks(&mut self, generation: u64, epoch: u64, whole: Whole) -> Result<State, ShimError> {
-        self.arm_with(generation, epoch, whole, true)
-    }
-
-    fn arm_with(&mut self, generation: u64, epoch: u64, whole: Whole, whole_disks: bool) -> Result<State, ShimError> {
+    pub fn arm(&mut self, generation: u64, epoch: u64, whole: Whole, whole_disks: bool) -> Result<State, ShimError> {
         let (seed, resync) = (whole == Whole::Seed, whole == Whole::Resync);
         self.state_after(to_shim::Request::Arm(Arm { generation, epoch, seed, resync, whole_disks }))
     }

@@ -325,7 +325,10 @@ pub(crate) fn activate_in(
         receiver.metrics.activation.observe(rto);
     }
     tracing::info!(domain = %name, %uuid, generation, ?rto, lost_seconds, was_active, "activated");
-    thaw::begin(&receiver.config.libvirt_uri, uuid, &name);
+    // Not one that came here in another way.
+    if point.is_some() {
+        thaw::begin(&receiver.config.libvirt_uri, uuid, &name);
+    }
     Ok(ActivationReport {
         name,
         uuid: uuid.to_string(),

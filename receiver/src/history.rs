@@ -48,7 +48,7 @@ pub fn find(store: &Store, uuid: &str, id: PointId) -> Result<wire::Point, Statu
 
 /// Which point an activation means; `None`: the newest, whichever that is then.
 pub fn choose(store: &Store, uuid: &str, request: &wire::ActivateRequest) -> Result<Option<PointId>, Status> {
-    let points = || store.points(uuid).map_err(|e| store_status(&e));
+    let points = || store.points_looked_at(uuid).map_err(|e| store_status(&e));
     let found = match (request.point.as_str(), request.at_unix_ns) {
         ("", 0) => return Ok(None),
         ("", at) => {

@@ -28,6 +28,8 @@ const WAIT: Duration = Duration::from_millis(200);
 const QUEUE_MAX: usize = 1024;
 /// Between verifications that nobody asked for, because it is not known what is damaged.
 const UNKNOWN_REST: Duration = Duration::from_secs(60);
+/// How long a domain is left alone of which something could not be looked after.
+const TEND_REST: Duration = Duration::from_secs(60);
 /// How often somebody who waits is told how far it has come.
 const TELL: Duration = Duration::from_millis(500);
 
@@ -117,6 +119,8 @@ fn run(of: &Weak<Receiver>) {
 #[derive(Debug, Default)]
 struct Pace {
     due: Option<Instant>,
+    /// Domains that are left alone, until then.
+    rest: HashMap<String, Instant>,
 }
 
 impl Pace {
@@ -142,9 +146,11 @@ fn scheduled(receiver: &Receiver) -> Option<Job> {
             rested(every) && verified.is_none_or(|at| now.saturating_sub(at) >= every.as_nanos() as u64)
         });
         // Damage of which it is not known where it is: found out without being asked.
-        if due || (unknown && rested(UNKNOWN_REST)) {
+        let unknown = unknown.filter(|_| rested(UNKNOWN_REST));
+        if due || unknown.is_some() {
             state.scheduled.insert(uuid.clone(), Instant::now());
-            let scope = if receiver.config.verify.all { Scope::All } else { Scope::Newest };
+            let usual = if receiver.config.verify.all { Scope::All } else { Scope::Newest };
+            let scope = unknown.filter(|scope| *scope == Scope::All).unwrap_or(usual);
             return Some(Job { uuid, scope, waiter: None });
         }
     }
@@ -154,14 +160,22 @@ fn scheduled(receiver: &Receiver) -> Option<Job> {
 /// One step of what is to be done anyway; false: there is nothing.
 fn tend(receiver: &Receiver, pace: &mut Pace) -> bool {
     let mut worked = false;
+    let now = Instant::now();
+    pace.rest.retain(|_, until| *until > now);
     for uuid in receiver.store.uuids() {
+        if pace.rest.contains_key(&uuid) {
+            continue;
+        }
         match receiver.store.tend(&uuid, STEP_BYTES) {
             Ok(0) => {}
             Ok(bytes) => {
                 worked = true;
                 pace.read(bytes, receiver.config.verify.bytes_per_second);
             }
-            Err(error) => tracing::debug!(domain = %uuid, %error, "cannot look after its checksums now"),
+            Err(error) => {
+                tracing::debug!(domain = %uuid, %error, "cannot look after its checksums now");
+                pace.rest.insert(uuid, now + TEND_REST);
+            }
         }
     }
     worked

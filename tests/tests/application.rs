@@ -194,6 +194,19 @@ fn a_guest_at_rest_has_a_clean_disk() -> Result<()> {
     a_point_at_rest(scene, true)
 }
 
+/// Waits until cuts wait for a receiver that stands still.
+fn wait_no_cuts(scene: &Scene) -> Result<()> {
+    let epoch = || scene.status_number(At::A, "epoch");
+    let (mut newest, mut since) = (epoch()?, Instant::now());
+    wait_for("cuts to wait", ANSWER, || {
+        let now = epoch()?;
+        if now > newest {
+            (newest, since) = (now, Instant::now());
+        }
+        Ok((since.elapsed() >= STILL).then_some(()))
+    })
+}
+
 /// Waits until the workload stands still.
 fn wait_frozen(scene: &Scene) -> Result<()> {
     let (client, address) = (scene.rig.client(), scene.guest.address);
@@ -279,6 +292,7 @@ fn the_qemu_guest_agent_serves_where_the_guest_has_that() -> Result<()> {
 
     // The agent is killed between freeze and thaw: its helper thaws, and ends.
     scene.receiver.as_ref().context("a receiver")?.freeze()?;
+    wait_no_cuts(&scene)?;
     let lost = create_beside(&scene, "lost")?;
     wait_frozen(&scene)?;
     let tick = client.ping(address, ANSWER)?.tick;

@@ -17,6 +17,8 @@ use crate::xml::{Element, XmlError};
 pub const QEMU_NAMESPACE: &str = "http://libvirt.org/schemas/domain/qemu/1.0";
 /// The directory of a domain's own QMP socket: libvirt makes it, the user that QEMU runs as may write there.
 pub const QMP_SOCKET_DIRECTORY: &str = "/var/lib/libvirt/qemu";
+/// The channel of the QEMU guest agent.
+pub const GUEST_AGENT_CHANNEL: &str = "org.qemu.guest_agent.0";
 
 const COMMAND_LINE: &str = "qemu:commandline";
 const ARGUMENT: &str = "qemu:arg";
@@ -290,6 +292,12 @@ impl DomainXml {
     pub fn devices_of(&self, kind: &str) -> impl Iterator<Item = &Device> {
         self.devices.iter().filter(move |d| d.kind == kind)
     }
+}
+
+/// The virtio channel of this name in a domain's definition.
+pub fn channel<'a>(root: &'a Element, name: &str) -> Option<&'a Element> {
+    let mut channels = root.find("devices")?.elements().filter(|device| device.name == "channel");
+    channels.find(|channel| channel.attribute_at("target", "name") == Some(name))
 }
 
 /// The path that [`add_own_qmp_socket`] uses for a domain.

@@ -4,8 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use vmdr_hypervisor::domain_xml::{
-    DiskDevice, DomainXml, DomainXmlError, add_own_qmp_socket, add_qemu_arguments, own_qmp_socket, qemu_arguments,
-    qmp_socket_path, remove_own_qmp_socket,
+    DiskDevice, DomainXml, DomainXmlError, GUEST_AGENT_CHANNEL, add_own_qmp_socket, add_qemu_arguments, channel,
+    own_qmp_socket, qemu_arguments, qmp_socket_path, remove_own_qmp_socket,
 };
 use vmdr_hypervisor::xml::Element;
 
@@ -170,4 +170,15 @@ fn nonsense_is_an_error() {
         root.find_mut("memory").unwrap().set_text("3");
         assert_eq!(DomainXml::from_element(&root).unwrap().memory_bytes, 3 * bytes, "{unit}");
     }
+}
+
+#[test]
+fn a_channel_is_found_by_its_name() {
+    let domain = |name: &str| {
+        let text =
+            format!("<domain><devices><channel type='unix'><target name='{name}'/></channel></devices></domain>");
+        Element::parse(&text).unwrap()
+    };
+    assert!(channel(&domain(GUEST_AGENT_CHANNEL), GUEST_AGENT_CHANNEL).is_some());
+    assert!(channel(&domain("org.vmdr.guest.0"), GUEST_AGENT_CHANNEL).is_none());
 }

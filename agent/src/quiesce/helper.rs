@@ -89,8 +89,9 @@ pub fn freeze(uri: &str, uuid: &Uuid, limits: Limits) -> Result<Frozen, String> 
 
 fn start(uri: &str, uuid: &Uuid, limits: Limits) -> anyhow::Result<(ChildStdin, Receiver<String>)> {
     let ms = |time: Duration| time.as_millis().to_string();
-    // Its file may have been replaced by a newer version.
-    let mut command = Command::new("/proc/self/exe");
+    // Its file may have been replaced by a newer version: then it has this one's name no more.
+    let own = std::env::current_exe().ok().filter(|own| own.exists());
+    let mut command = Command::new(own.unwrap_or_else(|| "/proc/self/exe".into()));
     command.args(["freeze", "--uri", uri, "--domain", &uuid.to_string()]);
     command.args(["--freeze-ms", &ms(limits.freeze), "--hold-ms", &ms(limits.hold)]);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);

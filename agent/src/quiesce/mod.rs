@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 use vmdr_guest_channel::PORT;
+use vmdr_hypervisor::domain_xml::{GUEST_AGENT_CHANNEL, channel};
 use vmdr_hypervisor::libvirt::Connection;
 use vmdr_hypervisor::xml::Element;
 
@@ -35,8 +36,6 @@ use crate::guest_channel::{Line, NoAnswer};
 
 /// How long the answer to a thaw is waited for. Without one the point counts as crash-consistent.
 pub const THAW_LIMIT: Duration = Duration::from_secs(2);
-/// The channel of the QEMU guest agent.
-const QEMU_AGENT: &str = "org.qemu.guest_agent.0";
 /// How much of the time for which a guest stays frozen may pass before the cut: what is left is for the thaw.
 const CUT_WITHIN: f64 = 0.75;
 
@@ -122,17 +121,12 @@ impl Drop for Frozen {
 
 /// Whether a domain's definition has a channel to somebody who can freeze; else what it needs.
 pub fn has_channel(live: &Element) -> bool {
-    channel(live, PORT).is_some() || channel(live, QEMU_AGENT).is_some()
+    channel(live, PORT).is_some() || channel(live, GUEST_AGENT_CHANNEL).is_some()
 }
 
 /// What an operator can do for a guest that cannot be frozen.
 pub const REMEDY: &str = "run `vmdr-guest-tools daemon` in the guest, with a virtio channel org.vmdr.guest.0 in the domain's definition, or \
      the QEMU guest agent (qemu-ga) with a channel org.qemu.guest_agent.0";
-
-fn channel<'a>(live: &'a Element, name: &str) -> Option<&'a Element> {
-    let mut channels = live.find("devices")?.elements().filter(|device| device.name == "channel");
-    channels.find(|channel| channel.attribute_at("target", "name") == Some(name))
-}
 
 /// Freezes the guest on a thread of its own and tells what came of it. `tools`: its own tools, or why they are not asked.
 pub fn begin(
@@ -160,7 +154,7 @@ fn choose(uri: &str, uuid: &Uuid, tools: Result<Arc<Line>, String>) -> Result<Wa
     };
     let live = Connection::open(uri).and_then(|connection| connection.domain_by_uuid(uuid)?.live_xml());
     let live = live.map_err(|error| error.to_string())?;
-    match channel(&live, QEMU_AGENT).map(|channel| channel.attribute_at("target", "state")) {
+    match channel(&live, GUEST_AGENT_CHANNEL).map(|channel| channel.attribute_at("target", "state")) {
         Some(Some("connected")) => Ok(Way::Agent),
         Some(_) => Err(refusal(&why, "it does not run in the guest")),
         None => Err(refusal(&why, "the domain has no channel to it")),
@@ -193,7 +187,9 @@ mod tests {
             );
             Element::parse(&text).unwrap()
         };
-        assert!(has_channel(&domain(PORT)) && has_channel(&domain(QEMU_AGENT)) && !has_channel(&domain("other")));
+        assert!(
+            has_channel(&domain(PORT)) && has_channel(&domain(GUEST_AGENT_CHANNEL)) && !has_channel(&domain("other"))
+        );
         let said = refusal("they have not been heard of", "the domain has no channel to it");
         for part in
             ["vmdr-guest-tools daemon", "org.vmdr.guest.0", "qemu-ga", "org.qemu.guest_agent.0", "not been heard"]

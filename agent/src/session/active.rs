@@ -83,7 +83,7 @@ pub(super) struct Active<'a> {
     pub(super) ended: Option<Ended>,
     /// The open epoch is a resync.
     resync: Option<Resync>,
-    /// The receiver has asked for such a one.
+    /// The receiver has asked for a resync that compares everything, whatever was noted of what was written.
     compare_wanted: bool,
     /// The receiver did not take differences: send everything.
     no_resync: bool,
@@ -438,11 +438,8 @@ impl<'a> Active<'a> {
         self.resync = self.compare_with(position);
         let whole = if self.resync.is_some() { Whole::Resync } else { Whole::Seed };
         let generation = self.worker.protection.generation;
-        if comparing {
-            self.attached.shim.arm_whole_disks(generation, epoch, whole)?;
-        } else {
-            self.attached.shim.arm(generation, epoch, whole)?;
-        }
+        // What was noted of what was written says nothing about what is damaged there.
+        self.attached.shim.arm(generation, epoch, whole, comparing)?;
         tracing::info!(domain = self.worker.protection.name, epoch, ?whole, "copying the whole guest");
         self.set_mode(Mode::Copy { round: 0, need_pass: true }, true);
         Ok(())
@@ -463,11 +460,15 @@ impl<'a> Active<'a> {
         );
         self.xml_changed = true;
         self.sent_xml.clear();
-        let generation = self.worker.protection.generation;
-        let position = Position { generation, epoch: durable, ..Position::default() };
-        self.copy_whole(&position, durable + 1)?;
+        self.copy_whole_after(durable)?;
         self.next_cut = Instant::now();
         Ok(())
+    }
+
+    /// The same, on top of the recovery point that is durable.
+    fn copy_whole_after(&mut self, durable: u64) -> Result<(), Stop> {
+        let generation = self.worker.protection.generation;
+        self.copy_whole(&Position { generation, epoch: durable, ..Position::default() }, durable + 1)
     }
 
     /// What the receiver has, if the guest can be compared with it.
@@ -519,8 +520,12 @@ impl<'a> Active<'a> {
         self.application_durable(durable);
         if self.hold.as_ref().is_some_and(|hold| hold.epoch.is_some_and(|held| held <= epoch))
             && let Some(hold) = self.hold.take()
+            && hold.answer.send(Ok(epoch)).is_err()
         {
-            let _ = hold.answer.send(Ok(epoch));
+            // It took too long for whoever has asked: nobody would release it.
+            tracing::warn!(domain = self.worker.protection.name, epoch, "nobody waits for the hold any more: it ends");
+            self.attached.shim.resume()?;
+            self.hold_ended();
         }
         Ok(())
     }
@@ -625,8 +630,9 @@ impl<'a> Active<'a> {
     fn cut(&mut self, pages_max: u64) -> Result<(), Stop> {
         let interval = Duration::from_millis(u64::from(self.worker.protection.interval_ms));
         let started = Instant::now();
-        // A guest at rest has to run to be thawed: it is held with the next one.
-        let hold = self.hold.is_some() && self.mode == Mode::Cuts && !self.application.needs_it_to_run();
+        // A guest at rest has to run to be thawed: it is held with the next one. One that is behind is held when it has caught
+        // up: with a next cut it might be behind again.
+        let hold = self.hold.is_some() && !self.application.needs_it_to_run();
         let limits = self.worker.shared.limits.clone();
         match limits.seat.turn(|| self.attached.shim.cut(pages_max, hold))? {
             Ok(part) if !part.last => {
@@ -653,6 +659,7 @@ impl<'a> Active<'a> {
                 drop(status);
                 if let Some(hold) = self.hold.as_mut().filter(|_| hold) {
                     hold.epoch = Some(epoch);
+                    self.mode = Mode::Cuts;
                     self.worker.set_phase(Phase::Held);
                 } else if self.sender.is_some() {
                     self.set_mode(Mode::Cuts, false);

@@ -80,19 +80,16 @@ impl Worker {
                 Ok(Input::Suspend(answer)) => {
                     let _ = answer.send(Err("it is suspended already".to_owned()));
                 }
-                Ok(Input::Hold(answer) | Input::HoldToMove(answer)) => {
-                    let _ = answer.send(Err("the domain is suspended, not protected".to_owned()));
-                }
                 Ok(Input::Release(answer)) => {
                     let _ = answer.send(Err("the domain is not held".to_owned()));
                 }
-                Ok(Input::HandOver(_, answer)) => {
-                    let _ = answer.send(Err("the domain is suspended, not protected".to_owned()));
-                }
-                Ok(Input::Application(answer)) => {
-                    let _ = answer.send(Err("the domain is suspended, not protected".to_owned()));
-                }
-                Ok(Input::Frozen(late)) => drop(late),
+                Ok(
+                    waiting @ (Input::Hold(_)
+                    | Input::HoldToMove(_)
+                    | Input::HandOver(..)
+                    | Input::Application(_)
+                    | Input::Frozen(_)),
+                ) => waiting.refuse("the domain is suspended, not protected"),
                 Ok(Input::Link(_) | Input::DevicesChanged | Input::IoError(_)) => {}
                 Err(RecvTimeoutError::Timeout) => {
                     // Suspended or not: a host that was started anew asks before the guest runs, and then starts it.

@@ -308,9 +308,10 @@ impl Fields<'_> {
         Some(*field)
     }
 
-    /// What is left, up to a limit.
+    /// What is left, up to a limit, which holds for what it has become too: a byte that is no UTF-8 becomes three.
     fn text(&self, bytes_max: usize) -> String {
-        String::from_utf8_lossy(&self.0[..self.0.len().min(bytes_max)]).into_owned()
+        let text = String::from_utf8_lossy(self.0);
+        text[..text.floor_char_boundary(bytes_max)].to_owned()
     }
 }
 

@@ -144,3 +144,18 @@ fn a_body_may_have_more_than_is_known() {
     bytes.extend(sum.to_le_bytes());
     assert_eq!(decode(&bytes, 700), [Frame { number: 9, message: Message::Unknown(17) }]);
 }
+
+#[test]
+fn a_name_that_is_not_utf8_is_kept_within_its_bound() {
+    let hello = Message::Hello(Hello::own(0, false, &"x".repeat(SOFTWARE_BYTES_MAX)));
+    let mut bytes = Frame { number: 1, message: hello }.encode();
+    // Each of these becomes a character of three bytes.
+    let end = bytes.len() - 4;
+    bytes[end - SOFTWARE_BYTES_MAX..end].fill(0xff);
+    let sum = bytes[..end].iter().fold(0x811c_9dc5u32, |sum, byte| (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193));
+    bytes[end..].copy_from_slice(&sum.to_le_bytes());
+    let frames = decode(&bytes, bytes.len());
+    let [Frame { message: Message::Hello(hello), .. }] = &frames[..] else { panic!("{frames:?}") };
+    assert!(hello.software.len() <= SOFTWARE_BYTES_MAX && hello.software.len() > SOFTWARE_BYTES_MAX - 3);
+    assert_eq!(decode(&frames[0].encode(), 600), frames);
+}

@@ -206,8 +206,8 @@ impl Control {
     pub fn put_small_sums(&mut self, sums: SmallSums) {
         self.small_sums.retain(|of| of.dir != sums.dir);
         self.small_sums.push(sums);
-        let there: Vec<u64> =
-            self.standby.iter().chain(self.chains.iter().map(|c| &c.standby)).map(|s| s.dir).collect();
+        let standbys = self.standby.iter().chain(self.chains.iter().map(|c| &c.standby)).map(|s| s.dir);
+        let there: Vec<u64> = standbys.chain(self.seed.iter().map(|seed| seed.dir)).collect();
         self.small_sums.retain(|of| there.contains(&of.dir));
     }
 

@@ -1,4 +1,5 @@
-//! What a recovery point has: straight from the standby's files, or, of an older point, with its older content laid over them.
+//! What a recovery point has: straight from the standby's files (what is read of them here is compared with its checksums), or,
+//! of an older point, with its older content laid over them.
 //!
 //! An older point is not copied. Its main memory is mapped from the standby's RAM image like the newest point's, and the pages
 //! that were otherwise then go through the save image into QEMU's private mapping; its disks are overlays that have those
@@ -20,7 +21,7 @@ const BUFFER_BYTES: usize = 1 << 20;
 /// All of the RAM block with this index among those of the point.
 pub fn ram(point: &RecoveryPoint, index: usize) -> io::Result<Box<dyn Read>> {
     let block = &point.ram[index];
-    match &point.older {
+    match point.older.as_ref().or(point.checked.as_ref()) {
         None => {
             let file = File::open(&block.path);
             let file = file.map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", block.path.display())))?;

@@ -412,9 +412,9 @@ pub fn age_seconds(then_unix_ns: u64, now_unix_ns: u64) -> f64 {
 }
 
 fn write_save_image(path: &Path, point: &RecoveryPoint, plan: &Plan) -> Result<(), ActivateError> {
-    let device_state = match &point.older {
+    let device_state = match point.older.as_ref().or(point.checked.as_ref()) {
         None => read_device_state(&point.device_state)?,
-        Some(older) => older.device_state().to_vec(),
+        Some(reader) => reader.device_state().to_vec(),
     };
     let mapped = match plan.memory {
         Memory::Mapped(index) => Some(index),

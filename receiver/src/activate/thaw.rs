@@ -8,11 +8,10 @@
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
+use vmdr_hypervisor::Error;
+use vmdr_hypervisor::domain_xml::{GUEST_AGENT_CHANNEL, channel};
 use vmdr_hypervisor::libvirt::{Connection, Domain};
-use vmdr_hypervisor::{Error, xml::Element};
 
-/// The channel of the QEMU guest agent.
-const CHANNEL: &str = "org.qemu.guest_agent.0";
 /// How long one question may take, in libvirt's whole seconds.
 const ANSWER_SECONDS: i32 = 5;
 /// For how long a guest that runs is asked: its agent may need a moment on a busy host.
@@ -41,35 +40,14 @@ fn ask(uri: &str, uuid: &Uuid) -> Result<Option<u64>, Error> {
     let domain = || -> Result<Domain, Error> { Connection::open(uri)?.domain_by_uuid(uuid) };
     let until = Instant::now() + LIMIT;
     loop {
-        let asked = domain().and_then(|domain| match has_agent(&domain.live_xml()?) {
-            true => domain.guest_agent("guest-fsfreeze-thaw", ANSWER_SECONDS).map(Some),
-            false => Ok(None),
+        let asked = domain().and_then(|domain| match channel(&domain.live_xml()?, GUEST_AGENT_CHANNEL) {
+            Some(_) => domain.guest_agent("guest-fsfreeze-thaw", ANSWER_SECONDS).map(Some),
+            None => Ok(None),
         });
         match asked {
             Ok(answer) => return Ok(answer.map(|count| count.as_u64().unwrap_or(0))),
             Err(error) if Instant::now() >= until => return Err(error),
             Err(_) => std::thread::sleep(REST),
         }
-    }
-}
-
-fn has_agent(live: &Element) -> bool {
-    let mut channels = live.find_all("devices/channel/target").into_iter();
-    channels.any(|target| target.attribute("name") == Some(CHANNEL))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_channel_is_found() {
-        let domain = |name: &str| {
-            let text =
-                format!("<domain><devices><channel type='unix'><target name='{name}'/></channel></devices></domain>");
-            Element::parse(&text).unwrap()
-        };
-        assert!(has_agent(&domain(CHANNEL)));
-        assert!(!has_agent(&domain("org.vmdr.guest.0")));
     }
 }

@@ -106,10 +106,14 @@ impl Applier {
         small_flaws(device_flawed.then_some(device.len()), xml_flawed.then_some(xml.len()))
     }
 
-    /// Reads the small files again; whether device state and XML are not what they should be.
-    pub fn check_small(&self) -> Result<Vec<Flaw>, JournalError> {
-        let small = self.read_small(&self.durable)?;
-        Ok(small_flaws_of(&self.sums, &small.device, &small.xml))
+    /// Reads the small files again; whether device state and XML are not what they should be. What is damaged is what they are
+    /// from now on, so that whatever comes next replaces the file, and it is known that this mends it.
+    pub fn check_small(&mut self) -> Result<Vec<Flaw>, JournalError> {
+        self.small = self.read_small(&self.durable)?;
+        let found = self.small.sums(&self.durable);
+        self.small.device_flawed = self.sums.device != found.device;
+        self.small.xml_flawed = self.sums.xml != found.xml;
+        Ok(self.small_flaws())
     }
 
     fn read_small(&self, durable: &Standby) -> Result<Small, JournalError> {
@@ -298,8 +302,8 @@ impl Applier {
         for (mended, array) in [(device_mended, Array::Device), (xml_mended, Array::Xml)] {
             if mended {
                 let bytes = if array == Array::Device { old.device.len() } else { old.xml.len() };
-                let keys = (0..small_units(bytes)).map(|unit| Key { array, unit });
-                batch.mended.extend(keys.map(|key| Flawed { key, healed_by: Some(epoch.epoch) }));
+                let (key, count) = (Key { array, unit: 0 }, small_units(bytes));
+                batch.mended.push(Flawed { key, count, healed_by: Some(epoch.epoch) });
             }
         }
         batch.changed.device |= new.device != old.device || device_mended;
@@ -354,8 +358,8 @@ impl Applier {
         let before = std::mem::replace(&mut self.durable, durable);
         (self.mark, self.small, self.sums, self.interrupted) = (mark, small, sums, false);
         domain.catalog().advance(durable, application, sets, blind);
-        if let Some(flaws) = flaws {
-            domain.set_flaws(durable.dir, flaws);
+        if let Some((flaws, coarse)) = flaws {
+            domain.set_flaws(durable.dir, flaws, coarse);
         }
         {
             let mut shared = domain.shared();

@@ -47,6 +47,10 @@ pub(super) struct Chain {
     pub bad: BTreeSet<u64>,
     /// What of the standby is known to be damaged, or was.
     pub flaws: Vec<Flaw>,
+    /// Of these some may have more than what is damaged: there were too many to tell them apart.
+    pub coarse: bool,
+    /// Rises whenever damage is found, or mended by being written.
+    pub touched: u64,
     /// The disk did not let its history be read when it was opened. The sets here are those written since, nothing of it is
     /// thinned out or removed, and the next time it is opened there may be more.
     pub unread: bool,
@@ -75,22 +79,21 @@ impl Chain {
             let found = if scan.damage.is_empty() { "sets are missing".to_owned() } else { scan.damage.join("; ") };
             format!("the history reaches back to epoch {at} only and not to {floor}: {found}")
         });
-        (
-            Self {
-                standby,
-                application: mark.application,
-                sets,
-                bad: BTreeSet::new(),
-                flaws: Vec::new(),
-                unread: false,
-            },
-            missing,
-        )
+        (Self { sets, ..Self::begin(standby, mark.application) }, missing)
     }
 
     /// A standby without a past.
     pub fn begin(standby: Standby, application: bool) -> Self {
-        Self { standby, application, sets: Vec::new(), bad: BTreeSet::new(), flaws: Vec::new(), unread: false }
+        Self {
+            standby,
+            application,
+            sets: Vec::new(),
+            bad: BTreeSet::new(),
+            flaws: Vec::new(),
+            coarse: false,
+            touched: 0,
+            unread: false,
+        }
     }
 
     /// The oldest epoch that can be gone back to.
@@ -208,6 +211,19 @@ impl Catalog {
     /// The chain of `standby.N`.
     pub fn chain(&self, dir: u64) -> Option<&Chain> {
         self.chains.iter().find(|chain| chain.standby.dir == dir)
+    }
+
+    /// The same, to change it.
+    pub fn chain_mut(&mut self, dir: u64) -> Option<&mut Chain> {
+        self.chains.iter_mut().find(|chain| chain.standby.dir == dir)
+    }
+
+    /// Somebody begins to read: from now on until it is taken out of the readers, nothing goes that is not needed any more.
+    pub fn begin_reading(&mut self) -> u64 {
+        let number = self.next_reader;
+        self.next_reader += 1;
+        self.readers.insert(number);
+        number
     }
 
     /// Says that this is not needed any more.

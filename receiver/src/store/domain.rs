@@ -150,6 +150,14 @@ impl Domain {
         self.standby.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The standby, unless the domain has failed or was closed, also while its lock was waited for: its files may have been
+    /// opened a second time then. As long as this is held it is not closed.
+    pub fn live_standby(&self) -> Result<MutexGuard<'_, Option<Applier>>, StoreError> {
+        let standby = self.standby();
+        self.alive(&self.shared())?;
+        Ok(standby)
+    }
+
     pub fn control(&self) -> MutexGuard<'_, Control> {
         self.control.lock().unwrap_or_else(PoisonError::into_inner)
     }

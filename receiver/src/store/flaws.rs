@@ -17,7 +17,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use vmdr_journal::{Array, Disk, JournalError, Key, UNIT_BYTES, read_set, unit_sum};
+use vmdr_journal::{Array, Disk, JournalError, Key, Set, UNIT_BYTES, read_set, unit_sum};
 
 use super::StoreError;
 use super::catalog::Chain;
@@ -25,6 +25,7 @@ use super::domain::Domain;
 use super::pending::Flawed;
 use super::standby::{self, image_path, read_small, write_aside};
 use super::sums::Sums;
+use super::verify::Scope;
 
 const FILE: &str = "flaws";
 const MAGIC: &[u8; 8] = b"VMDRFLW\0";
@@ -68,10 +69,6 @@ impl Flaw {
 
     fn end(&self) -> u64 {
         self.unit.saturating_add(self.count)
-    }
-
-    fn has(&self, key: Key) -> bool {
-        self.array == key.array && (self.unit..self.end()).contains(&key.unit)
     }
 }
 
@@ -128,53 +125,91 @@ pub(super) fn write(disk: &dyn Disk, dir: &Path, flaws: &[Flaw]) -> Result<(), J
     disk.sync_dir(dir).map_err(JournalError::io("sync", dir))
 }
 
-/// Neighbouring flaws of the same points become one; too many become few.
-fn tidy(flaws: &mut Vec<Flaw>) {
-    flaws.sort_unstable_by_key(|f| (f.array, f.after, f.up_to, f.unit));
-    let joined = |flaws: &mut Vec<Flaw>, near: &dyn Fn(&Flaw, &Flaw) -> bool| {
-        flaws.dedup_by(|next, last| {
-            let joins = last.array == next.array && near(last, next);
-            if joins {
-                let end = last.end().max(next.end());
-                last.unit = last.unit.min(next.unit);
-                last.count = end - last.unit;
-                (last.after, last.up_to) = (last.after.min(next.after), last.up_to.max(next.up_to));
-            }
-            joins
-        });
+/// Adds one, to its neighbour if that is the last.
+pub(super) fn push(flaws: &mut Vec<Flaw>, new: Flaw) {
+    let follows = |last: &&mut Flaw| {
+        (last.array, last.after, last.up_to, last.end()) == (new.array, new.after, new.up_to, new.unit)
     };
-    joined(flaws, &|last, next| (last.after, last.up_to) == (next.after, next.up_to) && next.unit <= last.end());
-    if flaws.len() > FLAWS_MAX {
-        joined(flaws, &|last, next| (last.after, last.up_to) == (next.after, next.up_to));
-    }
-    if flaws.len() > FLAWS_MAX {
-        joined(flaws, &|_, _| true);
+    match flaws.last_mut().filter(follows) {
+        Some(last) => last.count += new.count,
+        None => flaws.push(new),
     }
 }
 
-/// Adds what was found to be damaged in the standby as it is now.
-fn add(flaws: &mut Vec<Flaw>, found: &[Flaw]) {
+/// Flaws of an array become one with those next to them that are `near`.
+fn join(flaws: &mut Vec<Flaw>, near: &dyn Fn(&Flaw, &Flaw) -> bool) {
+    flaws.dedup_by(|next, last| {
+        let joins = last.array == next.array && near(last, next);
+        if joins {
+            let end = last.end().max(next.end());
+            last.unit = last.unit.min(next.unit);
+            last.count = end - last.unit;
+            (last.after, last.up_to) = (last.after.min(next.after), last.up_to.max(next.up_to));
+        }
+        joins
+    });
+}
+
+/// Neighbouring flaws of the same points become one.
+fn join_neighbours(flaws: &mut Vec<Flaw>) {
+    flaws.sort_unstable_by_key(|f| (f.array, f.after, f.up_to, f.unit));
+    join(flaws, &|last, next| (last.after, last.up_to) == (next.after, next.up_to) && next.unit <= last.end());
+}
+
+/// The same; too many become few, with what is between them. Says whether that was so.
+fn tidy(flaws: &mut Vec<Flaw>) -> bool {
+    join_neighbours(flaws);
+    if flaws.len() <= FLAWS_MAX {
+        return false;
+    }
+    join(flaws, &|last, next| (last.after, last.up_to) == (next.after, next.up_to));
+    if flaws.len() > FLAWS_MAX {
+        // What is over does not become what is open: that ends when the images are in order.
+        let open = |f: &Flaw| f.up_to == u64::MAX;
+        flaws.sort_unstable_by_key(|f| (f.array, open(f), f.unit));
+        join(flaws, &|last, next| open(last) == open(next));
+    }
+    true
+}
+
+/// Adds what was found to be damaged.
+fn add(flaws: &mut Vec<Flaw>, found: &[Flaw]) -> bool {
     for new in found {
-        let known = flaws.iter().any(|f| {
-            f.up_to == u64::MAX && f.array == new.array && f.unit <= new.unit && f.end() >= new.end() && f.count > 0
-        });
+        // One that is open may end without the others: when the images turn out to be in order.
+        let same = |f: &Flaw| f.concerns(new.up_to) && (f.up_to == u64::MAX) == (new.up_to == u64::MAX);
+        let known = flaws
+            .iter()
+            .any(|f| f.array == new.array && f.unit <= new.unit && f.end() >= new.end() && f.count > 0 && same(f));
         if !known || new.count == 0 {
             flaws.push(*new);
         }
     }
-    tidy(flaws);
+    tidy(flaws)
 }
 
-/// A unit has been written anew from epoch `by` on.
-fn heal(flaws: &mut Vec<Flaw>, key: Key, by: u64) {
-    let now: Vec<Flaw> = flaws.extract_if(.., |f| f.up_to == u64::MAX && f.has(key)).collect();
-    for f in now {
-        let pieces = [
-            Flaw { count: key.unit - f.unit, ..f },
-            Flaw { unit: key.unit, count: 1, up_to: by.saturating_sub(1), ..f },
-            Flaw { unit: key.unit + 1, count: f.end() - key.unit - 1, ..f },
-        ];
-        flaws.extend(pieces.into_iter().filter(|f| f.count > 0));
+/// What the flaws that are `meant` have in common with `ranges` (which do not overlap, and are of the same `up_to`) is changed
+/// as `change` says; the rest stays.
+fn split(
+    flaws: &mut Vec<Flaw>,
+    ranges: &mut [Flaw],
+    meant: &dyn Fn(&Flaw) -> bool,
+    change: &dyn Fn(Flaw, &Flaw) -> Option<Flaw>,
+) {
+    ranges.sort_unstable_by_key(|r| (r.up_to, r.array, r.unit));
+    let concerned: Vec<Flaw> = flaws.extract_if(.., |f| f.count > 0 && meant(f)).collect();
+    for f in concerned {
+        let mut at = f.unit;
+        let first = ranges.partition_point(|r| (r.up_to, r.array, r.end()) <= (f.up_to, f.array, f.unit));
+        let near = |r: &&Flaw| (r.up_to, r.array) == (f.up_to, f.array) && r.unit < f.end();
+        for range in ranges[first..].iter().take_while(near) {
+            let (from, end) = (range.unit.max(at), range.end().min(f.end()));
+            flaws.extend((at < from).then(|| Flaw { unit: at, count: from - at, ..f }));
+            if from < end {
+                flaws.extend(change(Flaw { unit: from, count: end - from, ..f }, range));
+                at = end;
+            }
+        }
+        flaws.extend((at < f.end()).then(|| Flaw { unit: at, count: f.end() - at, ..f }));
     }
 }
 
@@ -182,6 +217,16 @@ impl Chain {
     /// What is known to be damaged of the standby as it is now.
     pub fn open_flaws(&self) -> impl Iterator<Item = &Flaw> {
         self.flaws.iter().filter(|flaw| flaw.up_to == u64::MAX)
+    }
+
+    /// What is to be read because it is not known where the damage is.
+    pub fn unknown(&self) -> Option<Scope> {
+        // Of a set that is known to be damaged there is nothing more to find out.
+        let unknown = |flaw: &&Flaw| flaw.array == Array::Layout && !self.bad.contains(&flaw.up_to);
+        if self.needed_flaws().iter().any(|flaw| unknown(&flaw)) {
+            return Some(Scope::All);
+        }
+        (self.coarse && self.open_flaws().next().is_some()).then_some(Scope::Newest)
     }
 
     /// The flaws without those that concern no point any more.
@@ -193,106 +238,205 @@ impl Chain {
 
 impl Domain {
     /// Before the control record says that a batch is done: what of the standby was damaged and what has been mended by it.
-    /// `None`: nothing has changed.
-    pub(super) fn flaws_after(&self, dir: u64, touched: &[Flawed]) -> Result<Option<Vec<Flaw>>, StoreError> {
+    /// `None`: nothing has changed. With whether some of it may have more than what is damaged.
+    pub(super) fn flaws_after(&self, dir: u64, touched: &[Flawed]) -> Result<Option<(Vec<Flaw>, bool)>, StoreError> {
         if touched.is_empty() {
             return Ok(None);
         }
-        let Some(mut flaws) = self.catalog().chain(dir).map(|chain| chain.flaws.clone()) else { return Ok(None) };
-        let mut found: Vec<Flaw> = touched.iter().map(|t| Flaw::of(t.key.array, t.key.unit, 1)).collect();
-        tidy(&mut found);
-        add(&mut flaws, &found);
-        for Flawed { key, healed_by } in touched {
-            if let Some(by) = healed_by {
-                heal(&mut flaws, *key, *by);
-            }
-        }
-        tidy(&mut flaws);
+        let Some(mut flaws) = self.catalog().chain_mut(dir).map(|chain| {
+            chain.touched += 1;
+            chain.flaws.clone()
+        }) else {
+            return Ok(None);
+        };
+        let mut found: Vec<Flaw> = touched.iter().map(|t| Flaw::of(t.key.array, t.key.unit, t.count)).collect();
+        let mut coarse = tidy(&mut found);
+        coarse |= add(&mut flaws, &found);
+        // `after` is here the epoch that has written it anew.
+        let mended = touched.iter().filter_map(|t| Some((t, t.healed_by?)));
+        let mended = mended.map(|(t, by)| Flaw { after: by, ..Flaw::of(t.key.array, t.key.unit, t.count) });
+        split(&mut flaws, &mut mended.collect::<Vec<_>>(), &|f| f.up_to == u64::MAX, &|f, by| {
+            Some(Flaw { up_to: by.after.saturating_sub(1), ..f })
+        });
+        coarse |= tidy(&mut flaws);
         let at = self.standby_dir(dir);
         write(&*self.disk, &at, &flaws).map_err(|error| self.failure(error))?;
         let text = self.name_flaws(dir, &found);
         tracing::error!(domain = %self.id, damage = %text.join("; "), "damage was found in the standby when it was written");
-        Ok(Some(flaws))
+        Ok(Some((flaws, coarse)))
     }
 
-    /// Notes what of a standby was found to be damaged, durably. The standby must stand still meanwhile.
+    /// Notes what of a standby was found to be damaged, durably. The standby's lock must be held.
     pub(super) fn note_flaws(&self, dir: u64, found: &[Flaw]) -> Result<(), StoreError> {
-        let Some(mut flaws) = self.catalog().chain(dir).map(Chain::needed_flaws) else { return Ok(()) };
+        if found.is_empty() {
+            return Ok(());
+        }
+        let needed = self.catalog().chain_mut(dir).map(|chain| {
+            chain.touched += 1;
+            chain.needed_flaws()
+        });
+        let Some(mut flaws) = needed else { return Ok(()) };
         let before = flaws.clone();
-        add(&mut flaws, found);
+        let coarse = add(&mut flaws, found);
         if flaws == before {
             return Ok(());
         }
         let text = self.name_flaws(dir, found);
         tracing::error!(domain = %self.id, damage = %text.join("; "), "the standby is damaged");
-        self.put_flaws(dir, flaws)
+        self.put_flaws(dir, flaws, coarse)
     }
 
-    /// All of a standby has been read: what is in order now is no flaw any more. `found` is what was damaged when it was
-    /// read, `bad` looks at a unit again. The standby must stand still meanwhile.
+    /// How often damage was found or mended so far.
+    pub(super) fn touched(&self, dir: u64) -> u64 {
+        self.catalog().chain(dir).map_or(0, |chain| chain.touched)
+    }
+
+    /// All images of a standby have been read: what is in order now is no flaw any more. `found` is what was damaged when it was
+    /// read; `exact`: and nothing was found or mended since by anybody else. Else `bad` looks at a unit again. The standby's
+    /// lock must be held.
     pub(super) fn confirm_flaws(
         &self,
         dir: u64,
-        found: &[Flaw],
+        found: &mut [Flaw],
+        exact: bool,
         bad: &mut dyn FnMut(Key) -> Result<bool, JournalError>,
     ) -> Result<(), StoreError> {
-        let Some(before) = self.catalog().chain(dir).map(Chain::needed_flaws) else { return Ok(()) };
-        let mut flaws = Vec::with_capacity(before.len());
-        for f in &before {
-            let found = || found.iter().any(|g| g.array == f.array && g.unit < f.end() && f.unit < g.end());
-            let stays = match f.array {
-                _ if f.up_to != u64::MAX => true,
-                Array::Layout => false,
-                Array::Ram(_) | Array::Disk(_) if f.count <= FLAWS_MAX as u64 => {
-                    let mut still = false;
-                    for unit in f.unit..f.end() {
-                        let key = Key { array: f.array, unit };
-                        still = still || bad(key).map_err(|error| StoreError::of(&self.id, error))?;
-                    }
-                    still
-                }
-                _ => found(),
-            };
-            if stays {
-                flaws.push(*f);
-            }
+        let before = self.catalog().chain(dir).map(|chain| (chain.needed_flaws(), chain.standby.epoch, chain.coarse));
+        let Some((before, epoch, was_coarse)) = before else { return Ok(()) };
+        let mut flaws = before.clone();
+        // Of the images it is known now what there is; not so of the way back to older points.
+        for f in flaws.iter_mut().filter(|f| f.array == Array::Layout && f.up_to == u64::MAX) {
+            f.up_to = epoch.saturating_sub(1);
         }
-        if flaws == before { Ok(()) } else { self.put_flaws(dir, flaws) }
+        if exact {
+            let open = flaws.extract_if(.., |f| f.up_to == u64::MAX).collect::<Vec<_>>();
+            found.sort_unstable_by_key(|f| (f.array, f.unit));
+            for f in open {
+                let first = found.partition_point(|g| (g.array, g.end()) <= (f.array, f.unit));
+                for g in found[first..].iter().take_while(|g| g.array == f.array && g.unit < f.end()) {
+                    let (from, end) = (g.unit.max(f.unit), g.end().min(f.end()));
+                    flaws.extend((from < end).then(|| Flaw { unit: from, count: end - from, ..f }));
+                }
+            }
+        } else {
+            let mut stay = Vec::with_capacity(flaws.len());
+            for f in flaws {
+                let found = || found.iter().any(|g| g.array == f.array && g.unit < f.end() && f.unit < g.end());
+                let stays = match f.array {
+                    _ if f.up_to != u64::MAX => true,
+                    Array::Ram(_) | Array::Disk(_) if f.count <= FLAWS_MAX as u64 => {
+                        let mut still = false;
+                        for unit in f.unit..f.end() {
+                            let key = Key { array: f.array, unit };
+                            still = still || bad(key).map_err(|error| StoreError::of(&self.id, error))?;
+                        }
+                        still
+                    }
+                    _ => found(),
+                };
+                stay.extend(stays.then_some(f));
+            }
+            flaws = stay;
+        }
+        let coarse = tidy(&mut flaws) || (was_coarse && !exact);
+        if let Some(chain) = self.catalog().chain_mut(dir) {
+            chain.coarse = coarse;
+        }
+        let mut same = before;
+        tidy(&mut same);
+        if flaws == same { Ok(()) } else { self.put_flaws(dir, flaws, coarse) }
     }
 
-    pub(super) fn put_flaws(&self, dir: u64, flaws: Vec<Flaw>) -> Result<(), StoreError> {
-        let at = self.standby_dir(dir);
-        write(&*self.disk, &at, &flaws).map_err(|error| StoreError::of(&self.id, error))?;
-        self.set_flaws(dir, flaws);
+    /// The standby's lock must be held.
+    pub(super) fn put_flaws(&self, dir: u64, flaws: Vec<Flaw>, coarse: bool) -> Result<(), StoreError> {
+        self.write_flaws(dir, &flaws)?;
+        self.set_flaws(dir, flaws, coarse);
         Ok(())
     }
 
+    /// Not of a domain that was closed: another may have been opened over its files.
+    fn write_flaws(&self, dir: u64, flaws: &[Flaw]) -> Result<(), StoreError> {
+        self.alive(&self.shared())?;
+        write(&*self.disk, &self.standby_dir(dir), flaws).map_err(|error| StoreError::of(&self.id, error))
+    }
+
     /// These are in force.
-    pub(super) fn set_flaws(&self, dir: u64, flaws: Vec<Flaw>) {
+    pub(super) fn set_flaws(&self, dir: u64, flaws: Vec<Flaw>, coarse: bool) {
         let mut catalog = self.catalog();
-        let Some(chain) = catalog.chains.iter_mut().find(|chain| chain.standby.dir == dir) else { return };
+        let Some(chain) = catalog.chain_mut(dir) else { return };
         let more = flaws.iter().filter(|f| f.after == 0).any(|f| !chain.flaws.contains(f));
         chain.flaws = flaws;
+        chain.coarse |= coarse;
         if more {
             catalog.flaws_found += 1;
+        }
+    }
+
+    /// Finds out what older points the newest damage leaves alone, if that was not looked at yet; says whether there was
+    /// anything to do. Until then none of them is offered.
+    pub(super) fn locate_new_flaws(&self) -> Result<bool, StoreError> {
+        let dir = {
+            let mut catalog = self.catalog();
+            if catalog.flaws_found <= catalog.flaws_located {
+                return Ok(false);
+            }
+            catalog.standby().map(|chain| chain.standby.dir)
+        };
+        dir.map_or(Ok(false), |dir| self.locate_flaws(dir))
+    }
+
+    /// The same for somebody who chooses a point: what cannot be found out now stays as it was.
+    pub(super) fn look_at_new_flaws(&self) {
+        if let Err(error) = self.locate_new_flaws() {
+            tracing::warn!(domain = %self.id, %error, "cannot find out which points the damage leaves alone");
         }
     }
 
     /// Finds out from which point on a standby's flaws matter: older points have before-images of what is damaged. Reads the
     /// history from its newest end, until all is found; says whether there was anything to do.
     pub(super) fn locate_flaws(&self, dir: u64) -> Result<bool, StoreError> {
-        let found = self.catalog().flaws_found;
-        let Some((mut open, sets)) = self.catalog().chain(dir).map(|chain| {
-            let open: Vec<Flaw> = chain.flaws.iter().filter(|f| f.after == 0 && f.count > 0).copied().collect();
-            (open, chain.sets.clone())
-        }) else {
-            return Ok(false);
+        let (found, number, chain) = {
+            let mut catalog = self.catalog();
+            let chain = catalog.chain(dir).map(|chain| {
+                let open: Vec<Flaw> = chain.flaws.iter().filter(|f| f.after == 0 && f.count > 0).copied().collect();
+                (open, chain.sets.clone())
+            });
+            (catalog.flaws_found, catalog.begin_reading(), chain)
         };
+        let result = chain.map_or(Ok(Vec::new()), |(open, sets)| self.locate(dir, open, &sets));
+        self.catalog().readers.remove(&number);
+        self.remove_doomed();
+        let mut located = result?;
+        let _standby = self.live_standby()?;
+        let needed = self.catalog().chain(dir).map(Chain::needed_flaws);
+        let mut changed = false;
+        if let Some(mut flaws) = needed.filter(|_| !located.is_empty()) {
+            let before = flaws.clone();
+            split(&mut flaws, &mut located, &|f| f.after == 0, &|f, at| Some(Flaw { after: at.after, ..f }));
+            let coarse = tidy(&mut flaws);
+            changed = flaws != before;
+            if changed {
+                self.write_flaws(dir, &flaws)?;
+                // What was found out about damage that is known is no news: nobody is asked to compare again.
+                if let Some(chain) = self.catalog().chain_mut(dir) {
+                    chain.flaws = flaws;
+                    chain.coarse |= coarse;
+                }
+            }
+        }
+        // What was found since has its turn.
+        let mut catalog = self.catalog();
+        catalog.flaws_located = catalog.flaws_located.max(found);
+        Ok(changed)
+    }
+
+    /// Where the flaws in `open` end, going back: the flaws again, in parts, with that.
+    fn locate(&self, dir: u64, mut open: Vec<Flaw>, sets: &[Set]) -> Result<Vec<Flaw>, StoreError> {
         // What is older than all there is needs no further look.
         let floor = sets.first().map_or(0, |set| set.from).saturating_sub(1);
         open.retain(|f| f.count <= FLAWS_MAX as u64);
         if open.is_empty() || sets.is_empty() {
-            return Ok(false);
+            return Ok(Vec::new());
         }
         let history = standby::history_dir(&self.standby_dir(dir));
         let mut located: Vec<Flaw> = Vec::new();
@@ -311,9 +455,15 @@ impl Domain {
                 }
                 Ok(())
             });
-            if read.is_err() {
-                // Where the way back is broken nothing older is offered anyway.
-                break;
+            match read {
+                Ok(()) => {}
+                // Where the way back is broken nothing older is offered.
+                Err(error @ JournalError::Damaged { .. }) => {
+                    self.found_damaged(dir, set.from, &error.to_string());
+                    break;
+                }
+                // It may be read later.
+                Err(error) => return Err(StoreError::of(&self.id, error)),
             }
             let mut rest = Vec::new();
             for f in open.drain(..) {
@@ -322,47 +472,17 @@ impl Domain {
                     let near = hit.range(..=Key { array: f.array, unit }).next_back();
                     let covered = near.is_some_and(|(key, n)| key.array == f.array && unit < key.unit + n);
                     if covered && set.from < f.up_to {
-                        located.push(Flaw { after: set.from, ..one });
+                        push(&mut located, Flaw { after: set.from, ..one });
                     } else {
-                        rest.push(one);
+                        push(&mut rest, one);
                     }
                 }
             }
-            tidy(&mut rest);
             open = rest;
         }
         // What no set has is as old as the oldest point there is.
         located.extend(open.into_iter().map(|f| Flaw { after: floor, ..f }));
-        let _standby = self.standby();
-        let Some(mut flaws) = self.catalog().chain(dir).map(Chain::needed_flaws) else { return Ok(false) };
-        let before = flaws.clone();
-        for f in &located {
-            let meets = |known: &mut Flaw| {
-                let same = known.after == 0 && (known.array, known.up_to) == (f.array, f.up_to);
-                same && known.unit < f.end() && f.unit < known.end()
-            };
-            for known in flaws.extract_if(.., meets).collect::<Vec<_>>() {
-                let (from, end) = (known.unit.max(f.unit), known.end().min(f.end()));
-                let pieces = [
-                    Flaw { count: from - known.unit, ..known },
-                    Flaw { unit: from, count: end - from, after: f.after, ..known },
-                    Flaw { unit: end, count: known.end() - end, ..known },
-                ];
-                flaws.extend(pieces.into_iter().filter(|f| f.count > 0));
-            }
-        }
-        tidy(&mut flaws);
-        let changed = flaws != before;
-        if changed {
-            self.put_flaws(dir, flaws)?;
-        }
-        let mut catalog = self.catalog();
-        catalog.flaws_located = found.max(catalog.flaws_located);
-        if changed {
-            // What was found out about damage that is known is no news.
-            (catalog.flaws_found, catalog.flaws_located) = (found, found);
-        }
-        Ok(changed)
+        Ok(located)
     }
 
     /// Flaws in words.

@@ -17,9 +17,10 @@ use vmdr_codec::{
 };
 use vmdr_journal::{Array, Disk, File, JournalError, Mode, Place, UNIT_BYTES, read_back, unit_sum, write_all};
 
+use super::flaws::Flaw;
 use super::pending::{Flawed, Pending, Recorder, Run, Source};
 use super::standby::{disk_path, history_dir, ram_path};
-use super::sums::{self, Sums, units};
+use super::sums::{self, Sums, is_unreadable, units};
 
 /// Pages written at once.
 const RUN_PAGES: usize = 256;
@@ -188,22 +189,34 @@ impl StandbyFiles {
         Ok(if at == u64::MAX { at } else { at / UNIT_BYTES as u64 })
     }
 
-    /// Reads units, and says which of them do not match their checksums. The images must be exactly one epoch.
+    /// Reads units, and says which of them do not match their checksums, or cannot be read. The images must be exactly one
+    /// epoch.
     pub fn read_checked(&self, array: Array, first: u64, into: &mut [u8]) -> Result<Vec<u64>, JournalError> {
         let image = find(&self.ram, &self.disks, array, &self.dir)?;
-        image.read(into, first * UNIT_BYTES as u64)?;
+        let unread = image.read(into, first * UNIT_BYTES as u64)?;
         let mut sums = vec![0; into.len() / UNIT_BYTES];
         let known = Source::sums(image, first, &mut sums)?;
-        let units = into.as_chunks::<UNIT_BYTES>().0.iter().zip(&sums[..known]).enumerate();
-        Ok(units.filter(|(_, (content, sum))| unit_sum(content) != **sum).map(|(i, _)| first + i as u64).collect())
+        let units = into.as_chunks::<UNIT_BYTES>().0.iter().enumerate();
+        let bad = units.filter(|(i, content)| {
+            unread.binary_search(&(*i as u64)).is_ok() || (*i < known && unit_sum(content) != sums[*i])
+        });
+        Ok(bad.map(|(i, _)| first + i as u64).collect())
+    }
+
+    /// Whether there are images without checksums.
+    pub fn lacks_sums(&self) -> bool {
+        self.ram.iter().chain(&self.disks).any(lacks_sums)
     }
 
     /// Makes checksums where there are none, of at most `most` bytes of data. The images must be exactly one epoch. Returns
-    /// how many were read; 0: there was nothing to do.
-    pub fn make_sums(&mut self, most: usize) -> Result<u64, JournalError> {
+    /// how many were read (0: there was nothing to do), and what cannot be read.
+    pub fn make_sums(&mut self, most: usize) -> Result<(u64, Vec<Flaw>), JournalError> {
         let Self { disk, ram, disks, .. } = self;
-        let lacks = |image: &&mut Image| image.sums.as_ref().is_none_or(|sums| sums.built() != u64::MAX);
-        let Some(image) = ram.iter_mut().chain(disks).find(lacks) else { return Ok(0) };
+        let ram = ram.iter_mut().enumerate().map(|(n, image)| (Array::Ram(n as u16), image));
+        let disks = disks.iter_mut().enumerate().map(|(n, image)| (Array::Disk(n as u16), image));
+        let Some((array, image)) = ram.chain(disks).find(|(_, image)| lacks_sums(image)) else {
+            return Ok((0, Vec::new()));
+        };
         let mut sums = match image.sums.take() {
             Some(sums) => sums,
             None => Sums::begin(&**disk, &image.path)?,
@@ -213,13 +226,20 @@ impl StandbyFiles {
         sums.skip_to(data.min(end));
         let count = (most.div_ceil(UNIT_BYTES) as u64).min(end - sums.built());
         let mut contents = vec![0; count as usize * UNIT_BYTES];
-        image.read(&mut contents, sums.built() * unit_bytes)?;
-        sums.add(&contents)?;
+        let first = sums.built();
+        let unread = image.read(&mut contents, first * unit_bytes)?;
+        sums.add(&contents, &unread)?;
         if sums.built() >= end {
             sums.complete(&**disk, &image.path, end)?;
         }
         image.sums = Some(sums);
-        Ok((contents.len() as u64).max(1))
+        let unread = unread.into_iter().map(|unit| Flaw::of(array, first + unit, 1));
+        Ok(((contents.len() as u64).max(1), unread.collect()))
+    }
+
+    /// Of a standby that is only read: its checksums are not looked at.
+    pub fn ignore_sums(&mut self) {
+        self.ram.iter_mut().chain(&mut self.disks).for_each(|image| image.sums = None);
     }
 
     /// Forgets the checksums, because writes were interrupted that nothing takes back: they are made anew later. Durable with
@@ -475,10 +495,8 @@ impl StandbyFiles {
 }
 
 impl Source for Image {
-    fn read(&self, buffer: &mut [u8], offset: u64) -> Result<(), JournalError> {
-        let got = self.file.read_at(buffer, offset).map_err(JournalError::io("read", &self.path))?;
-        buffer[got..].fill(0);
-        Ok(())
+    fn read(&self, buffer: &mut [u8], offset: u64) -> Result<Vec<u64>, JournalError> {
+        read_units(&*self.file, &self.path, buffer, offset)
     }
 
     fn data_from(&self, offset: u64) -> Result<u64, JournalError> {
@@ -500,6 +518,40 @@ impl Source for Image {
     fn length(&self) -> u64 {
         self.length
     }
+}
+
+/// Reads units of an image. Those that cannot be read are zero; returns which those are, counted from the first.
+pub(super) fn read_units(
+    file: &dyn File,
+    path: &Path,
+    buffer: &mut [u8],
+    offset: u64,
+) -> Result<Vec<u64>, JournalError> {
+    match file.read_at(buffer, offset) {
+        Ok(got) => {
+            buffer[got..].fill(0);
+            return Ok(Vec::new());
+        }
+        Err(error) if is_unreadable(&error) => {}
+        Err(error) => return Err(JournalError::io("read", path)(error)),
+    }
+    let mut unread = Vec::new();
+    for (i, unit) in buffer.chunks_mut(UNIT_BYTES).enumerate() {
+        match file.read_at(unit, offset + (i * UNIT_BYTES) as u64) {
+            Ok(got) => unit[got..].fill(0),
+            Err(error) if is_unreadable(&error) => {
+                tracing::warn!(path = %path.display(), offset = offset + (i * UNIT_BYTES) as u64, %error, "cannot be read");
+                unit.fill(0);
+                unread.push(i as u64);
+            }
+            Err(error) => return Err(JournalError::io("read", path)(error)),
+        }
+    }
+    Ok(unread)
+}
+
+fn lacks_sums(image: &Image) -> bool {
+    image.sums.as_ref().is_none_or(|sums| sums.built() != u64::MAX)
 }
 
 fn unusable(dir: &Path, error: vmdr_codec::CodecError) -> JournalError {
@@ -583,7 +635,9 @@ fn sum_seed(image: &Image, sums: &mut Sums, offset: u64, run: Run<'_>) -> Result
     // Of units that were written in part, all is read.
     let mut part = |unit: u64| {
         let mut content = [0; UNIT_BYTES];
-        image.read(&mut content, unit * unit_bytes)?;
+        if !image.read(&mut content, unit * unit_bytes)?.is_empty() {
+            return Err(JournalError::io("read", &image.path)(std::io::Error::from_raw_os_error(5)));
+        }
         sums.write(unit, &[unit_sum(&content)])
     };
     let (first, last) = (offset.div_ceil(unit_bytes), end / unit_bytes);

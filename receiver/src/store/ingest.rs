@@ -13,7 +13,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use vmdr_codec::Layout;
 use vmdr_journal::{
-    HistoryLog, HistoryMark, JournalError, Kind, PartHead, PartTail, Place, Seed, Standby, remove_segments_before,
+    HistoryLog, HistoryMark, JournalError, Kind, PartHead, PartTail, Place, Seed, SmallSums, Standby,
+    remove_segments_before,
 };
 
 use super::apply::{Applier, small_sums};
@@ -41,6 +42,8 @@ pub struct Ingest {
     pub(super) told: u64,
     /// The newest durable epoch when the stream was opened: it may mend what is damaged.
     pub(super) opened_at: u64,
+    /// The damage that was last found, and the newest epoch then, which may mend it as well.
+    pub(super) found: (u64, u64),
 }
 
 impl Ingest {
@@ -57,13 +60,19 @@ impl Ingest {
     /// Whether the standby turned out to be damaged, so that the sender should compare all of it with what it has: said once
     /// for what is found, and not in the middle of an epoch of several parts.
     pub fn wants_comparison(&mut self) -> bool {
-        let busy = {
+        let (position, applied) = {
             let shared = self.domain.shared();
-            shared.position.open_epoch > 0 || shared.applied < self.opened_at
+            (shared.position, shared.applied)
         };
         let mut catalog = self.domain.catalog();
         let found = catalog.flaws_found;
-        if busy || found <= self.told {
+        if found <= self.told {
+            return false;
+        }
+        if self.found.0 != found {
+            self.found = (found, position.epoch.max(position.open_epoch));
+        }
+        if position.open_epoch > 0 || applied < self.opened_at.max(self.found.1) {
             return false;
         }
         self.told = found;
@@ -354,6 +363,8 @@ impl Domain {
         self.change_control(|control| {
             control.next_dir = dir + 1;
             control.seed = Some(seed);
+            // Its images have checksums from the beginning.
+            control.put_small_sums(SmallSums { dir, ..SmallSums::default() });
         })?;
         let files = StandbyFiles::create(self.disk.clone(), &self.standby_dir(dir));
         let files = Box::new(files.map_err(|error| self.failure(error))?);

@@ -80,6 +80,9 @@ const FORGOTTEN: &str = ".forgotten-";
 /// The largest generation and epoch taken from a peer: room to count on, whatever it sends.
 pub(crate) const NUMBER_MAX: u64 = u64::MAX / 2;
 
+/// How often the newest point is looked for while others come.
+const NEWEST_TRIES: u32 = 8;
+
 /// How a store works. The defaults suit some ten domains.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoreOptions {
@@ -328,7 +331,7 @@ impl Store {
         id: Option<PointId>,
         damaged: bool,
     ) -> Result<RecoveryPoint, StoreError> {
-        let newest = self.recovery_point(uuid);
+        let newest = self.newest_point(uuid, damaged);
         match (id, newest) {
             (Some(id), Ok(newest)) if (newest.generation, newest.epoch) != (id.generation, id.epoch) => {
                 Ok(Arc::new(PointReader::open(self.domain(uuid)?, Some(id), damaged)?).recovery_point())
@@ -350,6 +353,32 @@ impl Store {
         }
     }
 
+    /// The newest point, with what reads it: so that its small files have been compared with their checksums, unless it is taken
+    /// as it is.
+    fn newest_point(&self, uuid: &str, damaged: bool) -> Result<RecoveryPoint, StoreError> {
+        let mut point = self.recovery_point(uuid);
+        for _ in 0..NEWEST_TRIES {
+            let Ok(newest) = &mut point else { return point };
+            let domain = self.domain(uuid)?;
+            if damaged || domain.newest_is_damaged() {
+                return point;
+            }
+            let id = PointId { generation: newest.generation, epoch: newest.epoch };
+            match PointReader::open(domain, Some(id), false) {
+                Ok(reader) => {
+                    newest.checked = Some(Arc::new(reader));
+                    return point;
+                }
+                // Thinned out meanwhile: there is a newer one.
+                Err(StoreError::NoSuchPoint { .. }) => point = self.recovery_point(uuid),
+                // Known now; whoever looks at it says so.
+                Err(StoreError::Flawed { .. }) => return point,
+                Err(error) => return Err(error),
+            }
+        }
+        point
+    }
+
     /// What going back to a point gives up.
     pub fn given_up(&self, uuid: &str, id: PointId) -> Result<GivenUp, StoreError> {
         self.domain(uuid)?.given_up(id)
@@ -360,6 +389,12 @@ impl Store {
         let domain = self.domain(uuid)?;
         let bytes = self.used_bytes(domain.uuid);
         Ok(domain.points(bytes))
+    }
+
+    /// [`Store::points`], after a look at the history for which of them damage leaves alone that has just been found.
+    pub fn points_looked_at(&self, uuid: &str) -> Result<Vec<Point>, StoreError> {
+        self.domain(uuid)?.look_at_new_flaws();
+        self.points(uuid)
     }
 
     /// Reads a recovery point, without activating it and whatever is applied meanwhile; `None`: the newest. As long as the
@@ -383,9 +418,9 @@ impl Store {
         self.slots().keys().map(Uuid::to_string).collect()
     }
 
-    /// When a point of a domain was last found to be sound, and whether something is damaged of which it is not known where.
-    /// Nothing of a domain that has no point, or that was activated.
-    pub fn last_verified(&self, uuid: &str) -> Option<(Option<u64>, bool)> {
+    /// When a point of a domain was last found to be sound, and what is to be read because something is damaged of which it is
+    /// not known where. Nothing of a domain that has no point, or that was activated.
+    pub fn last_verified(&self, uuid: &str) -> Option<(Option<u64>, Option<Scope>)> {
         let domain = self.working(uuid)?;
         let shared = domain.shared();
         if shared.frozen || shared.position.epoch == 0 {
@@ -393,7 +428,7 @@ impl Store {
         }
         drop(shared);
         let mut catalog = domain.catalog();
-        let unknown = catalog.standby().is_some_and(|chain| chain.open_flaws().any(|flaw| flaw.array == Array::Layout));
+        let unknown = catalog.standby().and_then(|chain| chain.unknown());
         Some((catalog.verified.values().max().copied(), unknown))
     }
 

@@ -9,6 +9,8 @@ use std::ops::Range;
 
 use vmdr_journal::{Array, HistoryLog, JournalError, Key, UNIT_BYTES, unit_sum};
 
+use super::sums::UNREADABLE;
+
 /// Bytes that a unit takes here beside its content.
 const UNIT_OVERHEAD_BYTES: u64 = 96;
 /// Units read, or written, at once.
@@ -18,8 +20,8 @@ pub(super) static ZERO_UNIT: [u8; UNIT_BYTES] = [0; UNIT_BYTES];
 
 /// What reads as an array: as long as it likes, with zeroes behind its end.
 pub(super) trait Source {
-    /// Fills `buffer` from `offset` on.
-    fn read(&self, buffer: &mut [u8], offset: u64) -> Result<(), JournalError>;
+    /// Fills `buffer` from `offset` on. Returns the units, counted from there, that cannot be read, which are zero in it.
+    fn read(&self, buffer: &mut [u8], offset: u64) -> Result<Vec<u64>, JournalError>;
     /// Everything from `offset` up to what this returns is zero, and has the checksums of that.
     fn data_from(&self, offset: u64) -> Result<u64, JournalError>;
     /// Fills `into` with the checksums that the units from `first` on should have; returns of how many that is known.
@@ -35,6 +37,8 @@ pub(super) struct Pending {
     bytes: u64,
     buffer: Vec<u8>,
     sums: Vec<u64>,
+    /// Of the units that were read last those that could not be.
+    unread: Vec<u64>,
     flawed: Vec<Flawed>,
 }
 
@@ -49,12 +53,29 @@ struct Unit {
     recorded: u64,
 }
 
-/// A unit of the standby that turned out to be damaged when it was written.
+/// Units of the standby that turned out to be damaged when they were written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Flawed {
+    /// The first.
     pub key: Key,
-    /// The epoch that has written all of it, so that it is in order from there on; `None`: only a part of it.
+    /// How many.
+    pub count: u64,
+    /// The epoch that has written all of them, so that they are in order from there on; `None`: only a part of each.
     pub healed_by: Option<u64>,
+}
+
+impl Flawed {
+    /// Adds one, to its neighbour if that is the last.
+    pub fn push(all: &mut Vec<Flawed>, new: Flawed) {
+        let follows = |last: &&mut Flawed| {
+            (last.key.array, last.healed_by) == (new.key.array, new.healed_by)
+                && last.key.unit + last.count == new.key.unit
+        };
+        match all.last_mut().filter(follows) {
+            Some(last) => last.count += new.count,
+            None => all.push(new),
+        }
+    }
 }
 
 /// What a unit was before a write.
@@ -159,10 +180,11 @@ impl Pending {
     /// What units are now, and, in `self.sums`, what the image's checksums are as far as they are known.
     fn read(&mut self, source: &dyn Source, array: Array, first: u64, into: &mut [u8]) -> Result<(), JournalError> {
         self.sums.clear();
+        self.unread.clear();
         let count = (into.len() / UNIT_BYTES) as u64;
         let range = Key { array, unit: first }..Key { array, unit: first + count };
         if self.units.range(range.clone()).count() < count as usize {
-            source.read(into, first * UNIT_BYTES as u64)?;
+            self.unread = source.read(into, first * UNIT_BYTES as u64)?;
             self.sums.resize(count as usize, 0);
             let known = source.sums(first, &mut self.sums)?;
             self.sums.truncate(known);
@@ -180,8 +202,9 @@ impl Pending {
             Some(unit) => Before { sum: unit.sum, flawed: unit.flawed, read: false },
             None => {
                 let found = unit_sum(old);
-                let sum = self.sums.get(i).copied().unwrap_or(found);
-                Before { sum, flawed: sum != found, read: true }
+                let unread = self.unread.contains(&(i as u64));
+                let sum = self.sums.get(i).copied().unwrap_or(if unread { UNREADABLE } else { found });
+                Before { sum, flawed: unread || sum != found, read: true }
             }
         }
     }
@@ -216,7 +239,7 @@ impl Pending {
             let unit_end = key.unit * UNIT_BYTES as u64 + within.end as u64;
             let whole = within.start == 0 && (within.end == UNIT_BYTES || unit_end >= array_end);
             if before.flawed && (before.read || whole) {
-                self.flawed.push(Flawed { key, healed_by: whole.then_some(to.epoch) });
+                Flawed::push(&mut self.flawed, Flawed { key, count: 1, healed_by: whole.then_some(to.epoch) });
             }
             let mut new = if whole { ZERO_UNIT } else { *old };
             new[within].copy_from_slice(bytes);

@@ -96,6 +96,8 @@ pub struct RecoveryPoint {
     pub layout: Layout,
     /// It is not what the files have, which are of a newer point: this reads it. `device_state` is then not there.
     pub older: Option<Arc<PointReader>>,
+    /// Of the newest point: reads it, compared with its checksums. Not of one that is taken although it is damaged.
+    pub checked: Option<Arc<PointReader>>,
 }
 
 /// A RAM block of a recovery point.
@@ -202,7 +204,7 @@ impl Domain {
         shared.stream_open = true;
         self.changed.notify_all();
         let opened_at = shared.position.epoch;
-        Ok(Ingest { domain: self.clone(), stream: shared.stream, generation, told: 0, opened_at })
+        Ok(Ingest { domain: self.clone(), stream: shared.stream, generation, told: 0, opened_at, found: (0, 0) })
     }
 
     pub fn raise_generation(&self, generation: u64) -> Result<u64, StoreError> {
@@ -328,6 +330,7 @@ impl Domain {
             dir,
             layout: whole,
             older: None,
+            checked: None,
         })
     }
 

@@ -25,6 +25,7 @@ use super::apply::{self, Applier};
 use super::catalog::{Catalog, PointId};
 use super::domain::Domain;
 use super::flaws::Flaw;
+use super::images::read_units;
 use super::points::{DiskImage, RamImage, RecoveryPoint};
 use super::standby::{self, image_path};
 use super::sums::Sums;
@@ -142,10 +143,13 @@ impl PointReader {
                 other => other?,
             }
         }
+        if !tolerant && id.is_some() {
+            domain.look_at_new_flaws();
+        }
         let of = |error| StoreError::of(&domain.id, error);
         let name = domain.control().name.clone();
         // While this is held nothing is applied or thinned out.
-        let guard = domain.standby();
+        let mut guard = domain.standby();
         let (id, number, chain) = {
             let mut catalog = domain.catalog();
             let newest = catalog.standby().map(|chain| chain.standby);
@@ -159,9 +163,7 @@ impl PointReader {
                 let what = format!("the history on the way back to point {id} is damaged; choose a newer one");
                 return Err(StoreError::Damaged { domain: domain.id.clone(), what });
             }
-            let number = catalog.next_reader;
-            catalog.next_reader += 1;
-            catalog.readers.insert(number);
+            let number = catalog.begin_reading();
             for epoch in [id.epoch, chain.standby.epoch] {
                 hold(&mut catalog, PointId { generation: id.generation, epoch });
             }
@@ -196,7 +198,7 @@ impl PointReader {
         let device = standby::read_small(disk, &device, DEVICE_STATE_BYTES_MAX).map_err(of)?;
         let xml_path = standby::xml_path(&dir, durable.xml_epoch);
         let xml = standby::read_small(disk, &xml_path, DOMAIN_XML_BYTES_MAX).map_err(of)?;
-        reader.check_small(&device, &xml, &durable)?;
+        reader.check_small(guard.as_mut(), &device, &xml, &durable)?;
         drop(guard);
         let patches = reader.index(&sets)?;
         let wrong =
@@ -391,6 +393,7 @@ impl PointReader {
             dir,
             layout: self.layout.clone(),
             older: Some(self),
+            checked: None,
         }
     }
 
@@ -490,7 +493,10 @@ impl PointReader {
             None => None,
             Some(path) => match self.domain.disk.open(&path, Mode::Read) {
                 Ok(file) => {
-                    let sums = Sums::open(&*self.domain.disk, &path, Mode::Read);
+                    let sums = match self.domain.has_sums(self.dir) {
+                        true => Sums::open(&*self.domain.disk, &path, Mode::Read),
+                        false => Ok(None),
+                    };
                     Some((path, file, sums.map_err(|error| StoreError::of(&self.domain.id, error))?))
                 }
                 // A block that went before a restart.
@@ -509,17 +515,16 @@ impl PointReader {
             return Ok(());
         };
         let of = |error| StoreError::of(&self.domain.id, error);
-        let Some(sums) = sums.as_ref().filter(|_| !self.tolerant) else {
-            let got = file.read_at(buffer, offset).map_err(JournalError::io("read", path)).map_err(of)?;
-            buffer[got..].fill(0);
+        if self.tolerant {
+            read_units(&**file, path, buffer, offset).map_err(of)?;
             return Ok(());
-        };
+        }
         // Checksums are of whole units.
         let unit_bytes = UNIT_BYTES as u64;
         let first = offset / unit_bytes;
         let count = ((offset + buffer.len() as u64).div_ceil(unit_bytes) - first) as usize;
         let mut known = vec![0; count];
-        let counted = sums.read(first, &mut known).map_err(of)?;
+        let counted = sums.as_ref().map_or(Ok(0), |sums| sums.read(first, &mut known)).map_err(of)?;
         let mut whole = Vec::new();
         let skipped = (offset - first * unit_bytes) as usize;
         let aligned = skipped == 0 && buffer.len() == count * UNIT_BYTES;
@@ -529,13 +534,13 @@ impl PointReader {
             whole.resize(count * UNIT_BYTES, 0);
             &mut whole
         };
-        let got = file.read_at(units, first * unit_bytes).map_err(JournalError::io("read", path)).map_err(of)?;
-        units[got..].fill(0);
+        let unread = read_units(&**file, path, units, first * unit_bytes).map_err(of)?;
         let mut found = Vec::new();
-        for (i, content) in units.as_chunks::<UNIT_BYTES>().0.iter().enumerate().take(counted) {
+        for (i, content) in units.as_chunks::<UNIT_BYTES>().0.iter().enumerate() {
             let unit = first + i as u64;
+            let bad = unread.contains(&(i as u64)) || (i < counted && unit_sum(content) != known[i]);
             // What the point has otherwise does not matter to it.
-            if unit_sum(content) != known[i] && state.index.within(array, unit, unit + 1).next().is_none() {
+            if bad && state.index.within(array, unit, unit + 1).next().is_none() {
                 found.push(Flaw::of(array, unit, 1));
             }
         }
@@ -551,10 +556,20 @@ impl PointReader {
         Err(flawed(&self.domain, self.id))
     }
 
-    fn check_small(&self, device: &[u8], xml: &[u8], durable: &Standby) -> Result<(), StoreError> {
+    fn check_small(
+        &self,
+        applier: Option<&mut Applier>,
+        device: &[u8],
+        xml: &[u8],
+        durable: &Standby,
+    ) -> Result<(), StoreError> {
         let sums = self.domain.control().small_sums.iter().find(|sums| sums.dir == durable.dir).copied();
         let Some(sums) = sums.filter(|sums| apply::same_files(sums, durable) && !self.tolerant) else { return Ok(()) };
         let mut found = apply::small_flaws_of(&sums, device, xml);
+        if let Some(applier) = applier.filter(|applier| applier.durable.dir == durable.dir && !found.is_empty()) {
+            // So that it is mended by what comes next.
+            applier.check_small().map_err(|error| StoreError::of(&self.domain.id, error))?;
+        }
         if let Some(chain) = self.domain.catalog().chain(self.dir) {
             // It is known, and that this point has it otherwise.
             found.retain(|flaw| !chain.open_flaws().any(|known| known.array == flaw.array));

@@ -12,7 +12,9 @@ use std::sync::{Arc, Condvar, Mutex};
 use bytes::Bytes;
 use uuid::Uuid;
 use vmdr_codec::Layout;
-use vmdr_journal::{Control, Disk, HistoryLog, HistoryMark, HistoryScan, Journal, JournalError, Part, Standby, Torn};
+use vmdr_journal::{
+    Array, Control, Disk, HistoryLog, HistoryMark, HistoryScan, Journal, JournalError, Part, Standby, Torn,
+};
 
 use super::apply::Applier;
 use super::catalog::{Catalog, Chain, Doomed};
@@ -60,6 +62,9 @@ impl Domain {
             let known = |flaw: &Flaw| chain.open_flaws().any(|known| known.array == flaw.array);
             let more: Vec<Flaw> = applier.small_flaws().into_iter().filter(|flaw| !known(flaw)).collect();
             chain.flaws.extend(more);
+            let wide = |f: &Flaw| f.count > 1 && matches!(f.array, Array::Ram(_) | Array::Disk(_));
+            let coarse = chain.open_flaws().any(wide);
+            chain.coarse = coarse;
             if let damage @ 1.. = chain.open_flaws().count() {
                 tracing::error!(domain = %id, damage, "the standby is known to be damaged");
                 catalog.flaws_found = 1;
@@ -305,6 +310,10 @@ fn open_standby(
     let (durable, mark) = (control.standby.unwrap_or(durable), control.history);
     let log = HistoryLog::open(disk.clone(), &standby::history_dir(&at), control.uuid, mark.committed)?;
     let sums = control.small_sums.iter().find(|sums| sums.dir == durable.dir).copied();
+    if sums.is_none() {
+        // A program that does not know of checksums may have changed the images since they were made.
+        files.drop_sums()?;
+    }
     let mut applier = Applier::new(files, log, durable, mark, sums)?;
     applier.blind_until = blind_until;
     Ok(Some((applier, layout)))

@@ -16,6 +16,8 @@ use vmdr_journal::{Disk, File, JournalError, Mode, UNIT_BYTES, unit_sum, write_a
 const SUM_BYTES: u64 = 8;
 /// Sums written, or read, at once.
 pub(super) const RUN_SUMS: usize = 512;
+/// The sum of a unit that cannot be read: none that a content has.
+pub(super) const UNREADABLE: u64 = u64::MAX;
 /// Shorter runs of zero sums are written; see the same of images.
 const PUNCH_BYTES_MIN: u64 = 64 << 10;
 
@@ -75,10 +77,15 @@ impl Sums {
         self.built
     }
 
-    /// Says what the next units are that were not known.
-    pub fn add(&mut self, contents: &[u8]) -> Result<(), JournalError> {
+    /// Says what the next units are that were not known; those in `unread`, counted from the first, cannot be read.
+    pub fn add(&mut self, contents: &[u8], unread: &[u64]) -> Result<(), JournalError> {
         let first = self.built;
-        let sums: Vec<u64> = contents.as_chunks::<UNIT_BYTES>().0.iter().map(unit_sum).collect();
+        let mut sums: Vec<u64> = contents.as_chunks::<UNIT_BYTES>().0.iter().map(unit_sum).collect();
+        for unit in unread {
+            if let Some(sum) = sums.get_mut(*unit as usize) {
+                *sum = UNREADABLE;
+            }
+        }
         self.built = first + sums.len() as u64;
         for (i, run) in sums.chunks(RUN_SUMS).enumerate() {
             // What is zero is a hole already.
@@ -107,15 +114,23 @@ impl Sums {
         Ok(())
     }
 
-    /// Fills `into` with the sums from unit `first` on; returns how many of them are known.
+    /// Fills `into` with the sums from unit `first` on; returns how many of them are known. Of those that cannot be read it is
+    /// one that nothing has.
     pub fn read(&self, first: u64, into: &mut [u64]) -> Result<usize, JournalError> {
         let known = self.built.saturating_sub(first).min(into.len() as u64) as usize;
         let mut bytes = [0; RUN_SUMS * SUM_BYTES as usize];
         for (i, run) in into[..known].chunks_mut(RUN_SUMS).enumerate() {
             let bytes = &mut bytes[..run.len() * SUM_BYTES as usize];
             let at = (first + (i * RUN_SUMS) as u64) * SUM_BYTES;
-            let got = self.file.read_at(bytes, at).map_err(JournalError::io("read", &self.path))?;
-            bytes[got..].fill(0);
+            // Once more: an error may be over.
+            let got = self.file.read_at(bytes, at).or_else(|_| self.file.read_at(bytes, at));
+            match got {
+                Err(error) if is_unreadable(&error) => bytes.fill(0xff),
+                other => {
+                    let got = other.map_err(JournalError::io("read", &self.path))?;
+                    bytes[got..].fill(0);
+                }
+            }
             for (sum, bytes) in run.iter_mut().zip(bytes.as_chunks().0) {
                 *sum = u64::from_le_bytes(*bytes);
             }
@@ -183,6 +198,11 @@ impl Sums {
         }
         Ok(())
     }
+}
+
+/// Whether a read failed because of what was to be read: EIO, ENODATA, EBADMSG, EILSEQ, EUCLEAN.
+pub(super) fn is_unreadable(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(5 | 61 | 74 | 84 | 117))
 }
 
 /// Removes what there is of sums of an image.

@@ -15,10 +15,10 @@ use vmdr_journal::{Array, JournalError, Set, UNIT_BYTES, read_set};
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::StoreError;
-use super::apply::{same_files, small_files, small_flaws_of};
+use super::apply::{Applier, same_files, small_files, small_flaws_of};
 use super::catalog::{Chain, PointId};
 use super::domain::Domain;
-use super::flaws::Flaw;
+use super::flaws::{Flaw, push};
 use super::images::StandbyFiles;
 use super::standby;
 
@@ -72,11 +72,14 @@ struct Work {
     unit: u64,
     images_done: bool,
     found: Vec<Flaw>,
+    /// How often damage was found, or mended, by anybody when this was last looked at, unless somebody else did in between.
+    touched: Option<u64>,
     /// The sets that lead to here are done.
     cursor: u64,
     /// As far back as this.
     back_to: u64,
-    sets_bad: bool,
+    /// The newest set that is damaged: where it leads to.
+    bad: Option<u64>,
     /// There are no checksums of its images, and will be none.
     unproved: bool,
 }
@@ -193,15 +196,27 @@ impl Verification {
         if unproved {
             tracing::warn!(domain = %domain.id, dir, "a standby from before the last seed has no checksums: it cannot be verified");
         }
-        let (image, unit, images_done, found, sets_bad) = (0, 0, false, Vec::new(), false);
-        Ok(Some(Work { dir, from, own, image, unit, images_done, found, cursor: from, back_to, sets_bad, unproved }))
+        Ok(Some(Work {
+            dir,
+            from,
+            own,
+            image: 0,
+            unit: 0,
+            images_done: false,
+            found: Vec::new(),
+            touched: Some(chain.touched),
+            cursor: from,
+            back_to,
+            bad: None,
+            unproved,
+        }))
     }
 
     /// Reads some of the images.
     fn images(&mut self, work: &mut Work, bytes_max: usize) -> Result<Next, StoreError> {
         let domain = self.domain.clone();
         let of = |error| StoreError::of(&domain.id, error);
-        let mut standby = domain.standby();
+        let mut standby = domain.live_standby()?;
         let current = standby.as_ref().is_some_and(|applier| applier.durable.dir == work.dir);
         if !current && work.own.is_none() {
             // A seed has replaced it. What was begun is finished only if it is kept, which is for another time.
@@ -211,18 +226,17 @@ impl Verification {
             return Ok(Next::Wait);
         }
         if current && let Some(applier) = &mut *standby {
-            let made = applier.files.make_sums(bytes_max).map_err(|error| domain.failure(error))?;
+            let made = domain.make_sums(applier, bytes_max)?;
             if made > 0 {
                 return Ok(Next::Read(made));
             }
         }
         if work.image == 0 && work.unit == 0 {
-            let small = match (&*standby, current) {
+            let small = match (&mut *standby, current) {
                 (Some(applier), true) => applier.check_small().map_err(of)?,
                 _ => check_old_small(&domain, work.dir)?,
             };
-            domain.note_flaws(work.dir, &small)?;
-            work.found.extend(small);
+            work.note(&domain, small)?;
         }
         let files = match (&*standby, &work.own) {
             (Some(applier), _) if current => &applier.files,
@@ -232,7 +246,8 @@ impl Verification {
         let images = files.images();
         let Some(&(array, length)) = images.get(work.image) else {
             let mut unit = [0; UNIT_BYTES];
-            domain.confirm_flaws(work.dir, &work.found, &mut |key| {
+            let exact = work.touched == Some(domain.touched(work.dir));
+            domain.confirm_flaws(work.dir, &mut work.found, exact, &mut |key| {
                 let known = images.iter().any(|(array, _)| *array == key.array);
                 Ok(known && !files.read_checked(key.array, key.unit, &mut unit)?.is_empty())
             })?;
@@ -249,47 +264,49 @@ impl Verification {
         let mut units = vec![0; count as usize * UNIT_BYTES];
         let bad = files.read_checked(array, first, &mut units).map_err(of)?;
         work.unit = first + count;
-        let found: Vec<Flaw> = bad.into_iter().map(|unit| Flaw::of(array, unit, 1)).collect();
-        if !found.is_empty() {
-            domain.note_flaws(work.dir, &found)?;
-            work.found.extend(found);
-        }
+        let mut found = Vec::new();
+        bad.into_iter().for_each(|unit| push(&mut found, Flaw::of(array, unit, 1)));
+        work.note(&domain, found)?;
         Ok(Next::Read(units.len() as u64))
     }
 
     /// Reads the next set.
     fn set(&mut self, work: &mut Work) -> Result<Next, StoreError> {
         let domain = self.domain.clone();
-        // Segments that are not needed any more stay as long as somebody reads.
         let (number, set) = {
             let mut catalog = domain.catalog();
-            let number = catalog.next_reader;
             let set = catalog.chain(work.dir).and_then(|chain| {
                 let behind = chain.sets.partition_point(|set| set.from < work.cursor);
                 chain.sets[..behind].last().filter(|set| set.from >= work.back_to).copied()
             });
-            if set.is_some() {
-                catalog.next_reader += 1;
-                catalog.readers.insert(number);
-            }
-            (number, set)
+            let Some(set) = set else { return Ok(Next::Over) };
+            (catalog.begin_reading(), set)
         };
-        let Some(set) = set else { return Ok(Next::Over) };
         let dir = standby::history_dir(&domain.standby_dir(work.dir));
         let mut unit = [0; UNIT_BYTES];
+        // What was damaged before it was kept: the record of that may have been lost.
+        let mut flawed = Vec::new();
         let read = read_set(&*domain.disk, &dir, &set, &mut |entry, stored, _| {
+            if entry.is_flawed() {
+                let flaw = Flaw::of(entry.key.array, entry.key.unit, u64::from(entry.count));
+                push(&mut flawed, Flaw { up_to: set.from, ..flaw });
+            }
             let wrong = |what| JournalError::Damaged { path: dir.clone(), what };
             entry.as_kept(stored, &mut unit).map_err(wrong)
         });
         domain.catalog().readers.remove(&number);
         domain.remove_doomed();
         match read {
-            Ok(()) => {}
+            Ok(()) if flawed.is_empty() => {}
+            Ok(()) => {
+                let _standby = domain.live_standby()?;
+                domain.note_flaws(work.dir, &flawed)?;
+            }
             Err(error @ JournalError::Damaged { .. }) => {
-                let _standby = domain.standby();
+                let _standby = domain.live_standby()?;
                 domain.found_damaged(work.dir, set.from, &error.to_string());
                 domain.note_flaws(work.dir, &[Flaw { up_to: set.from, ..Flaw::unknown() }])?;
-                work.sets_bad = true;
+                work.bad = work.bad.or(Some(set.from));
             }
             Err(error) => return Err(StoreError::of(&domain.id, error)),
         }
@@ -299,10 +316,11 @@ impl Verification {
 
     fn finish(&mut self, work: &Work) -> Result<(), StoreError> {
         let domain = &*self.domain;
-        if self.scope == Scope::All && !work.sets_bad {
-            domain.forget_history_flaws(work.dir)?;
+        if self.scope == Scope::All {
+            domain.forget_history_flaws(work.dir, work.bad)?;
         }
         domain.locate_flaws(work.dir)?;
+        let _standby = domain.live_standby()?;
         let (points, damage) = {
             let catalog = domain.catalog();
             let Some(chain) = catalog.chain(work.dir) else { return Ok(()) };
@@ -333,6 +351,17 @@ impl Verification {
     }
 }
 
+impl Work {
+    /// Notes damage that was found in the images.
+    fn note(&mut self, domain: &Domain, found: Vec<Flaw>) -> Result<(), StoreError> {
+        let before = domain.touched(self.dir);
+        domain.note_flaws(self.dir, &found)?;
+        self.touched = self.touched.filter(|touched| *touched == before).map(|_| domain.touched(self.dir));
+        found.into_iter().for_each(|flaw| push(&mut self.found, flaw));
+        Ok(())
+    }
+}
+
 enum Next {
     Read(u64),
     Wait,
@@ -345,7 +374,11 @@ fn open_old(domain: &Domain, chain: &Chain) -> Result<StandbyFiles, StoreError> 
     let layout = standby::layout_path(&dir, chain.standby.layout_epoch);
     let layout = standby::read_layout(&*domain.disk, &layout);
     let files = layout.and_then(|layout| StandbyFiles::open(domain.disk.clone(), &dir, Arc::new(layout)));
-    files.map_err(|error| StoreError::of(&domain.id, error))
+    let mut files = files.map_err(|error| StoreError::of(&domain.id, error))?;
+    if !domain.has_sums(chain.standby.dir) {
+        files.ignore_sums();
+    }
+    Ok(files)
 }
 
 fn check_old_small(domain: &Domain, dir: u64) -> Result<Vec<Flaw>, StoreError> {
@@ -377,7 +410,7 @@ impl Domain {
         let per_read = READ_BYTES / piece_bytes;
         let per_piece = (piece_bytes / UNIT_BYTES) as u64;
         while hashes.len() < pieces {
-            let standby = self.standby();
+            let standby = self.live_standby()?;
             let Some(applier) = &*standby else { return Err(StoreError::NoPoint(self.id.clone())) };
             if applier.durable.epoch != epoch || applier.is_stopped() {
                 let what = format!("the standby is at epoch {}, not {epoch}", applier.durable.epoch);
@@ -407,32 +440,57 @@ impl Domain {
             let shared = self.shared();
             self.alive(&shared)?;
             if shared.frozen {
-                return Ok(0);
+                drop(shared);
+                return Ok(u64::from(self.locate_new_flaws()?));
             }
         }
-        let dir = {
-            let mut standby = self.standby();
+        {
+            let mut standby = self.live_standby()?;
             let Some(applier) = standby.as_mut().filter(|applier| !applier.is_stopped()) else { return Ok(0) };
-            let made = applier.files.make_sums(bytes).map_err(|error| self.failure(error))?;
+            let made = self.make_sums(applier, bytes)?;
             let (done, all) = applier.files.summed_bytes();
             self.shared().unsummed = (done < all).then_some((done, all));
             if made > 0 {
                 return Ok(made);
             }
-            applier.durable.dir
-        };
-        let news = {
-            let catalog = self.catalog();
-            catalog.flaws_found > catalog.flaws_located
-        };
-        Ok(if news { u64::from(self.locate_flaws(dir)?) } else { 0 })
+        }
+        Ok(u64::from(self.locate_new_flaws()?))
     }
 
-    fn forget_history_flaws(&self, dir: u64) -> Result<(), StoreError> {
-        let _standby = self.standby();
+    /// Whether it is known of a standby that it has checksums. Others may have been made before the images were changed by a
+    /// program that does not know of them.
+    pub(super) fn has_sums(&self, dir: u64) -> bool {
+        self.control().small_sums.iter().any(|sums| sums.dir == dir)
+    }
+
+    /// Makes some of the checksums that are missing; returns bytes read.
+    fn make_sums(&self, applier: &mut Applier, bytes: usize) -> Result<u64, StoreError> {
+        if !applier.files.lacks_sums() {
+            return Ok(0);
+        }
+        let (dir, sums) = (applier.durable.dir, applier.sums);
+        // From here on a program that does not know of checksums must not change the images.
+        if !self.has_sums(dir) {
+            self.change_control(|control| control.put_small_sums(sums))?;
+        }
+        let (made, unread) = applier.files.make_sums(bytes).map_err(|error| match error {
+            JournalError::Io { action: "open" | "read", .. } => StoreError::of(&self.id, error),
+            other => self.failure(other),
+        })?;
+        self.note_flaws(dir, &unread)?;
+        Ok(made)
+    }
+
+    /// The history was read to its end, and where it leads to from a damaged set (`bad`, the newest) is not known.
+    fn forget_history_flaws(&self, dir: u64, bad: Option<u64>) -> Result<(), StoreError> {
+        let _standby = self.live_standby()?;
         let Some(mut flaws) = self.catalog().chain(dir).map(Chain::needed_flaws) else { return Ok(()) };
-        let before = flaws.len();
-        flaws.retain(|flaw| flaw.array != Array::Layout || flaw.up_to == u64::MAX);
-        if flaws.len() == before { Ok(()) } else { self.put_flaws(dir, flaws) }
+        let before = flaws.clone();
+        let history = |flaw: &Flaw| flaw.array == Array::Layout && flaw.up_to != u64::MAX;
+        flaws.retain(|flaw| bad.is_some() || !history(flaw));
+        for flaw in flaws.iter_mut().filter(|flaw| history(flaw)) {
+            flaw.up_to = flaw.up_to.min(bad.unwrap_or(u64::MAX));
+        }
+        if flaws == before { Ok(()) } else { self.put_flaws(dir, flaws, false) }
     }
 }

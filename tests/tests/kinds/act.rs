@@ -30,8 +30,6 @@ pub enum Act {
     Suspend,
     /// A network card is plugged in (once).
     AttachNic,
-    /// That card is unplugged, which takes as long as the guest likes, and is gone.
-    DetachNic,
     /// A DIMM is plugged in (once), which the guest uses from then on.
     AttachMemory,
     /// The balloon takes memory from it, or gives it back.
@@ -77,12 +75,6 @@ impl Act {
             Act::Suspend => suspend(scene, random),
             Act::AttachNic if site.virsh(&["dumpxml", name])?.contains(MAC) => Ok(()),
             Act::AttachNic => device(scene, "attach-device", &nic()),
-            Act::DetachNic => {
-                device(scene, "detach-device", &nic())?;
-                wait_for("the guest to let the network card go", GUEST_LIMIT, || {
-                    Ok((!site.virsh(&["dumpxml", name])?.contains(MAC)).then_some(()))
-                })
-            }
             Act::AttachMemory => {
                 if site.virsh(&["dumpxml", name])?.contains("<memory model='dimm'") {
                     return Ok(());

@@ -149,17 +149,6 @@ pub const KINDS: &[Kind] = &[
         ..ORDINARY
     },
     Kind {
-        name: "nic-pcie",
-        make: |guest| {
-            let ports = "<controller type='pci' model='pcie-root-port'/>".repeat(12);
-            let words = "vmdr.hotplug=1".to_owned();
-            GuestSpec { kernel_words: words, ..guest.workload(LOAD).extra(&ports, "") }
-        },
-        acts: &[Act::AttachNic, Act::DetachNic, Act::AttachNic],
-        activate: true,
-        ..ORDINARY
-    },
-    Kind {
         name: "dimm",
         make: |guest| {
             let room = "<maxMemory slots='2' unit='MiB'>1024</maxMemory>\

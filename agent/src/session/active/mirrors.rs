@@ -2,8 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use vmdr_proto::replication::Position;
-
 use super::super::attach;
 use super::{Active, LOOK, Mode, Phase, Stop};
 
@@ -51,11 +49,9 @@ impl Active<'_> {
             return Ok(());
         }
         self.mirror_gone = false;
-        let generation = self.worker.protection.generation;
         let durable = self.worker.shared.status().durable_epoch;
         if durable > 0 {
-            let position = Position { generation, epoch: durable, ..Position::default() };
-            self.copy_whole(&position, durable + 1)?;
+            self.copy_whole_after(durable)?;
         }
         for disk in &self.attached.disks {
             if self.attached.domain.block_job(&disk.target).map_err(anyhow::Error::from)?.is_none() {

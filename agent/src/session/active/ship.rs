@@ -26,7 +26,7 @@ impl Active<'_> {
                 // Numbers of blocks or disks mean something else there: begin anew, with everything.
                 tracing::info!(domain = self.worker.protection.name, "the guest is not made of what the receiver has");
                 self.resync = None;
-                self.attached.shim.arm(part.generation, part.epoch, Whole::Seed)?;
+                self.attached.shim.arm(part.generation, part.epoch, Whole::Seed, false)?;
                 self.in_flight.clear();
                 self.set_mode(Mode::Copy { round: 0, need_pass: true }, true);
                 return Ok(0);

@@ -110,10 +110,7 @@ pub fn read_unit(
     at: u64,
     unit: &mut [u8; UNIT_BYTES],
 ) -> Result<(), JournalError> {
-    let stored = &mut [0; UNIT_BYTES];
-    let stored = read_stored(disk, dir, segment, entry, at, stored)?;
-    let wrong = |what| JournalError::Damaged { path: segment_path(dir, segment), what };
-    entry.content(stored, unit).map_err(wrong)
+    read_with(disk, dir, (segment, at), entry, Entry::content, unit)
 }
 
 /// [`read_unit`] of a unit that may have been damaged before it was kept: what was kept of it.
@@ -125,28 +122,28 @@ pub fn read_unit_as_kept(
     at: u64,
     unit: &mut [u8; UNIT_BYTES],
 ) -> Result<(), JournalError> {
-    let stored = &mut [0; UNIT_BYTES];
-    let stored = read_stored(disk, dir, segment, entry, at, stored)?;
-    let wrong = |what| JournalError::Damaged { path: segment_path(dir, segment), what };
-    entry.as_kept(stored, unit).map_err(wrong)
+    read_with(disk, dir, (segment, at), entry, Entry::as_kept, unit)
 }
 
-fn read_stored<'a>(
+/// Makes a unit out of what is stored of it.
+type Unpack = fn(&Entry, &[u8], &mut [u8; UNIT_BYTES]) -> Result<(), String>;
+
+fn read_with(
     disk: &dyn Disk,
     dir: &Path,
-    segment: u64,
+    (segment, at): (u64, u64),
     entry: &Entry,
-    at: u64,
-    stored: &'a mut [u8; UNIT_BYTES],
-) -> Result<&'a [u8], JournalError> {
-    if entry.is_zero() {
-        return Ok(&[]);
-    }
+    unpack: Unpack,
+    unit: &mut [u8; UNIT_BYTES],
+) -> Result<(), JournalError> {
     let path = segment_path(dir, segment);
-    let file = disk.open(&path, Mode::Read).map_err(JournalError::io("open", &path))?;
-    let stored = &mut stored[..(entry.length as usize).min(UNIT_BYTES)];
-    let got = file.read_at(stored, at).map_err(JournalError::io("read", &path))?;
-    Ok(&stored[..got])
+    let stored = &mut [0; UNIT_BYTES][..(entry.length as usize).min(UNIT_BYTES)];
+    let mut got = 0;
+    if !entry.is_zero() {
+        let file = disk.open(&path, Mode::Read).map_err(JournalError::io("open", &path))?;
+        got = file.read_at(stored, at).map_err(JournalError::io("read", &path))?;
+    }
+    unpack(entry, &stored[..got], unit).map_err(|what| JournalError::Damaged { path, what })
 }
 
 /// Shows the before-images between two places, the newest first: written one after another, each over what came before,

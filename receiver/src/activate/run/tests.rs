@@ -81,6 +81,7 @@ fn fixture() -> Fixture {
         dir: domain.clone(),
         layout: vmdr_codec::Layout::default(),
         older: None,
+        checked: None,
     };
     let files = [
         "/usr/bin/qemu-system-x86_64",

@@ -43,6 +43,8 @@ struct State {
     dead: bool,
     space: Option<u64>,
     lie: Option<Lie>,
+    /// Places that cannot be read until they are written: file and offset.
+    unreadable: Vec<(u64, u64)>,
 }
 
 /// Which syncs a disk only pretends to do.
@@ -162,6 +164,13 @@ impl SimDisk {
 
     pub fn lie(&self, lie: Lie) {
         self.state().lie = Some(lie);
+    }
+
+    /// From now on the sector of a file that has this offset cannot be read, until it is written.
+    pub fn lose_sector(&self, path: &Path, offset: u64) {
+        let mut state = self.state();
+        let Some(Node::File(inode)) = state.names.get(path).copied() else { panic!("{path:?}") };
+        state.unreadable.push((inode, offset));
     }
 
     pub fn heal(&self) {
@@ -360,6 +369,10 @@ impl Disk for SimDisk {
 impl SimFile {
     fn change(&self, changed: Change) {
         let mut state = self.disk.state();
+        if let Change::Write(at, bytes) = &changed {
+            let range = *at..*at + bytes.len() as u64;
+            state.unreadable.retain(|(inode, at)| *inode != self.inode || !range.contains(at));
+        }
         let inode = state.files.get_mut(&self.inode).unwrap();
         change(&mut inode.live, &changed);
         inode.pending.push(changed);
@@ -370,6 +383,10 @@ impl File for SimFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         self.disk.look()?;
         let state = self.disk.state();
+        let range = offset..offset + buffer.len() as u64;
+        if state.unreadable.iter().any(|(inode, at)| *inode == self.inode && range.contains(at)) {
+            return Err(io::Error::from_raw_os_error(5));
+        }
         let live = &state.files[&self.inode].live;
         let from = live.get(offset as usize..).unwrap_or(&[]);
         let length = from.len().min(buffer.len());

@@ -1,5 +1,7 @@
 //! Damage of what lies on the disk: always found, never taken for data, and mended by sending again.
 
+use std::io::Read;
+
 use vmdr_journal::UNIT_BYTES;
 
 use super::history::{by_hand, host};
@@ -323,9 +325,342 @@ fn a_record_of_damage_that_is_damaged_is_no_clean_bill() {
     flip(&standby.join("ram/0.img"), 9000, 1);
     let store = Store::open(dir.path(), by_hand()).unwrap();
     assert!(store.points(UUID).unwrap().iter().all(|point| point.damaged));
-    // Only when all has been read is it known what there is.
+    assert_eq!(store.last_verified(UUID).unwrap().1, Some(Scope::All));
+    // Only when all has been read is it known what there is: of the images first, then of the way back.
     assert!(verified(&store, Scope::Newest).damaged.is_empty());
+    let (good, bad) = offered(&store, &host, "images read again");
+    assert!(good == [4] && !bad.is_empty(), "{good:?} {bad:?}");
+    assert_eq!(store.last_verified(UUID).unwrap().1, Some(Scope::All));
+    assert!(verified(&store, Scope::All).damaged.is_empty());
     assert!(offered(&store, &host, "read again").1.is_empty());
+    assert_eq!(store.last_verified(UUID).unwrap().1, None);
+}
+
+/// Epoch `epoch`, with these units of the first disk, and the same device state and XML as before.
+fn rewrite(host: &mut Host, ingest: &mut Ingest, epoch: u64, units: std::ops::Range<usize>) {
+    let mut encoder = Encoder::new();
+    let range = units.start * UNIT_BYTES..units.end * UNIT_BYTES;
+    host.guest.disks[0][range.clone()].fill(epoch as u8);
+    encoder.disk_data(0, range.start as u64, &host.guest.disks[0][range]);
+    encoder.device_state(&host.guest.device).unwrap();
+    host.guest.cut += SECOND_NS;
+    let head = PartHead { generation: 1, epoch, part: 0, kind: Kind::Delta };
+    seal(encoder, head, true, host.guest.cut).send(ingest).unwrap();
+    host.past.insert(epoch, host.guest.clone());
+    host.acknowledged = epoch;
+}
+
+#[test]
+fn damage_of_the_small_files_found_at_run_time_is_mended_by_what_comes_next() {
+    for (prefix, by_reader) in [("device-", false), ("device-", true), ("domain-", false), ("domain-", true)] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut host = host(6);
+        let store = with_a_past(dir.path(), &mut host, 5);
+        let standby = dir.path().join(UUID).join("standby.1");
+        let file =
+            files(&standby).into_iter().find(|path| path.file_name().unwrap().to_str().unwrap().starts_with(prefix));
+        flip(&file.unwrap(), 3, 2);
+        let context = format!("{prefix} {by_reader}");
+        if by_reader {
+            let read = store.read_point(UUID, None);
+            assert!(matches!(read, Err(StoreError::Flawed { .. })), "{context}: {read:?}");
+        } else {
+            assert_eq!(verified(&store, Scope::Newest).damaged.len(), 1, "{context}");
+        }
+        assert!(store.points(UUID).unwrap()[0].damaged, "{context}");
+        mended(&store, &mut host, &context);
+        drop(store);
+        let store = Store::open(dir.path(), by_hand()).unwrap();
+        assert!(!store.points(UUID).unwrap()[0].damaged, "{context}");
+    }
+}
+
+#[test]
+fn what_activation_takes_of_the_newest_point_was_compared() {
+    for name in ["device-", "domain-", "0.img"] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut host = host(6);
+        let store = with_a_past(dir.path(), &mut host, 5);
+        let sound = store.recovery_point_at(UUID, None, false).unwrap();
+        assert_eq!(sound.checked.as_ref().unwrap().device_state(), host.guest.device);
+        drop(sound);
+        let standby = dir.path().join(UUID).join("standby.1");
+        let file =
+            files(&standby).into_iter().find(|path| path.file_name().unwrap().to_str().unwrap().starts_with(name));
+        flip(&file.unwrap(), 3, 2);
+        let point = store.recovery_point_at(UUID, None, false);
+        if name == "0.img" {
+            // Not before it is read.
+            let read = crate::activate::content::ram(&point.unwrap(), 0).unwrap().read_to_end(&mut Vec::new());
+            assert!(read.is_err(), "{read:?}");
+        } else {
+            assert!(matches!(point, Err(StoreError::Flawed { .. })), "{name}: {point:?}");
+        }
+        assert!(store.points(UUID).unwrap()[0].damaged, "{name}");
+    }
+}
+
+/// A past in whose last three epochs, 5 to 7, the units 2 and 3 of the disk were written each time.
+fn written_three_times() -> (tempfile::TempDir, Host, Store) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut host = host(5);
+    let store = with_a_past(dir.path(), &mut host, 4);
+    let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
+    for epoch in 5..8 {
+        rewrite(&mut host, &mut ingest, epoch, 2..4);
+        store.domain(UUID).unwrap().apply_all().unwrap();
+    }
+    (dir, host, store)
+}
+
+#[test]
+fn damage_that_an_activation_finds_leaves_the_points_before_it() {
+    let (_dir, _host, store) = written_three_times();
+    let points = store.points(UUID).unwrap();
+    assert_eq!(points[0].epoch, 7);
+    // The activation has fenced the old host before it reads all that it needs.
+    store.set_frozen(UUID, true).unwrap();
+    let domain = store.domain(UUID).unwrap();
+    {
+        let standby = domain.standby();
+        let dir = standby.as_ref().unwrap().durable.dir;
+        domain.note_flaws(dir, &[flaws::Flaw::of(Array::Disk(0), 2, 1)]).unwrap();
+    }
+    assert!(matches!(store.recovery_point_at(UUID, Some(points[0].id()), false), Err(StoreError::Flawed { .. })));
+    let earlier = store.recovery_point_at(UUID, Some(points[1].id()), false);
+    assert!(earlier.is_ok(), "{earlier:?}");
+    let damaged: Vec<u64> =
+        store.points_looked_at(UUID).unwrap().iter().filter(|p| p.damaged).map(|p| p.epoch).collect();
+    assert_eq!(damaged, [7]);
+}
+
+#[test]
+fn a_sector_that_cannot_be_read_is_damage_and_no_failure() {
+    for with_sums in [true, false] {
+        let disk = super::sim::SimDisk::new();
+        let image = Path::new("/state").join(UUID).join("standby.1/disk/vda.raw");
+        let open = || Store::open_on(Arc::new(disk.clone()), Path::new("/state"), by_hand()).unwrap();
+        let mut host = host(9);
+        {
+            let store = open();
+            let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
+            host.cut();
+            host.send(&mut ingest, 0).unwrap();
+            for epoch in 2..5 {
+                rewrite(&mut host, &mut ingest, epoch, 0..9);
+                store.domain(UUID).unwrap().apply_all().unwrap();
+            }
+        }
+        if !with_sums {
+            for name in ["ram/0.sums", "disk/vda.sums"] {
+                use vmdr_journal::Disk;
+                disk.remove_file(&image.parent().unwrap().parent().unwrap().join(name)).unwrap();
+            }
+        }
+        let store = open();
+        disk.lose_sector(&image, 5 * UNIT_BYTES as u64 + 600);
+        let domain = store.domain(UUID).unwrap();
+        let mut steps = 0;
+        while store.tend(UUID, 1 << 20).unwrap() > 0 {
+            steps += 1;
+            assert!(steps < 1000);
+        }
+        if with_sums {
+            let verdict = verified(&store, Scope::Newest);
+            assert_eq!(verdict.damaged.len(), 1, "{verdict:?}");
+        }
+        let text = store.domains()[0].damage.clone().unwrap();
+        assert!(text.contains("disk vda: 4096 bytes from offset 20480 on"), "{text}");
+        let hashes = store.hashes(UUID, 4, Array::Disk(0), 0, 2, 65_536).unwrap();
+        assert_eq!(
+            (hashes[0] == super::hash(&host.guest.disks[0][..65_536]), hashes[1]),
+            (false, super::hash(&host.guest.disks[0][65_536..131_072]))
+        );
+        assert!(matches!(store.read_point(UUID, None), Err(StoreError::Flawed { .. })));
+        // Sent again, it is in order; the domain is the same all the time.
+        let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
+        rewrite(&mut host, &mut ingest, 5, 5..6);
+        domain.apply_all().unwrap();
+        assert!(verified(&store, Scope::All).damaged.iter().all(|id| id.epoch < 5));
+        let (good, bad) = offered(&store, &host, "sent again");
+        assert!(good.contains(&5) && bad == [4], "{good:?} {bad:?}");
+        assert_eq!(store.domains()[0].trouble, None);
+    }
+}
+
+#[test]
+fn before_images_that_were_damaged_are_found_when_the_record_of_it_is_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut host = host(5);
+    {
+        let store = with_a_past(dir.path(), &mut host, 4);
+        flip(&dir.path().join(UUID).join("standby.1/disk/vda.raw"), 2 * UNIT_BYTES as u64 + 70, 3);
+        let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
+        rewrite(&mut host, &mut ingest, 5, 2..3);
+        rewrite(&mut host, &mut ingest, 6, 12..13);
+        store.domain(UUID).unwrap().apply_all().unwrap();
+        assert!(verified(&store, Scope::All).damaged.iter().any(|id| id.epoch == 4));
+    }
+    let expected = {
+        let store = Store::open(dir.path(), by_hand()).unwrap();
+        offered(&store, &host, "known")
+    };
+    assert!(expected.0.contains(&5) && expected.1.contains(&4), "{expected:?}");
+    let record = dir.path().join(UUID).join("standby.1/flaws");
+    for lost in [false, true] {
+        // Damaged, or not there at all: then it is found by who reads everything.
+        if lost {
+            std::fs::remove_file(&record).unwrap()
+        } else {
+            flip(&record, 20, 1)
+        }
+        let store = Store::open(dir.path(), by_hand()).unwrap();
+        let verdict = verified(&store, Scope::All);
+        assert!(verdict.damaged.iter().any(|id| id.epoch == 4), "{verdict:?}");
+        assert_eq!(offered(&store, &host, "found again"), expected);
+        // And again nothing else comes of it.
+        let again = verified(&store, Scope::All);
+        assert_eq!((again.sound, again.damaged), (verdict.sound, verdict.damaged));
+        assert_eq!(store.last_verified(UUID).unwrap().1, None);
+    }
+}
+
+#[test]
+fn nothing_is_written_for_a_domain_that_was_closed_meanwhile() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut host = host(5);
+    let store = with_a_past(dir.path(), &mut host, 4);
+    flip(&dir.path().join(UUID).join("standby.1/disk/vda.raw"), 2 * UNIT_BYTES as u64 + 70, 3);
+    let reader = store.read_point(UUID, None).unwrap();
+    let domain = store.domain(UUID).unwrap();
+    let mut verification = store.begin_verification(UUID, Scope::All).unwrap();
+    while verification.progress().0 == 0 {
+        verification.step(UNIT_BYTES).unwrap();
+    }
+    let tends = domain.clone();
+    let guard = domain.standby();
+    let waits = std::thread::spawn(move || {
+        loop {
+            match verification.step(1 << 20) {
+                Ok(Progress::Done(_)) => return false,
+                Ok(_) => {}
+                Err(_) => return true,
+            }
+        }
+    });
+    let tends = std::thread::spawn(move || {
+        (tends.tend(1 << 20).is_err(), tends.hashes(4, Array::Disk(0), 0, 1, 65_536).is_err())
+    });
+    std::thread::sleep(Duration::from_millis(200));
+    domain.shared().closing = true;
+    drop(guard);
+    assert!(waits.join().unwrap());
+    assert_eq!(tends.join().unwrap(), (true, true));
+    assert!(reader.read(Array::Disk(0), 0, &mut [0; 65_536]).is_err());
+    assert!(!dir.path().join(UUID).join("standby.1/flaws").exists());
+}
+
+#[test]
+fn damage_that_is_found_while_other_damage_is_located_is_located_too() {
+    let (dir, host, store) = written_three_times();
+    let domain = store.domain(UUID).unwrap();
+    let note = |unit: u64| {
+        let standby = domain.standby();
+        domain.note_flaws(standby.as_ref().unwrap().durable.dir, &[flaws::Flaw::of(Array::Disk(0), unit, 1)]).unwrap();
+    };
+    note(2);
+    // It cannot be read now: nothing is concluded from that.
+    let history = dir.path().join(UUID).join("standby.1/history");
+    let aside = dir.path().join(UUID).join("standby.1/aside");
+    std::fs::rename(&history, &aside).unwrap();
+    assert!(store.tend(UUID, 1).is_err());
+    std::fs::rename(&aside, &history).unwrap();
+    note(3);
+    let found = domain.catalog().flaws_found;
+    while store.tend(UUID, 1).unwrap() > 0 {}
+    let (good, bad) = offered(&store, &host, "located");
+    assert!(good.contains(&6) && bad == [7], "{good:?} {bad:?}");
+    let catalog = domain.catalog();
+    assert_eq!((catalog.flaws_found, catalog.flaws_located), (found, found));
+    assert!(catalog.readers.is_empty());
+}
+
+#[test]
+fn a_great_deal_of_damage_is_noted_quickly_and_ends_when_all_of_it_is_mended() {
+    use super::super::pending::Flawed;
+    use vmdr_journal::Key;
+    let dir = tempfile::tempdir().unwrap();
+    let mut host = host(5);
+    let store = with_a_past(dir.path(), &mut host, 4);
+    let domain = store.domain(UUID).unwrap();
+    let standby = domain.standby();
+    let dir = standby.as_ref().unwrap().durable.dir;
+    // Every second unit of 8 GiB, written by several epochs in no order.
+    let units: u64 = if std::env::var_os("VMDR_SOAK").is_some() { 1 << 20 } else { 1 << 18 };
+    let touched: Vec<Flawed> = (0..units)
+        .map(|n| (n * 7919) % units)
+        .map(|n| Flawed { key: Key { array: Array::Disk(0), unit: 2 * n }, count: 1, healed_by: Some(2 + n % 3) })
+        .collect();
+    let began = std::time::Instant::now();
+    let (flaws, coarse) = domain.flaws_after(dir, &touched).unwrap().unwrap();
+    println!("{units} units: {} flaws after {:?}", flaws.len(), began.elapsed());
+    assert!(coarse && began.elapsed() < Duration::from_secs(20));
+    domain.set_flaws(dir, flaws, coarse);
+    assert!(domain.newest_is_damaged());
+    drop(standby);
+    // What lies between was never damaged: it is known when it was read.
+    assert_eq!(store.last_verified(UUID).unwrap().1, Some(Scope::Newest));
+    let verdict = verified(&store, Scope::Newest);
+    assert!(verdict.damaged.is_empty() && !domain.newest_is_damaged(), "{verdict:?}");
+    assert_eq!(store.last_verified(UUID).unwrap().1, None);
+    // Older points have it still.
+    assert!(store.points(UUID).unwrap().iter().all(|point| point.damaged == (point.epoch < 4)));
+}
+
+#[test]
+fn damage_of_older_points_does_not_end_with_that_of_the_newest() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut host = host(5);
+    let store = with_a_past(dir.path(), &mut host, 6);
+    let domain = store.domain(UUID).unwrap();
+    // So many, of so many points each, that they are not told apart.
+    let many =
+        (0..9000).map(|n| flaws::Flaw { array: Array::Disk(0), unit: 2 * n, count: 1, after: n, up_to: u64::MAX });
+    let mut many: Vec<_> = many.collect();
+    many.push(flaws::Flaw { up_to: 3, after: 0, ..many[0] });
+    {
+        let _standby = domain.standby();
+        domain.note_flaws(1, &many).unwrap();
+    }
+    assert!(verified(&store, Scope::Newest).damaged.is_empty());
+    let damaged: Vec<_> = store.points(UUID).unwrap().iter().filter(|p| p.damaged).map(|p| p.epoch).collect();
+    assert_eq!(damaged, [3, 2, 1]);
+}
+
+#[test]
+fn checksums_are_made_only_when_it_is_said_that_there_are_some() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut host = host(8);
+    let store = with_a_past(dir.path(), &mut host, 5);
+    let standby = dir.path().join(UUID).join("standby.1");
+    // As a program left it that knew of none, or came between.
+    store.domain(UUID).unwrap().change_control(|control| control.small_sums.clear()).unwrap();
+    drop(store);
+    flip(&standby.join("disk/vda.raw"), 5000, 1);
+    host.guest.disks[0][5000] ^= 2;
+    host.past.insert(5, host.guest.clone());
+    let store = Store::open(dir.path(), by_hand()).unwrap();
+    assert!(store.domain(UUID).unwrap().control().small_sums.is_empty());
+    assert!(store.tend(UUID, UNIT_BYTES).unwrap() > 0);
+    assert_eq!(store.domain(UUID).unwrap().control().small_sums.len(), 1);
+    while store.tend(UUID, 1 << 20).unwrap() > 0 {}
+    assert!(verified(&store, Scope::Newest).damaged.is_empty());
+    host.guest.assert_stored(&store, 5, "of another version");
+    // A seed says so before it has any.
+    let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
+    let seed = host.guest.epoch(&mut host.random, 1, 6, Kind::Seed);
+    ingest.begin(seed[0].head).unwrap();
+    assert_eq!(store.domain(UUID).unwrap().control().small_sums.len(), 2);
 }
 
 fn inspected(dir: &Path) -> inspect::Report {
