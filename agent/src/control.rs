@@ -52,7 +52,7 @@ const PROGRESS_LOOK: Duration = Duration::from_millis(100);
 type Reports = Pin<Box<dyn tokio_stream::Stream<Item = Result<Progress, Status>> + Send>>;
 
 /// What those may ask who may only look.
-const READABLE: &[&str] = &["Doctor", "Status"];
+const READABLE: &[&str] = &["Doctor", "Peers", "Status"];
 
 /// Serves it for ever.
 pub async fn serve(listener: UnixListener, groups: Groups, agent: Agent) -> anyhow::Result<()> {
@@ -257,8 +257,9 @@ impl AgentService for Control {
 
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
         let name = request.into_inner().domain;
-        let sessions = self.agent.sessions();
-        let domains: Vec<DomainStatus> = sessions
+        let domains: Vec<DomainStatus> = self
+            .agent
+            .sessions()
             .values()
             .filter(|session| !session.is_over())
             .filter(|session| name.is_empty() || session.protection.name == name || session.protection.uuid == name)
@@ -270,7 +271,6 @@ impl AgentService for Control {
         if domains.is_empty() && !name.is_empty() {
             return Err(Status::not_found(format!("domain {name} is not protected")));
         }
-        drop(sessions);
         let trust = self.agent.trust.clone();
         let notices = blocking(move || Ok(trust.notices())).await?;
         Ok(Response::new(StatusReply { domains, notices }))

@@ -429,7 +429,7 @@ pub enum Command {
     /// anew makes it a peer again.
     #[command(
         verbatim_doc_comment,
-        after_help = "Examples:\n  vmdr peers\n  vmdr peers revoke site-a\n  vmdr peers rotate                 another key and certificate for this host\n  vmdr peers grant web1 site-c      let site-c take web1 over from the host that seeded it"
+        after_help = "Examples:\n  vmdr peers\n  vmdr peers revoke site-a\n  vmdr peers rotate                 another key and certificate for this host\n  vmdr peers grant web1 site-c      site-c may do with web1 what the host may that sent it\n  vmdr peers at site-a a.example    site-a, and no other, answers there"
     )]
     Peers {
         /// What to do
@@ -470,9 +470,21 @@ pub enum PeersAction {
         /// Name, or the first 6 or more characters of the id
         peer: String,
     },
+    /// Say which peer answers at an address; another one there is refused
+    ///
+    /// Needed where several hosts are paired and this one has not been paired by this address: to protect a guest back to
+    /// the host it came from, mostly.
+    #[command(verbatim_doc_comment)]
+    At {
+        /// Name, or the first 6 or more characters of the id
+        peer: String,
+        /// Port 7420 unless given
+        #[arg(value_name = "HOST[:PORT]", value_parser = receiver)]
+        address: String,
+    },
     /// Make another key and certificate for this host; running streams go on
     Rotate,
-    /// Let a peer do with a stored domain what its owner may (backup site)
+    /// Let a peer do with a stored domain what the one may that sent it (backup site)
     Grant {
         /// Name or UUID
         domain: Domain,

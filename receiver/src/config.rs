@@ -258,7 +258,7 @@ mod tests {
         let config = parse(
             "listen = \"10.0.9.2:7000\"\nstate_dir = \"/srv/vmdr\"\ncontrol_socket = \"/run/x.sock\"\nmetrics_listen = \"\"\n\
              libvirt_uri = \"test:///default\"\nspace_reserve_bytes = 5\nownership_dir = \"/srv/own\"\n\
-             agent_socket = \"/run/a.sock\"\ndivergence_days = 7\naudit_dir = \"/srv/audit\"\n\
+             agent_socket = \"/run/a.sock\"\ndivergence_days = 7\nidentity_dir = \"/srv/id\"\naudit_dir = \"/srv/audit\"\n\
              operator_group = \"vmdr\"\nreader_group = \"users\"\n[bridges]\n\"br0\" = \"br-dr\"\n\
              [verify]\nbytes_per_second = 1000\nevery_seconds = 86400\nall = true\n\
              [retention]\nbudget_bytes = 2097152\ntiers = [{ every_seconds = 0, for_seconds = 60 }]\n",
@@ -272,6 +272,7 @@ mod tests {
             ownership_dir: "/srv/own".into(),
             agent_socket: "/run/a.sock".into(),
             divergence_days: 7,
+            identity_dir: "/srv/id".into(),
             audit_dir: "/srv/audit".into(),
             operator_group: Some("vmdr".to_owned()),
             reader_group: Some("users".to_owned()),

@@ -184,7 +184,7 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
         points: domain.points,
         alarm: domain.alarm.unwrap_or_default(),
         verify: Some(verify),
-        peer: access.owner.map(|id| receiver.peer_shown(&id)).unwrap_or_default(),
+        belongs_to: access.owner.map(|id| receiver.peer_shown(&id)).unwrap_or_default(),
         granted: access.granted.iter().map(|id| receiver.peer_shown(id)).collect(),
         ..DomainStatus::default()
     }
@@ -396,8 +396,10 @@ impl Service for ControlService {
         let wanted = request.into_inner().domain;
         self.blocking(move |receiver| {
             let domains = if wanted.is_empty() { receiver.store.domains() } else { vec![find(receiver, &wanted)?.1] };
+            let mut notices = receiver.trust.notices();
+            notices.extend(access::notices(receiver, &domains));
             let domains = domains.into_iter().map(|d| domain_status(receiver, d)).collect();
-            Ok(StatusReply { domains, notices: receiver.trust.notices() })
+            Ok(StatusReply { domains, notices })
         })
         .await
     }

@@ -59,7 +59,7 @@ const RESETS_MAX: usize = 16;
 const SHUTDOWN_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// What those may ask on the control socket who may only look.
-const READABLE: &[&str] = &["Status", "Points", "PlanActivation"];
+const READABLE: &[&str] = &["Peers", "PlanActivation", "Points", "Status"];
 
 /// What is known of a domain's stream while the receiver runs.
 #[derive(Debug, Default)]

@@ -157,7 +157,7 @@ impl Replication for ReplicationService {
 
     async fn give_back(&self, request: Request<GiveBackRequest>) -> Result<Response<GiveBackReply>, Status> {
         let allowed = |receiver: &Receiver, peer: &PeerInfo, asked: &GiveBackRequest| {
-            receiver.authorise(peer, "GiveBack", &asked.domain_uuid)
+            receiver.authorise_stored(peer, "GiveBack", &asked.domain_uuid)
         };
         self.blocking(request, allowed, |receiver, _, asked| takeover::give_back(receiver, asked)).await
     }

@@ -72,6 +72,9 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
         Command::Pair { with: Some(address), .. } => peers::join(common, out, address).await,
         Command::Peers { action: None | Some(PeersAction::List) } => peers::list(common, out).await,
         Command::Peers { action: Some(PeersAction::Revoke { peer }) } => peers::revoke(common, out, peer).await,
+        Command::Peers { action: Some(PeersAction::At { peer, address }) } => {
+            peers::locate(common, out, peer, address).await
+        }
         Command::Peers { action: Some(PeersAction::Rotate) } => peers::rotate(common, out).await,
         Command::Peers { action: Some(PeersAction::Grant { domain, peer, withdraw }) } => {
             peers::grant(common, out, domain, peer, *withdraw).await

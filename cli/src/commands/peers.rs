@@ -3,7 +3,7 @@
 use std::io::{BufRead, IsTerminal, Read, Write};
 
 use vmdr_proto::control::GrantRequest;
-use vmdr_proto::host::{JoinRequest, Peer, PeerRequest, PeersRequest, RotateRequest, TokenRequest};
+use vmdr_proto::host::{JoinRequest, LocateRequest, Peer, PeerRequest, PeersRequest, RotateRequest, TokenRequest};
 
 use super::Out;
 use crate::args::{Common, Domain};
@@ -145,6 +145,18 @@ pub async fn revoke(common: &Common, out: Out, peer: &str) -> Result<(), Failure
         "peers-revoke",
         || json::Peer::from(&peer),
         || format!("{} is revoked: its connections end, and it is refused from now on\n", named(&peer)),
+    )
+}
+
+/// Says where a peer answers.
+pub async fn locate(common: &Common, out: Out, peer: &str, address: &str) -> Result<(), Failure> {
+    let daemon = client::either(common)?;
+    let request = LocateRequest { peer: peer.to_owned(), address: address.to_owned() };
+    let peer = answer(daemon, "peers at", client::host(daemon, common).await?.locate(request)).await?;
+    out.result(
+        "peers-at",
+        || json::Peer::from(&peer),
+        || format!("{} answers at {}, and nobody else does\n", named(&peer), text::one_line(address)),
     )
 }
 

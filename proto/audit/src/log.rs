@@ -85,8 +85,7 @@ impl Audit {
     }
 
     pub(crate) fn open_limited(directory: &Path, daemon: &str, limits: Limits) -> Result<Self, AuditError> {
-        let mut builder = fs::DirBuilder::new();
-        builder.recursive(true).mode(0o700).create(directory).map_err(of("create", directory))?;
+        make_directory(directory).map_err(of("create", directory))?;
         let files = files(directory, daemon)?;
         let head_path = head_path(directory, daemon);
         let head_file = open(&head_path)?;
@@ -333,6 +332,19 @@ pub(crate) fn files(directory: &Path, daemon: &str) -> Result<Vec<PathBuf>, Audi
     }
     files.sort();
     Ok(files.into_iter().map(|(_, path)| path).collect())
+}
+
+/// One of root's alone. Those above it are as usual: other things lie there, which QEMU has to reach.
+fn make_directory(path: &Path) -> io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    fs::create_dir_all(path.parent().unwrap_or(Path::new("/")))?;
+    match fs::DirBuilder::new().mode(0o700).create(path) {
+        // The other daemon of this host was faster.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        made => made,
+    }
 }
 
 /// The newest whole line of a file.

@@ -5,14 +5,16 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tonic::{Request, Response, Status};
 use vmdr_proto::host::host_server::Host;
 use vmdr_proto::host::{
-    AuditReply, AuditRequest, AuditVerdict, JoinRequest, Peer, PeerRequest, PeersReply, PeersRequest, RotateReply,
-    RotateRequest, TokenReply, TokenRequest,
+    AuditReply, AuditRequest, AuditVerdict, JoinRequest, LocateRequest, Peer, PeerRequest, PeersReply, PeersRequest,
+    RotateReply, RotateRequest, TokenReply, TokenRequest,
 };
 use vmdr_trust::{TOKEN_LIFE, Token, Trust, TrustError, pair};
 
 /// Records shown unless asked for otherwise, and at most.
 const LINES: u32 = 100;
 const LINES_MAX: u32 = 10_000;
+/// The longest address taken.
+const ADDRESS_BYTES_MAX: usize = 512;
 
 /// The service of one daemon.
 #[derive(Debug, Clone)]
@@ -121,6 +123,14 @@ impl Host for HostService {
     async fn revoke(&self, request: Request<PeerRequest>) -> Result<Response<Peer>, Status> {
         let (trust, wanted) = (self.trust.clone(), request.into_inner().peer);
         blocking(move || Ok(shown(&trust, &trust.revoke(&wanted).map_err(status)?))).await
+    }
+
+    async fn locate(&self, request: Request<LocateRequest>) -> Result<Response<Peer>, Status> {
+        let (trust, LocateRequest { peer, address }) = (self.trust.clone(), request.into_inner());
+        if address.is_empty() || address.len() > ADDRESS_BYTES_MAX {
+            return Err(Status::invalid_argument("an address is HOST:PORT"));
+        }
+        blocking(move || Ok(shown(&trust, &trust.locate(&peer, &address).map_err(status)?))).await
     }
 
     async fn rotate(&self, _: Request<RotateRequest>) -> Result<Response<RotateReply>, Status> {

@@ -1,8 +1,8 @@
 //! The control socket of a daemon.
 //!
 //! Any process of the host can connect: who it is decides what it may ask ([`crate::caller`], [`crate::guard`]). The kernel
-//! tells that as surely as it checks a file's mode, and in contrast to that a refused attempt can be recorded. Callers without a
-//! role have a few connections for themselves, for a short time each, so that they cannot take the operator's.
+//! tells that as surely as it checks a file's mode, and in contrast to that a refused attempt can be recorded. Each role has
+//! connections for itself, so that nobody can take the operator's; callers without a role have a few, for a short time each.
 
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -24,8 +24,10 @@ use crate::caller::{Caller, Groups, Role};
 
 /// See the module.
 const MODE: u32 = 0o666;
-/// Connections of operators and readers at the same time.
-const CONNECTIONS_MAX: usize = 64;
+/// Connections of operators at the same time.
+const OPERATORS_MAX: usize = 64;
+/// Connections of readers.
+const READERS_MAX: usize = 32;
 /// Connections of everybody else.
 const STRANGERS_MAX: usize = 4;
 /// How long one of those may last: enough to be told no.
@@ -55,7 +57,9 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
 pub fn incoming(listener: UnixListener, groups: Groups, audit: Audit) -> ReceiverStream<io::Result<ControlStream>> {
     let (sender, stream) = mpsc::channel(1);
     tokio::spawn(async move {
-        let (known, strangers) = (Arc::new(Semaphore::new(CONNECTIONS_MAX)), Arc::new(Semaphore::new(STRANGERS_MAX)));
+        // Nobody can take the places of those who may more.
+        let [operators, readers, strangers] =
+            [OPERATORS_MAX, READERS_MAX, STRANGERS_MAX].map(|most| Arc::new(Semaphore::new(most)));
         loop {
             let accepted = tokio::select! {
                 () = sender.closed() => return,
@@ -77,7 +81,11 @@ pub fn incoming(listener: UnixListener, groups: Groups, audit: Audit) -> Receive
                 }
             };
             let stranger = caller.role == Role::Nobody;
-            let permits = if stranger { &strangers } else { &known };
+            let permits = match caller.role {
+                Role::Operator => &operators,
+                Role::Reader => &readers,
+                Role::Nobody => &strangers,
+            };
             let Ok(permit) = Arc::clone(permits).try_acquire_owned() else {
                 let entry = Entry::new("connect", &caller.user(), "control socket", Outcome::Refused);
                 refuse(&audit, entry.because("too many connections at once"));

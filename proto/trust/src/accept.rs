@@ -144,7 +144,7 @@ async fn greet(
         let peers = of.peers()?;
         let (expect, alpn) = match pairing {
             true => (Expect::Anybody, tls::ALPN_PAIR),
-            false => (Expect::Peers(peers.clone(), None), tls::ALPN_LINK),
+            false => (Expect::Peers(peers.clone()), tls::ALPN_LINK),
         };
         let (config, found) = tls::server(&of.held()?, expect, alpn)?;
         Ok((config, found, peers))

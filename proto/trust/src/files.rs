@@ -2,7 +2,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use crate::TrustError;
@@ -10,8 +10,24 @@ use crate::TrustError;
 /// The largest file that is read.
 const BYTES_MAX: u64 = 256 << 10;
 
+/// Makes a directory of root's alone. Those above it are as usual: other things lie there, which QEMU has to reach.
 pub fn make_directory(path: &Path) -> Result<(), TrustError> {
-    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(TrustError::io("create", path))
+    if path.is_dir() {
+        return Ok(());
+    }
+    let parent = path.parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(parent).map_err(TrustError::io("create", parent))?;
+    match DirBuilder::new().mode(0o700).create(path) {
+        // The other daemon of this host was faster.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) => Err(TrustError::io("create", path)(error)),
+        Ok(()) => File::open(parent).and_then(|parent| parent.sync_all()).map_err(TrustError::io("sync", parent)),
+    }
+}
+
+/// Whether others than its owner may read or change it. Nothing that is not there is.
+pub fn is_open_to_others(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|metadata| metadata.permissions().mode() & 0o077 != 0)
 }
 
 /// Keeps everybody else of this host from changing the directory, as long as the answer lives.

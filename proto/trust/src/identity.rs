@@ -2,18 +2,19 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose,
 };
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use time::OffsetDateTime;
 
-use crate::peers::{fingerprint, not_after};
-use crate::{TrustError, files};
+use crate::peers::{fingerprint, validity};
+use crate::verify::{Side, signed};
+use crate::{TrustError, files, tls};
 
 /// How long an authority is good.
 const CA_LIFE: Duration = Duration::from_secs(20 * 365 * 24 * 3600);
@@ -72,7 +73,13 @@ impl Identity {
         if files::read(&identity.ca_path())?.is_none() {
             identity.make_ca()?;
         }
-        if files::read(&identity.leaf_path())?.is_none() {
+        // It can always be made again; the authority cannot, because peers know it.
+        let good = match files::read(&identity.leaf_path())? {
+            Some(_) => identity.load().and_then(|held| check(&held.ca, &held.leaf)),
+            None => Err(TrustError::Certificate("there is none yet".to_owned())),
+        };
+        if let Err(error) = good {
+            tracing::info!("this host's certificate is made: {error}");
             identity.make_leaf(SystemTime::now() - SKEW, SystemTime::now() + LEAF_LIFE)?;
         }
         identity.load()?;
@@ -92,9 +99,16 @@ impl Identity {
         self.make_leaf(from, until)
     }
 
-    /// Whether the certificate is to be renewed.
+    /// Whether the certificate is to be renewed: it ends soon, or it was made while the clock was wrong.
     pub(crate) fn is_due(&self) -> Result<bool, TrustError> {
-        Ok(not_after(&self.load()?.leaf)? < SystemTime::now() + RENEW_BEFORE)
+        let ((from, until), now) = (validity(&self.load()?.leaf)?, SystemTime::now());
+        Ok(until < now + RENEW_BEFORE || from > now)
+    }
+
+    /// Files with keys in them that others than their owner may read.
+    pub(crate) fn open_to_others(&self) -> Vec<PathBuf> {
+        let files = [self.directory.clone(), self.ca_path(), self.leaf_path()];
+        files.into_iter().filter(|path| files::is_open_to_others(path)).collect()
     }
 
     /// What is there now.
@@ -150,8 +164,23 @@ impl Identity {
         params.not_before = moment(from);
         params.not_after = moment(until);
         let certificate = params.signed_by(&key, &issuer)?;
+        check(&ca, certificate.der()).map_err(|error| TrustError::Damaged {
+            path: self.ca_path(),
+            what: format!(
+                "its key is not that of its certificate ({error}): restore it, or move the directory away and pair anew"
+            ),
+        })?;
         files::replace(&self.leaf_path(), format!("{}{}", certificate.pem(), key.serialize_pem()).as_bytes())
     }
+}
+
+/// Whether this host's peers would take a certificate in the time that it is made for.
+fn check(ca: &CertificateDer<'static>, leaf: &CertificateDer<'_>) -> Result<(), TrustError> {
+    let at = validity(leaf)?.0.duration_since(UNIX_EPOCH).unwrap_or_default();
+    for side in [Side::Client, Side::Server] {
+        signed(leaf, ca, UnixTime::since_unix_epoch(at), side, &tls::provider())?;
+    }
+    Ok(())
 }
 
 /// This host's name.

@@ -135,18 +135,10 @@ pub async fn join(trust: &Trust, token: &Token, address: &str) -> Result<Peer, T
     let stored = tokio::task::spawn_blocking(move || {
         let _lock = files::lock(of.directory())?;
         let mut peer = Peer::new(&ca, &reply.name);
-        for mut other in of.peers()? {
-            if other.id == peer.id {
-                peer.addresses = other.addresses;
-            } else if other.addresses.contains(&at) {
-                // From now on it is this one that answers there.
-                other.addresses.retain(|address| *address != at);
-                of.store(&other)?;
-            }
+        if let Some(before) = of.peers()?.into_iter().find(|before| before.id == peer.id) {
+            peer.addresses = before.addresses;
         }
-        peer.answers_at(&at);
-        of.store(&peer)?;
-        Ok(peer)
+        of.store_at(peer, &at)
     });
     stored.await.map_err(|error| failed(io::Error::other(error)))?
 }

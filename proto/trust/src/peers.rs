@@ -24,12 +24,19 @@ pub fn fingerprint(ca: &CertificateDer<'_>) -> String {
     Sha256::digest(ca.as_ref()).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Until when a certificate is good.
-pub(crate) fn not_after(certificate: &CertificateDer<'_>) -> Result<SystemTime, TrustError> {
+/// From when and until when a certificate is good.
+pub(crate) fn validity(certificate: &CertificateDer<'_>) -> Result<(SystemTime, SystemTime), TrustError> {
     let (_, parsed) = x509_parser::parse_x509_certificate(certificate.as_ref())
         .map_err(|error| TrustError::Certificate(error.to_string()))?;
-    let seconds = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or(0);
-    Ok(UNIX_EPOCH + Duration::from_secs(seconds))
+    let at = |time: x509_parser::time::ASN1Time| {
+        UNIX_EPOCH + Duration::from_secs(u64::try_from(time.timestamp()).unwrap_or(0))
+    };
+    Ok((at(parsed.validity().not_before), at(parsed.validity().not_after)))
+}
+
+/// Until when a certificate is good.
+pub(crate) fn not_after(certificate: &CertificateDer<'_>) -> Result<SystemTime, TrustError> {
+    Ok(validity(certificate)?.1)
 }
 
 /// Another host.

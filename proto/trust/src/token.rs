@@ -104,6 +104,7 @@ impl FromStr for Token {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Shown {
     secret_sha256: String,
+    shown_unix: u64,
     expires_unix: u64,
     used: bool,
     wrong: u32,
@@ -128,6 +129,7 @@ impl Pairing {
         let token = Token { fingerprint, secret: rand::random() };
         let shown = Shown {
             secret_sha256: digest(&token.secret()),
+            shown_unix: unix(SystemTime::now()),
             expires_unix: unix(SystemTime::now() + life),
             used: false,
             wrong: 0,
@@ -149,7 +151,8 @@ impl Pairing {
         if shown.used {
             return Ok(Err("the token was used already, or is void after too many wrong ones"));
         }
-        if unix(SystemTime::now()) >= shown.expires_unix {
+        // A clock that was set back would make it good for longer.
+        if !(shown.shown_unix..shown.expires_unix).contains(&unix(SystemTime::now())) {
             return Ok(Err("the token has expired"));
         }
         shown.used = true;
@@ -215,6 +218,10 @@ mod tests {
         assert!(pairing.redeem(&token.secret()).unwrap().unwrap_err().contains("used already"));
         let expired = pairing.show(&id, Duration::ZERO).unwrap();
         assert_eq!(pairing.redeem(&expired.secret()).unwrap(), Err("the token has expired"));
+        let mut early = pairing.load().unwrap().unwrap();
+        (early.shown_unix, early.expires_unix) = (early.shown_unix + 1000, early.expires_unix + 2000);
+        pairing.store(&early).unwrap();
+        assert_eq!(pairing.redeem(&expired.secret()).unwrap(), Err("the token has expired"), "the clock was set back");
         // The one before it is worth nothing.
         assert_eq!(pairing.redeem(&token.secret()).unwrap(), Err("the token is wrong"));
         let guessed = pairing.show(&id, TOKEN_LIFE).unwrap();

@@ -17,7 +17,7 @@ use vmdr_audit::{Audit, Entry, Outcome};
 use crate::accept::HANDSHAKE_TIME_MAX;
 use crate::identity::{Held, Identity};
 use crate::partners::{Partner, Partners};
-use crate::peers::{Peer, Peers, fingerprint, not_after, unix};
+use crate::peers::{Peer, Peers, not_after, unix};
 use crate::stream::{PeerInfo, PeerStream};
 use crate::token::{Pairing, TOKEN_LIFE_MAX, Token};
 use crate::verify::{Expect, Found, server_name};
@@ -163,6 +163,26 @@ impl Trust {
         Ok(peer)
     }
 
+    /// Notes that this peer, and no other, answers at an address (`HOST:PORT`, as connections are made to it).
+    pub fn locate(&self, wanted: &str, address: &str) -> Result<Peer, TrustError> {
+        let _lock = files::lock(&self.inner.directory)?;
+        let peer = self.find(wanted)?;
+        self.store_at(peer, address)
+    }
+
+    /// Writes a peer that answers at an address. The caller holds the lock of the identity.
+    pub(crate) fn store_at(&self, mut peer: Peer, address: &str) -> Result<Peer, TrustError> {
+        for mut other in self.peers()? {
+            if other.id != peer.id && other.addresses.iter().any(|known| known == address) {
+                other.addresses.retain(|known| known != address);
+                self.store(&other)?;
+            }
+        }
+        peer.answers_at(address);
+        self.store(&peer)?;
+        Ok(peer)
+    }
+
     /// Another key and certificate for this host; connections that stand go on.
     pub fn rotate(&self) -> Result<SystemTime, TrustError> {
         self.inner.identity.rotate()
@@ -182,6 +202,12 @@ impl Trust {
     pub fn notices(&self) -> Vec<String> {
         let mut notices: Vec<String> =
             self.inner.audit.trouble().map(|why| format!("nothing is audited: {why}")).into_iter().collect();
+        notices.extend(self.inner.identity.open_to_others().into_iter().map(|path| {
+            format!(
+                "{} is open to others than root, who can then connect as this host: `chmod go= {0}`",
+                path.display()
+            )
+        }));
         let (now, remedy) = (SystemTime::now(), "pair the two hosts anew before that");
         let days = |until: SystemTime| until.duration_since(now).unwrap_or_default().as_secs() / (24 * 3600);
         match self.good_until() {
@@ -300,36 +326,40 @@ impl Trust {
         let (trust, at) = (self.clone(), address.to_owned());
         let prepared = blocking(move || {
             let peers = trust.peers()?;
-            let known = |peer: &&Peer| peer.revoked_unix.is_none() && peer.addresses.contains(&at);
-            let only = peers.iter().find(known).cloned();
-            if peers.iter().all(|peer| peer.revoked_unix.is_some()) {
-                return Err(TrustError::Refused("this host is paired with no other: `vmdr pair`".to_owned()));
-            }
-            let (config, found) =
-                tls::client(&trust.held()?, Expect::Peers(peers.clone(), only.clone()), tls::ALPN_LINK)?;
-            Ok((config, found, peers, only))
+            let peer = expected(&peers, &at)?;
+            let (config, found) = tls::client(&trust.held()?, Expect::Peer(peer.clone(), peers), tls::ALPN_LINK)?;
+            Ok((config, found, peer))
         })
         .await?;
-        let (config, found, peers, only) = prepared;
-        let (stream, ca) = handshake(config, found, stream).await?;
-        let id = fingerprint(&ca);
-        let peer = peers.into_iter().find(|peer| peer.id == id);
-        let mut peer = peer.ok_or_else(|| io::Error::other("the peer is gone"))?;
-        if only.is_none() {
-            let (trust, at) = (self.clone(), address.to_owned());
-            peer = blocking(move || {
-                let _lock = files::lock(trust.directory())?;
-                let mut peer = trust.find(&peer.id)?;
-                peer.answers_at(&at);
-                trust.store(&peer)?;
-                Ok(peer)
-            })
-            .await?;
+        let (config, found, peer) = prepared;
+        let (stream, _) = handshake(config, found, stream).await?;
+        if !peer.addresses.iter().any(|known| known == address) {
+            let (trust, wanted, at) = (self.clone(), peer.id.clone(), address.to_owned());
+            blocking(move || trust.locate(&wanted, &at)).await?;
         }
         let standing = self.registered().add(&peer.id, usize::MAX);
         let standing = standing.ok_or_else(|| io::Error::other("too many connections"))?;
         let token = standing.token.clone();
         Ok(PeerStream::new(stream, PeerInfo::of(&peer, None), token, standing))
+    }
+}
+
+/// Who must answer at an address: the peer that is known to; the only one there is where none is. With several it has to be
+/// said: one that can get between must not be given what is another's.
+fn expected(peers: &[Peer], address: &str) -> Result<Peer, TrustError> {
+    let trusted: Vec<&Peer> = peers.iter().filter(|peer| peer.revoked_unix.is_none()).collect();
+    let known = trusted.iter().find(|peer| peer.addresses.iter().any(|known| known == address));
+    match (known, trusted.as_slice()) {
+        (Some(peer), _) => Ok((*peer).clone()),
+        (None, [peer]) => Ok((*peer).clone()),
+        (None, []) => Err(TrustError::Refused("this host is paired with no other: `vmdr pair`".to_owned())),
+        (None, several) => {
+            let names: Vec<String> = several.iter().map(|peer| peer.shown()).collect();
+            let names = names.join(", ");
+            Err(TrustError::Refused(format!(
+                "which of the paired hosts answers at {address} is not known: `vmdr peers at PEER {address}` says so ({names})"
+            )))
+        }
     }
 }
 

@@ -22,8 +22,10 @@ use crate::token::Token;
 /// Who may be at the other end.
 #[derive(Debug, Clone)]
 pub(crate) enum Expect {
-    /// One of these peers; with a name and id, that one and nobody else.
-    Peers(Vec<Peer>, Option<Peer>),
+    /// One of these peers.
+    Peers(Vec<Peer>),
+    /// This one and nobody else; by name if it is another one of these.
+    Peer(Peer, Vec<Peer>),
     /// The host that showed this token.
     Shown(Token),
     /// Any host that has its own authority's key: it is to prove otherwise who it is.
@@ -52,7 +54,33 @@ pub(crate) struct Verifier {
     found: Found,
 }
 
-enum Side {
+/// Whether a certificate is signed by this authority, in its time and for its use.
+pub(crate) fn signed(
+    leaf: &CertificateDer<'_>,
+    ca: &CertificateDer<'static>,
+    now: UnixTime,
+    side: Side,
+    provider: &Arc<CryptoProvider>,
+) -> Result<(), Error> {
+    let mut roots = RootCertStore::empty();
+    roots.add(ca.clone())?;
+    let (roots, provider) = (Arc::new(roots), Arc::clone(provider));
+    let general = |error: rustls::server::VerifierBuilderError| Error::General(error.to_string());
+    match side {
+        Side::Client => {
+            let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider).build().map_err(general)?;
+            verifier.verify_client_cert(leaf, &[], now).map(|_| ())
+        }
+        Side::Server => {
+            let verifier = WebPkiServerVerifier::builder_with_provider(roots, provider).build().map_err(general)?;
+            verifier.verify_server_cert(leaf, &[], &server_name()?, &[], now).map(|_| ())
+        }
+    }
+}
+
+/// What a certificate is shown as.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Side {
     Server,
     Client,
 }
@@ -101,7 +129,7 @@ impl Verifier {
         let id = fingerprint(&shown);
         let short: String = id.chars().take(crate::peers::SHORT_CHARS).collect();
         let who = match &self.expect {
-            Expect::Peers(peers, only) => {
+            Expect::Peers(peers) | Expect::Peer(_, peers) => {
                 let Some(peer) = peers.iter().find(|peer| peer.id == id) else {
                     return no(
                         CertificateError::UnknownIssuer,
@@ -111,7 +139,9 @@ impl Verifier {
                 if peer.revoked_unix.is_some() {
                     return no(CertificateError::Revoked, format!("{} is revoked", peer.shown()));
                 }
-                if let Some(only) = only.as_ref().filter(|only| only.id != id) {
+                if let Expect::Peer(only, _) = &self.expect
+                    && only.id != id
+                {
                     let why = format!("{} answers where {} is expected", peer.shown(), only.shown());
                     return no(CertificateError::ApplicationVerificationFailure, why);
                 }
@@ -129,36 +159,13 @@ impl Verifier {
         if good < UNIX_EPOCH + Duration::from_secs(now.as_secs()) {
             return no(CertificateError::Expired, format!("the authority of {who} has expired: pair it anew"));
         }
-        match self.signed(leaf, &shown, now, side) {
+        match signed(leaf, &shown, now, side, &self.provider) {
             Ok(()) => Ok(shown),
             Err(Error::InvalidCertificate(error)) => {
                 let why = format!("the certificate of {who}: {error}");
                 no(error, why)
             }
             Err(error) => no(CertificateError::BadEncoding, format!("the certificate of {who}: {error}")),
-        }
-    }
-
-    fn signed(
-        &self,
-        leaf: &CertificateDer<'_>,
-        ca: &CertificateDer<'static>,
-        now: UnixTime,
-        side: Side,
-    ) -> Result<(), Error> {
-        let mut roots = RootCertStore::empty();
-        roots.add(ca.clone())?;
-        let (roots, provider) = (Arc::new(roots), Arc::clone(&self.provider));
-        let general = |error: rustls::server::VerifierBuilderError| Error::General(error.to_string());
-        match side {
-            Side::Client => {
-                let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider).build().map_err(general)?;
-                verifier.verify_client_cert(leaf, &[], now).map(|_| ())
-            }
-            Side::Server => {
-                let verifier = WebPkiServerVerifier::builder_with_provider(roots, provider).build().map_err(general)?;
-                verifier.verify_server_cert(leaf, &[], &server_name()?, &[], now).map(|_| ())
-            }
         }
     }
 

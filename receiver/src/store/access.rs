@@ -18,12 +18,14 @@ pub struct Access {
 }
 
 impl Access {
-    /// Whether this peer may.
+    /// Whether this peer may ask about it, and send it.
     pub fn allows(&self, peer: &str) -> bool {
-        match &self.owner {
-            Some(owner) => owner == peer || self.granted.iter().any(|granted| granted == peer),
-            None => self.empty || self.granted.iter().any(|granted| granted == peer),
-        }
+        self.is_of(peer) || (self.owner.is_none() && self.empty)
+    }
+
+    /// Whether it is this peer's, or granted to it.
+    pub fn is_of(&self, peer: &str) -> bool {
+        self.owner.as_deref() == Some(peer) || self.granted.iter().any(|granted| granted == peer)
     }
 }
 
@@ -33,7 +35,8 @@ impl Store {
         Ok(self.domain(uuid)?.access())
     }
 
-    /// Makes a peer the owner of a domain that has none, durably. Whether it may have to do with it now.
+    /// Makes a peer the owner of a domain of which nothing is durable and that has none, durably. Whether it may have to do
+    /// with it now.
     pub fn claim(&self, uuid: &str, peer: &str) -> Result<bool, StoreError> {
         let domain = self.domain(uuid)?;
         let mut allowed = false;
@@ -48,7 +51,8 @@ impl Store {
         Ok(access.allows(peer))
     }
 
-    /// Lets a peer in, or no longer, durably.
+    /// Lets a peer in, or no longer, durably. A domain that is nobody's becomes its. Who is not let in any more has no stream
+    /// when this returns.
     pub fn grant(&self, uuid: &str, peer: &str, granted: bool) -> Result<Access, StoreError> {
         let domain = self.domain(uuid)?;
         let before = domain.access().granted;
@@ -58,15 +62,28 @@ impl Store {
         }
         domain.change_control(|control| {
             control.granted.retain(|known| known != peer);
-            if granted {
+            if granted && control.owner.is_none() {
+                control.owner = Some(peer.to_owned());
+            } else if granted && control.owner.as_deref() != Some(peer) {
                 control.granted.push(peer.to_owned());
             }
         })?;
+        if !granted {
+            // Whoever may go on connects again.
+            domain.cut_stream();
+        }
         Ok(domain.access())
     }
 }
 
 impl Domain {
+    fn cut_stream(&self) {
+        let mut shared = self.shared();
+        shared.stream += 1;
+        shared.stream_open = false;
+        self.changed.notify_all();
+    }
+
     fn access(&self) -> Access {
         let position = self.shared().position;
         let empty = position.epoch == 0 && position.open_epoch == 0;
