@@ -14,6 +14,9 @@ use tonic::{Request, Response, Status};
 use vmdr_proto::control::agent_server::{Agent, AgentServer};
 use vmdr_proto::control::receiver_server::{Receiver, ReceiverServer};
 use vmdr_proto::control::*;
+use vmdr_proto::host::host_server::HostServer;
+
+mod about_host;
 
 /// For one run of the command, with two busy cores.
 const RUN_LIMIT: Duration = Duration::from_secs(120);
@@ -59,14 +62,17 @@ impl Host {
 
     pub fn start_agent(&self) {
         let listener = UnixListener::bind(self.agent_socket()).unwrap();
-        let service = AgentServer::new(Daemon { calls: self.calls.clone(), who: "agent" });
-        tokio::spawn(Server::builder().add_service(service).serve_with_incoming(UnixListenerStream::new(listener)));
+        let daemon = || Daemon { calls: self.calls.clone(), who: "agent" };
+        let services = Server::builder().add_service(AgentServer::new(daemon())).add_service(HostServer::new(daemon()));
+        tokio::spawn(services.serve_with_incoming(UnixListenerStream::new(listener)));
     }
 
     pub fn start_receiver(&self) {
         let listener = UnixListener::bind(self.receiver_socket()).unwrap();
-        let service = ReceiverServer::new(Daemon { calls: self.calls.clone(), who: "receiver" });
-        tokio::spawn(Server::builder().add_service(service).serve_with_incoming(UnixListenerStream::new(listener)));
+        let daemon = || Daemon { calls: self.calls.clone(), who: "receiver" };
+        let services =
+            Server::builder().add_service(ReceiverServer::new(daemon())).add_service(HostServer::new(daemon()));
+        tokio::spawn(services.serve_with_incoming(UnixListenerStream::new(listener)));
     }
 
     /// What the daemons were asked, in order, as `daemon request domain`.

@@ -197,3 +197,70 @@ fn named(name: &str) -> DistinguishedName {
 fn moment(at: SystemTime) -> OffsetDateTime {
     at.into()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    const DAY: Duration = Duration::from_secs(24 * 3600);
+
+    #[test]
+    fn a_certificate_is_renewed_when_it_ends_and_when_the_clock_was_wrong() {
+        let directory = tempfile::tempdir().unwrap();
+        let identity = Identity::open(&directory.path().join("identity")).unwrap();
+        let now = SystemTime::now();
+        for (from, until, due) in [
+            (now - DAY, now + LEAF_LIFE, false),
+            (now - DAY, now + RENEW_BEFORE - DAY, true),
+            (now - 3 * DAY, now - DAY, true),
+            (now + DAY, now + LEAF_LIFE, true),
+        ] {
+            identity.issue(from, until).unwrap();
+            assert_eq!(identity.is_due().unwrap(), due, "{from:?} {until:?}");
+        }
+        identity.rotate().unwrap();
+        assert!(!identity.is_due().unwrap());
+    }
+
+    #[test]
+    fn a_certificate_of_another_authority_is_made_anew_and_an_authority_with_another_key_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let (one, other) = (directory.path().join("one"), directory.path().join("other"));
+        let identity = Identity::open(&one).unwrap();
+        let id = identity.load().unwrap().id;
+        Identity::open(&other).unwrap();
+        // Only the authority was restored.
+        fs::copy(other.join(LEAF_FILE), one.join(LEAF_FILE)).unwrap();
+        let held = Identity::open(&one).unwrap().load().unwrap();
+        assert_eq!(held.id, id);
+        check(&held.ca, &held.leaf).unwrap();
+        // Its certificate with the key of another one: nothing is signed that no peer would take.
+        let [own, strange] = [&one, &other].map(|of| fs::read_to_string(of.join(CA_FILE)).unwrap());
+        let cut = |pem: &str| pem.find("-----BEGIN PRIVATE KEY").unwrap();
+        let mixed = format!("{}{}", &own[..cut(&own)], &strange[cut(&strange)..]);
+        fs::write(one.join(CA_FILE), mixed).unwrap();
+        let error = identity.rotate().unwrap_err().to_string();
+        assert!(error.contains("its key is not that of its certificate"), "{error}");
+        assert_eq!(identity.load().unwrap().leaf, held.leaf, "the one before is kept");
+        fs::write(one.join(CA_FILE), "nothing").unwrap();
+        let error = Identity::open(&one).unwrap_err().to_string();
+        assert!(error.contains("ca.pem") && error.contains("paired anew"), "{error}");
+    }
+
+    #[test]
+    fn keys_that_others_may_read_are_noticed() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("above/identity");
+        let identity = Identity::open(&path).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&path), mode(&path.join(CA_FILE)), mode(&path.join(LEAF_FILE))), (0o700, 0o600, 0o600));
+        // QEMU has to get through to what lies beside it.
+        assert_ne!(mode(path.parent().unwrap()) & 0o011, 0);
+        assert_eq!(identity.open_to_others(), Vec::<PathBuf>::new());
+        fs::set_permissions(path.join(CA_FILE), fs::Permissions::from_mode(0o640)).unwrap();
+        assert_eq!(identity.open_to_others(), [path.join(CA_FILE)]);
+    }
+}

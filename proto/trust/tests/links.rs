@@ -148,10 +148,11 @@ async fn certificates_that_must_be_refused() {
         assert!(error.contains("does not accept this host's certificate"), "{error}");
         assert!(b.recorded(&["\"connect\"", "\"refused\"", "certificate of site-a", word]).await || word != "xpired");
     }
-    assert!(a.trust.notices().is_empty(), "{:?}", a.trust.notices());
     identity.issue(now - DAY, now + DAY).unwrap();
     assert!(a.trust.notices()[0].contains("ends in 0 days"), "{:?}", a.trust.notices());
     a.echo(address).await.unwrap();
+    a.trust.rotate().unwrap();
+    assert!(a.trust.notices().is_empty(), "{:?}", a.trust.notices());
     // Of an authority that nobody here knows, which calls itself the same.
     let stranger = Host::new();
     introduce((&stranger.identity(), "site-a", &[]), (&b.identity().with_extension("elsewhere"), "site-b", &[]))
@@ -208,15 +209,26 @@ async fn a_revoked_peer_is_out_at_once_and_a_rotated_one_stays() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_cannot_answer_in_place_of_another() {
     let (a, b) = met();
+    let (address, _seen) = b.serve().await;
+    // The only one there is, and remembered.
+    a.echo(address).await.unwrap();
     let c = Host::new();
     introduce((&a.identity(), "site-a", &[]), (&c.identity(), "site-c", &[])).unwrap();
-    let (address, _seen) = b.serve().await;
-    a.echo(address).await.unwrap();
     // The same address, somebody else: what was remembered holds.
     let (elsewhere, _seen) = c.serve().await;
     let stream = TcpStream::connect(elsewhere).await.unwrap();
     let error = a.trust.connect(stream, &address.to_string()).await.err().unwrap().to_string();
     assert!(error.contains("site-c") && error.contains("where site-b"), "{error}");
+    // Where nobody is known, nobody is guessed: neither of the two may be given what is the other's.
+    let error = a.echo(elsewhere).await.err().unwrap().to_string();
+    assert!(error.contains("peers at PEER") && error.contains("site-b") && error.contains("site-c"), "{error}");
+    a.trust.locate("site-c", &elsewhere.to_string()).unwrap();
+    a.echo(elsewhere).await.unwrap();
+    // An address is one peer's.
+    a.trust.locate("site-b", &elsewhere.to_string()).unwrap();
+    let error = a.echo(elsewhere).await.err().unwrap().to_string();
+    assert!(error.contains("site-c") && error.contains("where site-b"), "{error}");
+    assert!(a.trust.locate("site-x", "x:1").is_err());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -72,15 +72,20 @@ impl Daemon {
         self.directory.path().join("state")
     }
 
+    pub fn ownerships(&self) -> PathBuf {
+        self.directory.path().join("domains")
+    }
+
     fn write_config(&self) {
         let config = format!(
-            "listen = \"{}\"\nmetrics_listen = \"{}\"\nstate_dir = {:?}\naudit_dir = {:?}\nidentity_dir = {:?}\ncontrol_socket = {:?}\nspace_reserve_bytes = 0\n\
+            "listen = \"{}\"\nmetrics_listen = \"{}\"\nstate_dir = {:?}\naudit_dir = {:?}\nidentity_dir = {:?}\nownership_dir = {:?}\ncontrol_socket = {:?}\nspace_reserve_bytes = 0\n\
              libvirt_uri = \"qemu+unix:///system?socket=/nonexistent/vmdr-test\"\n",
             self.address,
             self.metrics,
             self.state(),
             self.directory.path().join("audit"),
             self.directory.path().join("identity"),
+            self.ownerships(),
             self.socket()
         );
         std::fs::write(self.config(), config).unwrap();

@@ -1,15 +1,25 @@
 //! Hosts that are not peers, are no longer, or not of this domain; and a flood of connections while a guest is protected.
 
 use std::net::{SocketAddr, TcpStream};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, ensure};
+use vmdr_agent::link::Questions;
+use vmdr_audit::Audit;
+use vmdr_proto::replication::{
+    DescribeRequest, GiveBackRequest, HashesRequest, OwnerRequest, ProbeRequest, ReverseRequest, SettleRequest,
+    hashes_request,
+};
 use vmdr_tests::daemon::{self, Program};
+use vmdr_tests::exec;
 use vmdr_tests::guest::GuestSpec;
 use vmdr_tests::random::rounds;
 use vmdr_tests::rig::{At, PORT};
 use vmdr_tests::scene::{ANSWER, Scene};
 use vmdr_tests::wait::wait_for;
+use vmdr_trust::{Identity, Trust};
 
 use super::{audit, failed, recorded};
 
@@ -47,6 +57,7 @@ fn only_paired_hosts_are_let_in_and_a_flood_keeps_nobody_out() -> Result<()> {
     ensure!(scene.status(At::A)?["state"] == "protected", "after the rotation: {}", scene.status(At::A)?);
 
     flood(&scene)?;
+    refused_hosts(&scene)?;
 
     // Revoked where it is received: the stream ends, and comes back with another pairing, at the epoch it was at.
     let peer = daemon::vmdr_json(b, &["peers"])?["peers"][0]["id"].as_str().context("a peer")?.to_owned();
@@ -64,6 +75,101 @@ fn only_paired_hosts_are_let_in_and_a_flood_keeps_nobody_out() -> Result<()> {
     }
     scene.rig.client().self_check(scene.guest.address)?;
     scene.rig.finish()
+}
+
+/// Hosts that must not get at anything, from a place of their own in the network; the receiver's audit log says so of each.
+fn refused_hosts(scene: &Scene) -> Result<()> {
+    let b = scene.rig.site(At::B);
+    let identity = |site: At| scene.rig.site(site).path(vmdr_trust::DIRECTORY);
+    let directory = tempfile::tempdir().context("a directory for other hosts")?;
+    let uuid = scene.status(At::A)?["uuid"].as_str().context("a uuid")?.to_owned();
+    let wait_recorded = |act: &str, words: &[&str]| {
+        wait_for(&format!("the record of {act}, {words:?}"), ANSWER, || {
+            Ok(recorded(&audit(b, Program::Receiver)?, act, "refused", words).then_some(()))
+        })
+    };
+
+    // Site A's identity as a thief has it: what it shows has expired, or is not good yet.
+    let stolen = directory.path().join("stolen");
+    exec::run(Command::new("cp").arg("-a").args([&identity(At::A), &stolen]))?;
+    let (now, day) = (SystemTime::now(), Duration::from_secs(24 * 3600));
+    for (from, until, word) in [(now - 3 * day, now - day, "expired"), (now + day, now + 2 * day, "not valid yet")] {
+        Identity::open(&stolen)?.issue(from, until)?;
+        let answer = describe(scene, &stolen, &uuid)?;
+        ensure!(answer.is_err(), "a certificate that is {word}: {answer:?}");
+        wait_recorded("connect", &["site-a", word])?;
+    }
+
+    // A host that knows this one and calls itself site-a, with an authority of its own.
+    let stranger = directory.path().join("stranger");
+    Identity::open(&stranger)?;
+    exec::run(Command::new("cp").arg("-a").arg(identity(At::A).join("peers")).arg(&stranger))?;
+    let answer = describe(scene, &stranger, &uuid)?;
+    ensure!(answer.is_err(), "another authority: {answer:?}");
+    wait_recorded("connect", &["is of no peer of this host"])?;
+
+    // A peer, and not of this domain.
+    let third = directory.path().join("third");
+    vmdr_trust::introduce((&identity(At::B), "site-b", &[At::B.receiver()]), (&third, "site-c", &[]))?;
+    let versions = ask(scene, &third, async |questions| questions.probe(ProbeRequest::default()).await)?;
+    ensure!(versions.is_ok(), "it is let in: {versions:?}");
+    let asked: [(&str, Result<(), String>); 7] = [
+        ("Describe", describe(scene, &third, &uuid)?),
+        ("Hashes", {
+            let of = Some(hashes_request::Of::RamBlock(0));
+            let request = HashesRequest { domain_uuid: uuid.clone(), units: 1, of, ..HashesRequest::default() };
+            ask(scene, &third, async |questions| questions.hashes(request).await.map(drop))?
+        }),
+        ("Probe", {
+            let request = ProbeRequest { domain_uuid: uuid.clone(), ..ProbeRequest::default() };
+            ask(scene, &third, async |questions| questions.probe(request).await.map(drop))?
+        }),
+        ("Owner", {
+            let request = OwnerRequest { domain_uuid: uuid.clone(), plan: true };
+            ask(scene, &third, async |questions| questions.owner(request).await.map(drop))?
+        }),
+        ("Settle", {
+            let request = SettleRequest { domain_uuid: uuid.clone(), generation: 9, ..SettleRequest::default() };
+            ask(scene, &third, async |questions| questions.settle(request).await.map(drop))?
+        }),
+        ("GiveBack", {
+            let request = GiveBackRequest { domain_uuid: uuid.clone(), generation: 1 };
+            ask(scene, &third, async |questions| questions.give_back(request).await.map(drop))?
+        }),
+        ("Reverse", {
+            let request = ReverseRequest { domain_uuid: uuid.clone(), generation: 9, ..ReverseRequest::default() };
+            ask(scene, &third, async |questions| questions.reverse(request).await.map(drop))?
+        }),
+    ];
+    for (act, answer) in asked {
+        let refusal = answer.err().with_context(|| format!("{act} by a peer whose domain it is not"))?;
+        ensure!(refusal.contains("does not belong to this host"), "{act}: {refusal}");
+        wait_recorded(act, &["site-c", &uuid])?;
+    }
+    scene.wait_durable()?;
+    Ok(())
+}
+
+fn describe(scene: &Scene, host: &Path, uuid: &str) -> Result<Result<(), String>> {
+    let request = DescribeRequest { domain_uuid: uuid.to_owned() };
+    ask(scene, host, async |questions| questions.describe(request).await.map(drop))
+}
+
+/// Asks the receiver something as the host whose identity lies in a directory, with the agent's own code.
+fn ask<T: Send>(
+    scene: &Scene,
+    host: &Path,
+    question: impl AsyncFnOnce(&mut Questions) -> Result<T, String> + Send,
+) -> Result<Result<T, String>> {
+    let audit = Audit::open(&host.with_extension("audit"), "agent")?;
+    let trust = Trust::open(host, audit)?;
+    scene.rig.client().inside(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("a runtime")?;
+        Ok(runtime.block_on(async {
+            let mut questions = Questions::connect(&trust, &At::B.receiver()).await?;
+            question(&mut questions).await
+        }))
+    })
 }
 
 /// Opens many connections that say nothing, or a byte now and then, while epochs go on becoming durable.
