@@ -87,6 +87,10 @@ pub(crate) fn find(receiver: &Receiver, wanted: &str) -> Result<(Uuid, DomainSum
     let by_uuid = Uuid::parse_str(wanted).ok().map(|u| u.to_string());
     let mut found: Vec<_> =
         domains.into_iter().filter(|d| Some(&d.uuid) == by_uuid.as_ref() || d.name == wanted).collect();
+    // Names are the peers' own: none can stand in the way of another's UUID.
+    if found.iter().any(|d| Some(&d.uuid) == by_uuid.as_ref()) {
+        found.retain(|d| Some(&d.uuid) == by_uuid.as_ref());
+    }
     if found.len() > 1 {
         let uuids = found.iter().map(|d| d.uuid.as_str()).collect::<Vec<_>>().join(", ");
         return Err(Status::failed_precondition(format!("several domains are named {wanted:?}: give one of {uuids}")));

@@ -14,19 +14,27 @@ use crate::{json, text};
 
 /// The newest records of both daemons, by time.
 pub async fn show(common: &Common, out: Out, lines: u32) -> Result<(), Failure> {
-    let mut records: Vec<Value> = Vec::new();
+    let mut records: Vec<(String, Value)> = Vec::new();
     for daemon in client::there(common)? {
         let request = AuditRequest { lines, ..AuditRequest::default() };
         let reply = answer(daemon, "audit", client::host(daemon, common).await?.audit(request)).await?;
-        // A line that is no record is shown as it stands; `verify` says what is wrong with it.
-        records.extend(
-            reply.lines.iter().map(|line| serde_json::from_str(line).unwrap_or_else(|_| Value::String(line.clone()))),
-        );
+        let mut newest = String::new();
+        for line in &reply.lines {
+            // A line that is no record is shown as it stands, where it stands; `verify` says what is wrong with it.
+            let record = serde_json::from_str(line).unwrap_or_else(|_| Value::String(line.clone()));
+            if let Some(time) = record["time"].as_str() {
+                time.clone_into(&mut newest);
+            }
+            records.push((newest.clone(), record));
+        }
     }
-    let time = |record: &Value| record["time"].as_str().unwrap_or_default().to_owned();
-    records.sort_by_key(time);
+    records.sort_by(|(one, _), (other, _)| one.cmp(other));
+    let records: Vec<Value> = records.into_iter().map(|(_, record)| record).collect();
     let table = || {
         let line = |record: &Value| {
+            if let Value::String(line) = record {
+                return text::wrapped("no record: ", &out.paint(Tone::Bad, &text::one_line(line)));
+            }
             let of = |key: &str| text::one_line(record[key].as_str().unwrap_or_default());
             let times = record["count"].as_u64().map(|count| format!(" ({count} times)")).unwrap_or_default();
             let (subject, detail) = (of("subject"), of("detail"));

@@ -208,7 +208,7 @@ impl Trust {
                 path.display()
             )
         }));
-        let (now, remedy) = (SystemTime::now(), "pair the two hosts anew before that");
+        let (now, remedy) = (SystemTime::now(), "another one means pairing anew (docs/security.md, runbooks)");
         let days = |until: SystemTime| until.duration_since(now).unwrap_or_default().as_secs() / (24 * 3600);
         match self.good_until() {
             Ok((leaf, ca)) => {

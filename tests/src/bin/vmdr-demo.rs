@@ -32,8 +32,7 @@ impl Stage {
         let shown = self.show(scene, At::B, &["pair"])?;
         let token = shown.lines().next().context("no token is shown")?;
         let words = ["pair", "--with", &At::B.receiver()];
-        println!("site-a# vmdr {}", words.join(" "));
-        println!("    The token that `vmdr pair` shows on the other host: {token}");
+        println!("site-a# echo {token} | vmdr {}", words.join(" "));
         let output = daemon::vmdr_typed(scene.rig.site(At::A), &words, token)?;
         print_indented(&output);
         println!();
@@ -74,6 +73,7 @@ fn main() -> Result<()> {
     let first = client.ping(address, ANSWER)?;
     stage.say(&format!("the guest runs at site A and counts: {}", count(&first)));
 
+    stage.say("the two hosts have never met: one shows a token, on the other it is typed");
     stage.pair(&scene)?;
     stage.show(&scene, At::A, &["doctor", GUEST])?;
     stage.show(&scene, At::A, &["protect", GUEST, "--interval", "100ms"])?;
