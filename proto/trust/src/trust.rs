@@ -332,7 +332,17 @@ impl Trust {
         })
         .await?;
         let (config, found, peer) = prepared;
-        let (stream, _) = handshake(config, found, stream).await?;
+        let stream = match handshake(config, found, stream).await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                if error.kind() == io::ErrorKind::PermissionDenied {
+                    let entry = Entry::new("connect to", "this daemon", address, Outcome::Refused);
+                    let (audit, entry) = (self.audit().clone(), entry.because(error.to_string()));
+                    tokio::task::spawn_blocking(move || audit.refused(entry));
+                }
+                return Err(error);
+            }
+        };
         if !peer.addresses.iter().any(|known| known == address) {
             let (trust, wanted, at) = (self.clone(), peer.id.clone(), address.to_owned());
             blocking(move || trust.locate(&wanted, &at)).await?;

@@ -29,7 +29,7 @@ const FLOOD: usize = 1000;
 #[test]
 fn only_paired_hosts_are_let_in_and_a_flood_keeps_nobody_out() -> Result<()> {
     let guest = GuestSpec::linux("secure").workload("--ram-mib 16 --pages 50 --interval-ms 100");
-    let scene = Scene::strangers("security", guest)?;
+    let mut scene = Scene::strangers("security", guest)?;
     let (a, b) = (scene.rig.site(At::A), scene.rig.site(At::B));
     let name = scene.guest.name.as_str();
     // Not paired: nothing is protected.
@@ -55,6 +55,13 @@ fn only_paired_hosts_are_let_in_and_a_flood_keeps_nobody_out() -> Result<()> {
     let after = scene.wait_durable()?;
     ensure!(after as f64 > before, "epoch {after} after {before}");
     ensure!(scene.status(At::A)?["state"] == "protected", "after the rotation: {}", scene.status(At::A)?);
+    // A connection that shows the new ones goes on with the next epoch: the receiver takes none without the one before.
+    let sent = scene.status_number(At::A, "durable_epoch")?;
+    scene.start_receiver()?;
+    let again = scene.wait_durable()?;
+    ensure!(again as f64 > sent, "epoch {again} after {sent}");
+    let points = daemon::vmdr_json(b, &["points", name])?;
+    ensure!(points["points"][0]["generation"] == 1, "{points}");
 
     flood(&scene)?;
     refused_hosts(&scene)?;
