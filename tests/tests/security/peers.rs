@@ -31,7 +31,7 @@ fn only_paired_hosts_are_let_in_and_a_flood_keeps_nobody_out() -> Result<()> {
     let guest = GuestSpec::linux("secure").workload("--ram-mib 16 --pages 50 --interval-ms 100");
     let mut scene = Scene::strangers("security", guest)?;
     let (a, b) = (scene.rig.site(At::A), scene.rig.site(At::B));
-    let name = scene.guest.name.as_str();
+    let name = &scene.guest.name.clone();
     // Not paired: nothing is protected.
     let output = daemon::vmdr_output(a, 60, &["protect", name])?;
     failed(&output, 1, "paired with no other")?;
@@ -58,6 +58,7 @@ fn only_paired_hosts_are_let_in_and_a_flood_keeps_nobody_out() -> Result<()> {
     // A connection that shows the new ones goes on with the next epoch: the receiver takes none without the one before.
     let sent = scene.status_number(At::A, "durable_epoch")?;
     scene.start_receiver()?;
+    let (a, b) = (scene.rig.site(At::A), scene.rig.site(At::B));
     let again = scene.wait_durable()?;
     ensure!(again as f64 > sent, "epoch {again} after {sent}");
     let points = daemon::vmdr_json(b, &["points", name])?;
