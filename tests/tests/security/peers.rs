@@ -105,7 +105,7 @@ fn refused_hosts(scene: &Scene) -> Result<()> {
         Identity::open(&stolen)?.issue(from, until)?;
         let answer = describe(scene, &stolen, &uuid)?;
         ensure!(answer.is_err(), "a certificate that is {word}: {answer:?}");
-        wait_recorded("connect", &["site-a", word])?;
+        wait_recorded("connect", &["the certificate of", word])?;
     }
 
     // A host that knows this one and calls itself site-a, with an authority of its own.
