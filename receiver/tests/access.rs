@@ -238,6 +238,18 @@ async fn what_was_received_before_hosts_were_paired_is_nobodys_until_it_is_said_
     assert_eq!(position.epoch, 1);
     stream.send_part(delta(1, 2, 2)).await;
     assert_eq!(stream.durable().await.epoch, 2);
+    // Its host is replaced: another peer is let in, and the one before no longer.
+    daemon.introduce(OTHER);
+    let grant = |peer: &str, withdraw| GrantRequest { domain: "web".to_owned(), peer: peer.to_owned(), withdraw };
+    daemon.control().await.grant(grant(OTHER, false)).await.unwrap();
+    let granted = daemon.control().await.grant(grant(common::AGENT, true)).await.unwrap().into_inner();
+    assert!(granted.owner.starts_with("site-c (") && granted.granted.is_empty(), "{granted:?}");
+    stream.send_part(delta(1, 3, 3)).await;
+    assert_eq!(stream.refused().await.code(), RefusedCode::Sequence);
+    let (_, answer) = Stream::open(&mut agent, UUID, 1).await;
+    assert!(matches!(&answer, Answer::Refused(refused) if refused.code() == RefusedCode::Domain), "{answer:?}");
+    daemon.control().await.grant(grant(common::AGENT, false)).await.unwrap();
+    daemon.control().await.grant(grant(OTHER, true)).await.unwrap();
     let status = daemon.control().await.status(StatusRequest::default()).await.unwrap().into_inner();
     assert!(status.notices.is_empty() && status.domains[0].belongs_to.starts_with("site-a ("), "{status:?}");
 }

@@ -51,8 +51,8 @@ impl Store {
         Ok(access.allows(peer))
     }
 
-    /// Lets a peer in, or no longer, durably. A domain that is nobody's becomes its. Who is not let in any more has no stream
-    /// when this returns.
+    /// Lets a peer in, or no longer, durably. A domain that is nobody's becomes its; one whose owner is not let in any more
+    /// becomes that of the peer that was let in first. Who is not let in any more has no stream when this returns.
     pub fn grant(&self, uuid: &str, peer: &str, granted: bool) -> Result<Access, StoreError> {
         let domain = self.domain(uuid)?;
         let before = domain.access().granted;
@@ -62,7 +62,10 @@ impl Store {
         }
         domain.change_control(|control| {
             control.granted.retain(|known| known != peer);
-            if granted && control.owner.is_none() {
+            if !granted && control.owner.as_deref() == Some(peer) {
+                // Whoever was let in first is next.
+                control.owner = (!control.granted.is_empty()).then(|| control.granted.remove(0));
+            } else if granted && control.owner.is_none() {
                 control.owner = Some(peer.to_owned());
             } else if granted && control.owner.as_deref() != Some(peer) {
                 control.granted.push(peer.to_owned());

@@ -68,7 +68,7 @@ fn only_paired_hosts_are_let_in_and_a_flood_keeps_nobody_out() -> Result<()> {
     refused_hosts(&scene)?;
 
     // Revoked where it is received: the stream ends, and comes back with another pairing, at the epoch it was at.
-    let peer = daemon::vmdr_json(b, &["peers"])?["peers"][0]["id"].as_str().context("a peer")?.to_owned();
+    let peer = daemon::vmdr_json(a, &["peers"])?["id"].as_str().context("site A's own id")?.to_owned();
     daemon::vmdr(b, &["peers", "revoke", &peer[..12]])?;
     wait_for("the link to end", ANSWER, || Ok((scene.status(At::A)?["state"] == "disconnected").then_some(())))?;
     wait_for("a refusal", ANSWER, || {
