@@ -426,7 +426,7 @@ impl Control {
         Ok(control)
     }
 
-    /// Numbers that are counted on must leave room for it, whoever wrote them.
+    /// Numbers that are counted on must leave room for it, and be in order, whoever wrote them.
     fn check(&self) -> Result<(), Fault> {
         let standbys = self.standby.iter().chain(self.chains.iter().map(|chain| &chain.standby));
         let standbys = standbys
@@ -435,12 +435,24 @@ impl Control {
         let marks = marks.flat_map(|m| [m.committed.segment, m.announced.segment, m.announced_for, m.floor]);
         let seeds = self.seed.iter().flat_map(|s| [s.dir, s.generation, s.epoch]);
         let own = [self.generation, self.next_dir, self.journal_first];
-        match standbys.chain(marks).chain(seeds).chain(own).find(|number| *number > NUMBER_MAX) {
-            Some(number) => {
-                Err(Fault::Damaged(format!("a number in it is {number}, at most {NUMBER_MAX} is possible")))
-            }
-            None => Ok(()),
+        if let Some(number) = standbys.chain(marks).chain(seeds).chain(own).find(|number| *number > NUMBER_MAX) {
+            return Err(Fault::Damaged(format!("a number in it is {number}, at most {NUMBER_MAX} is possible")));
         }
+        let current = self.standby.iter().map(|standby| (standby, &self.history));
+        let chains = self.chains.iter().map(|chain| (&chain.standby, &chain.history));
+        for (Standby { dir, epoch, applying, .. }, HistoryMark { floor, .. }) in current.chain(chains) {
+            if floor > epoch {
+                return Err(Fault::Damaged(format!(
+                    "the history of standby.{dir}, which is at epoch {epoch}, begins at epoch {floor}"
+                )));
+            }
+            if applying < epoch {
+                return Err(Fault::Damaged(format!(
+                    "standby.{dir} is at epoch {epoch}, and only up to {applying} was begun to be applied"
+                )));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -529,11 +541,11 @@ mod tests {
                 committed: Place { segment: 19, offset: 20 },
                 announced: Place { segment: 21, offset: u64::MAX },
                 announced_for: 22,
-                floor: 23,
+                floor: 3,
                 application: true,
             },
             chains: vec![
-                Chain { standby: standby(30), history: HistoryMark { floor: 31, ..HistoryMark::default() } },
+                Chain { standby: standby(30), history: HistoryMark { floor: 5, ..HistoryMark::default() } },
                 Chain { standby: standby(40), history: HistoryMark::default() },
             ],
             pins: vec![Pin { generation: 4, epoch: 5, name: "before-upgrade".to_owned() }],
@@ -596,6 +608,9 @@ mod tests {
             |c| c.history.committed.segment = u64::MAX,
             |c| c.chains[0].standby.epoch = NUMBER_MAX + 1,
             |c| c.standby = Some(Standby { applying: u64::MAX, ..standby(1) }),
+            |c| c.standby = Some(Standby { applying: 4, ..standby(1) }),
+            |c| c.history.floor = 6,
+            |c| c.chains[0].history.floor = 6,
         ] {
             let mut control = full();
             change(&mut control);

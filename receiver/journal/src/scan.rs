@@ -5,6 +5,7 @@
 //! segment is taken for data (a page of the guest could contain what looks like a record), but if something there looks like
 //! the beginning of a later part, the break lies in what had been durable, and is damage rather than a torn end.
 
+use std::ops::Range;
 use std::path::Path;
 
 use bytes::Bytes;
@@ -14,7 +15,7 @@ use crate::journal::{segment_number, segment_path};
 use crate::record::*;
 use crate::{BODY_BYTES_MAX, JournalError};
 
-/// Bytes searched at once for a later part behind a broken chain.
+/// Bytes searched at once for a record's header behind a broken chain.
 const SEARCH_BYTES: usize = 1 << 20;
 
 /// What was found in a journal.
@@ -123,7 +124,7 @@ pub(crate) fn scan(
         };
         walk.head(domain)?;
         let broken = walk.records()?;
-        walk.finish(number == numbers[numbers.len() - 1], broken);
+        walk.finish(number == numbers[numbers.len() - 1], broken)?;
     }
     Ok(recovered)
 }
@@ -137,6 +138,35 @@ struct Following {
     digest: vmdr_codec::Digest,
     payload_bytes: u64,
     fault: Option<String>,
+}
+
+/// The first header of a record that begins in `range` of segment `number` and is `wanted`, and where.
+pub(crate) fn find_head(
+    file: &dyn File,
+    path: &Path,
+    number: u64,
+    range: Range<u64>,
+    wanted: impl Fn(&RecordHead) -> bool,
+) -> Result<Option<(u64, RecordHead)>, JournalError> {
+    let mut at = range.start;
+    let mut bytes = vec![0; SEARCH_BYTES];
+    while at < range.end {
+        let got = file.read_at(&mut bytes, at).map_err(JournalError::io("read", path))?;
+        let mut from = 0;
+        while let Some(found) = RecordHead::find(&bytes[from..got]) {
+            let place = at + (from + found) as u64;
+            from += found + 1;
+            let mut head = [0; RECORD_HEAD_BYTES];
+            let whole = file.read_at(&mut head, place).map_err(JournalError::io("read", path))? == head.len();
+            let head = RecordHead::from_bytes(&head, number, place).filter(|head| whole && wanted(head));
+            if let Some(head) = head.filter(|_| place < range.end) {
+                return Ok(Some((place, head)));
+            }
+        }
+        // Windows overlap, so that a magic across a boundary is found.
+        at += (got.max(4) - 3) as u64;
+    }
+    Ok(None)
 }
 
 struct Walk<'a> {
@@ -277,16 +307,16 @@ impl Walk<'_> {
         }
     }
 
-    fn finish(mut self, newest: bool, broken: bool) {
+    fn finish(mut self, newest: bool, broken: bool) -> Result<(), JournalError> {
         let end = self.part.as_ref().map_or(self.at, |part| part.start);
         if broken || self.part.is_some() {
             let of = if self.part.is_some() { self.last } else { (0, 0) };
             self.spoil(end, of, format!("the chain of records breaks at offset {}", self.at), false);
         }
         let damaged_before = self.recovered.damage.iter().any(|damage| damage.segment == self.number);
-        if !newest || (broken && self.later_part_behind()) {
+        if !newest || (broken && self.later_part_behind()?) {
             self.condemn();
-            return;
+            return Ok(());
         }
         match self.spoilt.take() {
             None if damaged_before => {}
@@ -300,28 +330,14 @@ impl Walk<'_> {
                 }
             }
         }
+        Ok(())
     }
 
-    /// Whether behind a break there is what looks like the beginning of a later part. An unreadable file counts as not.
-    fn later_part_behind(&self) -> bool {
-        let mut at = self.at + 1;
-        while at < self.length {
-            let Ok(bytes) = self.read(SEARCH_BYTES, at) else { return false };
-            let mut from = 0;
-            while let Some(found) = RecordHead::find(&bytes[from..]) {
-                let place = at + (from + found) as u64;
-                from += found + 1;
-                let Ok(head) = self.read(RECORD_HEAD_BYTES, place) else { return false };
-                let head = head.as_slice().try_into().ok();
-                let head = head.and_then(|bytes| RecordHead::from_bytes(bytes, self.number, place));
-                if head.is_some_and(|head| head.kind == TYPE_PART_BEGIN) {
-                    return true;
-                }
-            }
-            // Windows overlap, so that a magic across a boundary is found.
-            at += (bytes.len().max(4) - 3) as u64;
-        }
-        false
+    /// Whether behind a break there is what looks like the beginning of a later part. A read that fails is no answer: taken for
+    /// "no", it would have what was acknowledged cut off as a torn end.
+    fn later_part_behind(&self) -> Result<bool, JournalError> {
+        let begins = |head: &RecordHead| head.kind == TYPE_PART_BEGIN;
+        Ok(find_head(self.file, self.path, self.number, self.at + 1..self.length, begins)?.is_some())
     }
 }
 

@@ -134,6 +134,16 @@ impl Applier {
         self.interrupted || self.blind_until > self.durable.epoch
     }
 
+    /// What comes next goes to a segment of its own: where the last one is damaged it might not be found behind that.
+    pub fn begin_segment(&mut self) -> Result<(), JournalError> {
+        if self.mark.announced == self.mark.committed {
+            self.log.roll()?;
+            self.mark.committed = self.log.place();
+            self.mark.announced = self.mark.committed;
+        }
+        Ok(())
+    }
+
     /// After a batch that was stopped: the standby is what it was before.
     pub fn roll_back(&mut self, domain: &Domain) -> Result<(), StoreError> {
         let failure = |error| domain.failure(error);

@@ -55,7 +55,7 @@ impl Domain {
         sweep(&*disk, dir, &control).map_err(of)?;
         let opened = open_standby(&disk, dir, &mut control).map_err(of)?;
         let (mut applier, layout) = opened.map_or((None, None), |(applier, layout)| (Some(applier), Some(layout)));
-        let (mut catalog, unread) = open_history(&*disk, dir, &mut control).map_err(of)?;
+        let (mut catalog, unread, spoilt) = open_history(&*disk, dir, &mut control).map_err(of)?;
         if let (Some(applier), Some(layout), Some(chain)) = (&applier, &layout, catalog.standby()) {
             chain.flaws = flaws::recheck(&*disk, applier.files.dir(), applier.durable.epoch, layout);
             // What is known already has been looked at: which points it concerns.
@@ -73,6 +73,9 @@ impl Domain {
         if let Some(applier) = &mut applier {
             applier.mark.floor = control.history.floor;
             applier.log.set_segment_bytes(options.history_segment_bytes);
+            if spoilt {
+                applier.begin_segment().map_err(of)?;
+            }
             if applier.blind_until > 0
                 && let Some(chain) = catalog.standby()
             {
@@ -319,13 +322,17 @@ fn open_standby(
     Ok(Some((applier, layout)))
 }
 
-/// What the history of the standby, and of those before it, has; and what of it cannot be read now. That keeps nobody from
-/// protecting the guest: older points are only not offered.
-fn open_history(disk: &dyn Disk, dir: &Path, control: &mut Control) -> Result<(Catalog, Option<String>), JournalError> {
+/// What the history of the standby, and of those before it, has; what of it cannot be read now, which keeps nobody from
+/// protecting the guest: older points are only not offered; and whether that of the standby is damaged.
+fn open_history(
+    disk: &dyn Disk,
+    dir: &Path,
+    control: &mut Control,
+) -> Result<(Catalog, Option<String>, bool), JournalError> {
     let mut catalog = Catalog { current: control.standby.is_some(), ..Catalog::default() };
     let current = control.standby.map(|standby| vmdr_journal::Chain { standby, history: control.history });
     let mut missing = Vec::new();
-    let mut unread = None;
+    let (mut unread, mut spoilt) = (None, false);
     for of in control.chains.iter_mut().chain(&mut current.clone()) {
         let history = standby::history_dir(&standby_dir(dir, of.standby.dir));
         let scan = match HistoryScan::read(disk, &history, &control.uuid, of.history.committed) {
@@ -335,10 +342,13 @@ fn open_history(disk: &dyn Disk, dir: &Path, control: &mut Control) -> Result<(C
                 let chain = Chain::begin(of.standby, of.history.application);
                 let flaws = flaws::read(disk, &standby_dir(dir, of.standby.dir));
                 catalog.chains.push(Chain { unread: true, flaws, ..chain });
+                spoilt = false;
                 continue;
             }
             scan => scan?,
         };
+        // That of the standby comes last.
+        spoilt = !scan.damage.is_empty();
         let (mut chain, lost) = Chain::new(of.standby, &of.history, &scan);
         chain.flaws = flaws::read(disk, &standby_dir(dir, of.standby.dir));
         if let Some(lost) = lost {
@@ -360,7 +370,7 @@ fn open_history(disk: &dyn Disk, dir: &Path, control: &mut Control) -> Result<(C
         }
         control.damage.get_or_insert(lost);
     }
-    Ok((catalog, unread))
+    Ok((catalog, unread, spoilt && current.is_some()))
 }
 
 /// The seed that was under way. One that cannot be continued is forgotten: nothing is lost but time.

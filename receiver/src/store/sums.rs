@@ -161,7 +161,25 @@ impl Sums {
         }
         let bytes: Vec<u8> = sums[..known].iter().flat_map(|sum| sum.to_le_bytes()).collect();
         self.dirty = true;
-        write_all(&*self.file, &bytes, first * SUM_BYTES).map_err(JournalError::io("write", &self.path))
+        self.put(&bytes, first * SUM_BYTES).map_err(JournalError::io("write", &self.path))
+    }
+
+    /// Writes a few bytes. Where what is around them cannot be read, that is written too: it is not known any more.
+    fn put(&self, bytes: &[u8], at: u64) -> std::io::Result<()> {
+        let error = match write_all(&*self.file, bytes, at) {
+            Err(error) if is_unreadable(&error) => error,
+            other => return other,
+        };
+        let length = self.file.length()?;
+        let block = UNIT_BYTES as u64;
+        let (from, end) = (at / block * block, (at + bytes.len() as u64).next_multiple_of(block));
+        tracing::warn!(%error, path = %self.path.display(), from, end, "checksums cannot be read and are written anew");
+        let mut blocks = vec![0xff; (end - from) as usize];
+        let within = (at - from) as usize;
+        blocks[within..within + bytes.len()].copy_from_slice(bytes);
+        write_all(&*self.file, &blocks, from)?;
+        let length = length.max(at + bytes.len() as u64);
+        if end > length { self.file.set_length(length) } else { Ok(()) }
     }
 
     /// Notes that neighbouring units are zero.
@@ -175,7 +193,7 @@ impl Sums {
         self.dirty = true;
         if bytes < PUNCH_BYTES_MIN {
             let zeroes = &ZEROES[..bytes as usize];
-            return write_all(&*self.file, zeroes, from).map_err(JournalError::io("write", &self.path));
+            return self.put(zeroes, from).map_err(JournalError::io("write", &self.path));
         }
         self.file.zero(from, bytes).map_err(JournalError::io("zero", &self.path))
     }

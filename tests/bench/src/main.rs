@@ -8,6 +8,7 @@ mod machine;
 mod overhead;
 mod pause;
 mod pipeline;
+mod receiver;
 mod report;
 mod rto;
 
@@ -47,6 +48,8 @@ enum Benchmark {
     Rto(rto::Options),
     /// How much longer a guest takes for the same work, against the same guest unprotected, and what of that the pauses are.
     Overhead(overhead::Options),
+    /// What the receiver's store costs, against this disk's own throughput and syncs.
+    Receiver(receiver::Options),
 }
 
 fn main() -> ExitCode {
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
         Benchmark::Pipeline(options) => pipeline::run(options),
         Benchmark::Rto(options) => rto::run(options),
         Benchmark::Overhead(options) => overhead::run(options),
+        Benchmark::Receiver(options) => receiver::run(options),
     };
     match measured.and_then(|report| print(&report, &arguments.common)) {
         Ok(code) => code,

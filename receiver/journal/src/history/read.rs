@@ -10,6 +10,7 @@ use super::*;
 use crate::disk::{Disk, File, Mode};
 use crate::journal::{segment_number, segment_path};
 use crate::record::{RECORD_HEAD_BYTES, RecordHead, SEGMENT_HEAD_BYTES, SegmentHead, check_segment_head, uuid_text};
+use crate::scan::find_head;
 use crate::{BODY_BYTES_MAX, JournalError};
 
 /// What there is in a history.
@@ -256,7 +257,10 @@ impl Walk {
         })
     }
 
-    /// Collects the sets that are whole as far as headers tell.
+    /// Collects the sets that are whole as far as headers tell, also of those behind a header that is damaged.
+    ///
+    /// A page of the guest could look like a set there: one that is made for just this place, with which a guest could deceive
+    /// nobody but those who take it back, and only where something else has damaged its history before.
     fn sets(&mut self, sets: &mut Vec<Set>) -> Result<Damaged<()>, JournalError> {
         let mut begun: Option<(u64, RecordHead)> = None;
         let mut fault = None;
@@ -265,7 +269,15 @@ impl Walk {
             let (head, body_at) = match self.next()? {
                 Ok(None) => break,
                 Ok(Some(found)) => found,
-                Err(what) => return Ok(Err(what)),
+                Err(what) => {
+                    (begun, fault) = (None, fault.or(Some(what)));
+                    let begins = |head: &RecordHead| head.kind == TYPE_SET_BEGIN;
+                    match find_head(&*self.file, &self.path, self.number, self.at + 1..self.end, begins)? {
+                        Some((found, _)) => self.at = found,
+                        None => break,
+                    }
+                    continue;
+                }
             };
             match head.kind {
                 TYPE_SET_BEGIN => begun = Some((offset, head)),
@@ -287,8 +299,8 @@ impl Walk {
                             units: end.units,
                             point: end.point,
                         }),
-                        (_, Err(what)) => fault = Some(what),
-                        _ => fault = Some(format!("the set before offset {} is not whole", self.at)),
+                        (_, Err(what)) => fault = fault.or(Some(what)),
+                        _ => fault = fault.or_else(|| Some(format!("the set before offset {} is not whole", self.at))),
                     }
                 }
                 other => {

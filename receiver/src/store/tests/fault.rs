@@ -143,3 +143,48 @@ fn a_stream_left_over_from_before_a_failure_cuts_nothing_off() {
     drop((new, store));
     host.guest.assert_stored(&store_in(&dir), 5, "after the old stream's end");
 }
+
+/// A journal whose newest segment has a break, and behind it a part that is durable: damage, and nothing of it is cut off, also
+/// when the disk fails while that is found out.
+#[test]
+fn a_read_that_fails_makes_no_torn_end_of_damage() {
+    let dir = Path::new("/state/journal");
+    let uuid = parse(UUID).unwrap();
+    let open = |disk: &SimDisk| {
+        vmdr_journal::Journal::open(Arc::new(disk.clone()), dir, *uuid.as_bytes(), 1, &mut |_, _| {})
+            .map(|(_, recovered)| recovered)
+    };
+    let broken = || {
+        let disk = SimDisk::new();
+        let (mut journal, _) =
+            vmdr_journal::Journal::open(Arc::new(disk.clone()), dir, *uuid.as_bytes(), 1, &mut |_, _| {}).unwrap();
+        for epoch in 1..=2 {
+            journal.begin(PartHead { generation: 1, epoch, part: 0, kind: Kind::Delta }).unwrap();
+            journal.end(PartTail { digest: vmdr_codec::Digest::new().halves(), ..PartTail::default() }).unwrap();
+        }
+        drop(journal);
+        let file = disk.open(&dir.join("00000001.seg"), vmdr_journal::Mode::Write).unwrap();
+        vmdr_journal::write_all(&*file, &[0; 4], 64).unwrap(); // The mark of the first record, behind the segment's header.
+        disk
+    };
+    let sound = open(&broken()).unwrap();
+    assert!(sound.torn.is_none() && sound.damage.len() == 1, "{sound:?}");
+    let mut refused = 0;
+    for after in 1.. {
+        let disk = broken();
+        let before = disk.reached(Fault::Read);
+        disk.fail(after, Fault::Read);
+        match open(&disk) {
+            Err(vmdr_journal::JournalError::Io { .. }) => refused += 1,
+            Err(error) => panic!("read {after}: {error}"),
+            Ok(recovered) => assert!(
+                recovered.torn.is_none() && recovered.damage == sound.damage,
+                "read {after} of {before}: {recovered:?}"
+            ),
+        }
+        if disk.reached(Fault::Read) < before + after {
+            break;
+        }
+    }
+    assert!(refused >= 5, "{refused}");
+}

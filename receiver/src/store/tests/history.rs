@@ -416,6 +416,16 @@ fn what_does_not_fit_goes_from_the_oldest_on_and_pinned_points_stay() {
     assert_eq!(store.retention(UUID).unwrap(), tiers());
 }
 
+/// Sends another epoch and applies it.
+fn go_on(store: &Store, host: &mut Host, epoch: u64) {
+    let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
+    for part in host.guest.epoch(&mut host.random, 1, epoch, Kind::Delta) {
+        part.send(&mut ingest).unwrap();
+    }
+    host.past.insert(epoch, host.guest.clone());
+    store.domain(UUID).unwrap().apply_all().unwrap();
+}
+
 #[test]
 fn one_flipped_bit_anywhere_in_the_history_is_noticed() {
     let dir = tempfile::tempdir().unwrap();
@@ -499,6 +509,24 @@ fn one_flipped_bit_anywhere_in_the_history_is_noticed() {
             let offered = store.points(UUID).unwrap().iter().filter(|point| !point.damaged).count();
             assert_eq!(offered, baseline - lost, "{context}");
             flips += 1;
+
+            // What comes after that is not lost behind it.
+            if flips % 4 == 0 {
+                let (mut later, mut newest) = (host.clone(), store);
+                for reopened in 0..2u64 {
+                    go_on(&newest, &mut later, 15 + reopened);
+                    drop(newest);
+                    newest = Store::open(copy.path(), by_hand()).unwrap();
+                    let points = newest.points(UUID).unwrap();
+                    let epochs: Vec<u64> = points.iter().map(|point| point.epoch).collect();
+                    let behind: Vec<u64> = (14..=15 + reopened).rev().collect();
+                    assert_eq!(epochs[..behind.len()], behind, "{context}");
+                    for point in &points[..behind.len()] {
+                        let reader = newest.read_point(UUID, Some(point.id())).unwrap();
+                        later.past[&point.epoch].assert_read(&reader, &context);
+                    }
+                }
+            }
         }
     }
     assert!(flips > 40 && by_scan > 10 && by_scan < flips && unneeded < flips / 2, "{flips} {by_scan} {unneeded}");

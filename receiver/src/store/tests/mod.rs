@@ -3,6 +3,7 @@
 mod crash;
 mod every;
 mod fault;
+mod fixtures;
 mod history;
 mod ownership;
 mod refuse;
@@ -326,7 +327,7 @@ impl Sent {
 }
 
 /// The protected host: a guest, its past, and the epoch that it is sending.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Host {
     pub random: Random,
     pub guest: Guest,

@@ -12,6 +12,9 @@ use super::Random;
 /// Bytes that a disk writes whole or not at all.
 const SECTOR_BYTES: usize = 512;
 
+/// Bytes that a file system reads before it writes some of them.
+const BLOCK_BYTES: u64 = 4096;
+
 /// What shall go wrong at the operation with the given number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
@@ -222,6 +225,18 @@ impl SimDisk {
         SimDisk(Arc::new(Mutex::new(state)))
     }
 
+    /// What is in the state directory, as files below `to`.
+    pub fn export(&self, to: &Path) {
+        let state = self.state();
+        for (path, node) in &state.names {
+            let Ok(name) = path.strip_prefix("/state") else { continue };
+            match node {
+                Node::Dir => std::fs::create_dir_all(to.join(name)).unwrap(),
+                Node::File(number) => std::fs::write(to.join(name), &state.files[number].live).unwrap(),
+            }
+        }
+    }
+
     /// Counts a changing operation and says whether it goes wrong.
     fn step(&self) -> io::Result<Option<Fault>> {
         let mut state = self.state();
@@ -379,6 +394,21 @@ impl SimFile {
     }
 }
 
+impl SimFile {
+    /// A block that is written in part is read first.
+    fn read_around(&self, written: std::ops::Range<u64>) -> io::Result<()> {
+        let state = self.disk.state();
+        let spoilt = |block: u64| {
+            let within = |(inode, at): &(u64, u64)| *inode == self.inode && at / BLOCK_BYTES == block;
+            state.unreadable.iter().any(within)
+        };
+        let (first, last) = (written.start / BLOCK_BYTES, written.end.saturating_sub(1) / BLOCK_BYTES);
+        let in_part = (!written.start.is_multiple_of(BLOCK_BYTES) && spoilt(first))
+            || (!written.end.is_multiple_of(BLOCK_BYTES) && spoilt(last));
+        if in_part && !written.is_empty() { Err(io::Error::from_raw_os_error(5)) } else { Ok(()) }
+    }
+}
+
 impl File for SimFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         self.disk.look()?;
@@ -396,6 +426,7 @@ impl File for SimFile {
 
     fn write_at(&self, slices: &mut [IoSlice<'_>], offset: u64) -> io::Result<()> {
         let all: Vec<u8> = slices.iter().flat_map(|slice| slice.to_vec()).collect();
+        self.read_around(offset..offset + all.len() as u64)?;
         match self.disk.step() {
             Ok(None) => {
                 self.change(Change::Write(offset, all));

@@ -339,7 +339,7 @@ fn a_record_of_damage_that_is_damaged_is_no_clean_bill() {
 /// Epoch `epoch`, with these units of the first disk, and the same device state and XML as before.
 fn rewrite(host: &mut Host, ingest: &mut Ingest, epoch: u64, units: std::ops::Range<usize>) {
     let mut encoder = Encoder::new();
-    let range = units.start * UNIT_BYTES..units.end * UNIT_BYTES;
+    let range = units.start * UNIT_BYTES..(units.end * UNIT_BYTES).min(host.guest.disks[0].len());
     host.guest.disks[0][range.clone()].fill(epoch as u8);
     encoder.disk_data(0, range.start as u64, &host.guest.disks[0][range]);
     encoder.device_state(&host.guest.device).unwrap();
@@ -486,6 +486,41 @@ fn a_sector_that_cannot_be_read_is_damage_and_no_failure() {
         assert!(good.contains(&5) && bad == [4], "{good:?} {bad:?}");
         assert_eq!(store.domains()[0].trouble, None);
     }
+}
+
+#[test]
+fn checksums_that_cannot_be_read_stop_nothing_and_come_anew() {
+    let disk = super::sim::SimDisk::new();
+    let sums = Path::new("/state").join(UUID).join("standby.1/disk/vda.sums");
+    let open = || Store::open_on(Arc::new(disk.clone()), Path::new("/state"), by_hand()).unwrap();
+    let mut host = host(10);
+    let store = open();
+    let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
+    host.cut();
+    host.send(&mut ingest, 0).unwrap();
+    rewrite(&mut host, &mut ingest, 2, 0..9);
+    let domain = store.domain(UUID).unwrap();
+    domain.apply_all().unwrap();
+
+    // One unit is written, whose sum lies in a block with all the others.
+    disk.lose_sector(&sums, 17);
+    rewrite(&mut host, &mut ingest, 3, 5..6);
+    domain.apply_all().unwrap();
+    assert_eq!(store.position(UUID).unwrap().epoch, 3);
+    drop((ingest, domain));
+    drop(store);
+    let store = open();
+    assert_eq!(store.position(UUID).unwrap().epoch, 3);
+
+    // What has no sum any more counts as damaged, until it is sent again.
+    assert!(!verified(&store, Scope::Newest).damaged.is_empty());
+    let units = host.guest.disks[0].len().div_ceil(UNIT_BYTES);
+    let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
+    rewrite(&mut host, &mut ingest, 4, 0..units);
+    store.domain(UUID).unwrap().apply_all().unwrap();
+    assert!(verified(&store, Scope::Newest).damaged.is_empty());
+    let (good, _) = offered(&store, &host, "sent again");
+    assert!(good.contains(&4), "{good:?}");
 }
 
 #[test]
