@@ -20,7 +20,7 @@ checkpoint of the whole guest (memory, devices, disks) many times a second and s
 site, which can resume the guest from the newest one: same processes, same memory, same disks.
 
 On the protected host:  doctor, prepare, protect, status, hold, release, suspend, resume, unprotect, move.
-At the backup site:     status, points, point, retention, verify, inspect, activate, forget.
+At the backup site:     status, points, point, retention, verify, inspect, activate, export, import, forget.
 After an activation:    reprotect and failback where the guest runs now; own and divergence where it ran.
 On both:                pair, peers, audit.";
 
@@ -394,6 +394,51 @@ pub enum Command {
         /// Also at a point that is known to be damaged, as it is
         #[arg(long)]
         damaged: bool,
+    },
+    /// Send a recovery point to object storage, encrypted (backup site)
+    ///
+    /// Ends when the point can be imported from there. Only what the storage lacks is sent, and only what changed since the
+    /// last export is read, where the history still tells that. It goes on when this command is ended; broken off, it goes on
+    /// where it was the next time. Storage, key, and exports by the clock are in [cold] of receiver.toml.
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Examples:\n  vmdr export web1                     the newest point\n  vmdr export web1 --point 3-990       this one, or one with this name\n  vmdr export web1 --prune             delete what the policy does not keep"
+    )]
+    Export {
+        /// Name or UUID
+        domain: Domain,
+        /// This point: GENERATION-EPOCH, or a name that it was given
+        #[arg(long, value_name = "ID", value_parser = point)]
+        point: Option<String>,
+        /// Export nothing: drop the points that `keep` does not ask for, and chunks that no point needs
+        #[arg(long, conflicts_with = "point")]
+        prune: bool,
+    },
+    /// Make a standby of a recovery point in object storage (backup site)
+    ///
+    /// Needs a receiver, the storage and the key, nothing else. Every chunk is checked. The standby is then listed by
+    /// `vmdr points` and activated by `vmdr activate`. Refused where there is a standby of the domain already. The storage
+    /// does not know who owns the guest: see to it that it runs nowhere else before you activate it.
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Examples:\n  vmdr import --from s3://backup/vmdr --list\n  vmdr import --from file:///mnt/vmdr --key-file /root/cold.key web1\n  vmdr import web1 --point 3-990           from the storage in receiver.toml"
+    )]
+    Import {
+        /// Name or UUID; with --list none means all
+        #[arg(required_unless_present = "list")]
+        domain: Option<Domain>,
+        /// s3://BUCKET/PREFIX or file:///DIRECTORY [default: as configured]
+        #[arg(long, value_name = "URL")]
+        from: Option<String>,
+        /// The master key, a file at the receiver [default: as configured]
+        #[arg(long, value_name = "PATH")]
+        key_file: Option<String>,
+        /// Only show what is there
+        #[arg(long, conflicts_with = "point")]
+        list: bool,
+        /// This point, GENERATION-EPOCH [default: the newest]
+        #[arg(long, value_name = "ID", value_parser = point)]
+        point: Option<String>,
     },
     /// Delete what is stored of a domain here (backup site)
     ///

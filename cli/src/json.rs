@@ -3,6 +3,8 @@
 //! [`VERSION`] rises when a field goes away or changes its meaning; fields may be added without that. `null` means
 //! "not known, or does not apply". Units are last in names; times are UTC.
 
+pub mod cold;
+
 use serde::Serialize;
 use vmdr_proto::control;
 
@@ -292,6 +294,7 @@ pub struct DomainStatus {
     damaged_points: Option<u64>,
     damage: Option<String>,
     alarm: Option<String>,
+    exported: Option<cold::Exported>,
     last_error: Option<String>,
     advice: Option<String>,
 }
@@ -373,6 +376,7 @@ impl DomainStatus {
             damaged_points: (daemon == Daemon::Receiver).then_some(verify.damaged_points),
             damage: word(&verify.damage),
             alarm: word(&status.alarm),
+            exported: cold::Exported::new(status),
             last_error: word(&status.last_error),
             advice: word(&status.advice),
         }

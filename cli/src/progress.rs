@@ -6,7 +6,7 @@
 use std::io::{IsTerminal, Write};
 
 use tonic::Streaming;
-use vmdr_proto::control::{ActivationReport, MoveReport, Progress, VerifyReport};
+use vmdr_proto::control::{ActivationReport, ExportReport, ImportReport, MoveReport, Progress, VerifyReport};
 
 use crate::client::Daemon;
 use crate::failure::Failure;
@@ -26,6 +26,10 @@ pub struct Outcome {
     pub moved: Option<MoveReport>,
     /// The last message of a verification carries it.
     pub verification: Option<VerifyReport>,
+    /// That of an export.
+    pub exported: Option<ExportReport>,
+    /// That of an import.
+    pub imported: Option<ImportReport>,
 }
 
 impl Outcome {
@@ -61,6 +65,8 @@ pub async fn follow(daemon: Daemon, request: &str, mut stream: Streaming<Progres
                 if progress.moved.is_some() {
                     outcome.moved = progress.moved;
                 }
+                outcome.exported = progress.exported.or(outcome.exported);
+                outcome.imported = progress.imported.or(outcome.imported);
             }
             Ok(None) => return Ok(outcome),
             Err(status) => return Err(Failure::from_status(daemon, request, &status)),

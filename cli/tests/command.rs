@@ -21,7 +21,7 @@ fn golden(name: &str, text: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn json_keeps_its_shape() {
     let host = Host::with_both();
-    let cases: [(&str, &[&str]); 28] = [
+    let cases: [(&str, &[&str]); 32] = [
         ("doctor.json", &["doctor", "web1"]),
         ("prepare.json", &["prepare", "web1"]),
         ("protect.json", &["protect", "web1"]),
@@ -35,6 +35,10 @@ async fn json_keeps_its_shape() {
         ("point.json", &["point", "create", "web1", "--name", "before-upgrade"]),
         ("retention.json", &["retention", "web1"]),
         ("activate-older.json", &["activate", "web1", "--yes", "--point", "3-990"]),
+        ("export.json", &["export", "web1", "--point", "3-990"]),
+        ("export-prune.json", &["export", "web1", "--prune"]),
+        ("cold-list.json", &["import", "--list"]),
+        ("import.json", &["import", "web1"]),
         ("activate-plan.json", &["activate", "web1", "--dry-run"]),
         ("activate.json", &["activate", "web1", "--yes"]),
         ("forget.json", &["forget", "web1", "--yes"]),
@@ -98,7 +102,7 @@ async fn verification_says_what_is_damaged_and_fails_for_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn tables_keep_their_shape() {
     let host = Host::with_both();
-    let cases: [(&str, &[&str]); 17] = [
+    let cases: [(&str, &[&str]); 21] = [
         ("doctor.txt", &["doctor", "web1"]),
         ("prepare.txt", &["prepare", "web1"]),
         ("protect.txt", &["protect", "web1"]),
@@ -110,6 +114,10 @@ async fn tables_keep_their_shape() {
         ("point.txt", &["point", "release", "web1", "--name", "before-upgrade"]),
         ("retention.txt", &["retention", "web1"]),
         ("activate-older.txt", &["activate", "web1", "--yes", "--before", "10m"]),
+        ("export.txt", &["export", "web1", "--point", "3-990"]),
+        ("export-prune.txt", &["export", "web1", "--prune"]),
+        ("cold-list.txt", &["import", "--list"]),
+        ("import.txt", &["import", "web1"]),
         ("activate-plan.txt", &["activate", "web1", "--dry-run"]),
         ("activate.txt", &["activate", "web1", "--yes"]),
         ("pair-token.txt", &["pair"]),
@@ -334,6 +342,33 @@ async fn any_other_answer_does_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn export_and_import_pass_on_what_was_asked() {
+    let host = Host::with_both();
+    host.run(&["export", "web1"]).await.succeeded();
+    let (url, key) = ("file:///mnt/vmdr", "/root/cold.key");
+    host.run(&["import", "--from", url, "--key-file", key, "--list", "web1"]).await.succeeded();
+    host.run(&["import", "--from", url, "--key-file", key, "web1", "--point", "3-990"]).await.succeeded();
+    assert_eq!(
+        host.calls(),
+        [
+            "receiver export web1  prune=false",
+            "receiver cold-list file:///mnt/vmdr /root/cold.key web1",
+            "receiver import file:///mnt/vmdr /root/cold.key web1 3-990",
+        ]
+    );
+    assert!(host.run(&["export", "busy"]).await.failed(5).contains("under way"));
+    assert!(host.run(&["import", "there"]).await.failed(1).contains("already"));
+    for arguments in [
+        &["import"][..],
+        &["import", "--list", "--point", "3-990"],
+        &["export"],
+        &["export", "web1", "--prune", "--point", "3-990"],
+    ] {
+        host.run(arguments).await.failed(2);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn forget_asks_for_the_name() {
     let host = Host::with_both();
     let ran = host.run_on_terminal(&["forget", "web2"], "web2\n", &[]).await;
@@ -436,6 +471,8 @@ async fn help_version_completions() {
         &["audit", "verify", "--help"],
         &["release", "--help"],
         &["protect", "-h"],
+        &["export", "--help"],
+        &["import", "--help"],
         &["--version"],
     ] {
         let ran = host.run(arguments).await;

@@ -2,8 +2,8 @@
 //!
 //! The first peer that opens a stream of a domain owns it, durably, in the domain's own control record; the operator can let others in
 //! (`vmdr peers grant`). Nobody else learns how far the domain has come or what it consists of, and nobody else can write to
-//! it. A domain of which nothing is stored belongs to nobody yet. One that was received before hosts were paired is nobody's, and
-//! nobody's stream is taken, until the operator has said whose it is: it could be any peer's.
+//! it. A domain of which nothing is stored belongs to nobody yet. One that was imported, or received before hosts were paired, is
+//! nobody's, and nobody's stream is taken, until the operator has said whose it is: it could be any peer's.
 
 use tonic::Status;
 use uuid::Uuid;
@@ -137,7 +137,8 @@ pub fn notices(receiver: &Receiver, domains: &[DomainSummary]) -> Vec<String> {
     let say = |domain: &DomainSummary| {
         let name = if domain.name.is_empty() { &domain.uuid } else { &domain.name };
         format!(
-            "{name} was received before hosts were paired, and no peer may send it: `vmdr peers grant {name} PEER` says whose it is"
+            "{name} is no peer's (imported, or received before hosts were paired), and none may send it: \
+             `vmdr peers grant {name} PEER` says whose it is"
         )
     };
     domains.iter().filter(nobodys).map(say).collect()

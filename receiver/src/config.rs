@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer};
 use vmdr_proto::{RECEIVER_PORT, RECEIVER_SOCKET};
 
+use crate::cold::ColdConfig;
 use crate::history;
 use crate::store::{Retention, StoreOptions};
 
@@ -54,6 +55,8 @@ pub struct Config {
     pub retention: RetentionConfig,
     /// How points are read again.
     pub verify: VerifyConfig,
+    /// Object storage for recovery points.
+    pub cold: ColdConfig,
     /// Bridges that have another name here: `"br0" = "br-dr"`.
     pub bridges: BTreeMap<String, String>,
 }
@@ -139,6 +142,7 @@ impl Default for Config {
             space_reserve_bytes: StoreOptions::default().space_reserve_bytes,
             retention: RetentionConfig::default(),
             verify: VerifyConfig::default(),
+            cold: ColdConfig::default(),
             bridges: BTreeMap::new(),
         }
     }
@@ -227,6 +231,9 @@ impl Config {
         if let Err(what) = config.retention.policy() {
             return Err(invalid(text.find("retention").unwrap_or(0), what));
         }
+        if let Err(what) = config.cold.check() {
+            return Err(invalid(text.find("[cold]").unwrap_or(0), what));
+        }
         Ok(config)
     }
 }
@@ -261,7 +268,10 @@ mod tests {
              agent_socket = \"/run/a.sock\"\ndivergence_days = 7\nidentity_dir = \"/srv/id\"\naudit_dir = \"/srv/audit\"\n\
              operator_group = \"vmdr\"\nreader_group = \"users\"\n[bridges]\n\"br0\" = \"br-dr\"\n\
              [verify]\nbytes_per_second = 1000\nevery_seconds = 86400\nall = true\n\
-             [retention]\nbudget_bytes = 2097152\ntiers = [{ every_seconds = 0, for_seconds = 60 }]\n",
+             [retention]\nbudget_bytes = 2097152\ntiers = [{ every_seconds = 0, for_seconds = 60 }]\n\
+             [cold]\nurl = \"s3://b/p\"\nendpoint = \"https://s\"\nregion = \"r\"\nkey_file = \"/k\"\nold_key_files = [\"/o\"]\n\
+             every_seconds = 3600\ndomains = [\"web1\"]\nkeep = [{ every_seconds = 1, for_seconds = 2 }]\n\
+             grace_seconds = 7\nbytes_per_second = 8\nparallel = 9\n",
         )
         .unwrap();
         let expected = Config {
@@ -283,6 +293,20 @@ mod tests {
                 tiers: vec![TierConfig { every_seconds: 0, for_seconds: 60 }],
             },
             verify: VerifyConfig { bytes_per_second: 1000, every_seconds: 86400, all: true },
+            cold: ColdConfig {
+                url: "s3://b/p".to_owned(),
+                endpoint: "https://s".to_owned(),
+                region: "r".to_owned(),
+                key_file: Some("/k".into()),
+                key_credential: String::new(),
+                old_key_files: vec!["/o".into()],
+                every_seconds: 3600,
+                domains: vec!["web1".to_owned()],
+                keep: vec![TierConfig { every_seconds: 1, for_seconds: 2 }],
+                grace_seconds: 7,
+                bytes_per_second: 8,
+                parallel: 9,
+            },
             bridges: BTreeMap::from([("br0".to_owned(), "br-dr".to_owned())]),
         };
         assert_eq!(config, expected);
@@ -303,6 +327,10 @@ mod tests {
             ("[bridges]\nbr0 = 3", "2:7: ", "string"),
             ("[retention]\nbudget_bytes = 5", "1:2: ", "at least"),
             ("[retention]\ntiers = [{ every_seconds = 9, for_seconds = 8 }]", "1:2: ", "no sense"),
+            ("[cold]\nurl = \"s3://b\"", "1:1: ", "without a key"),
+            ("[cold]\nkey_file = \"k\"", "1:1: ", "absolute"),
+            ("[cold]\nurl = \"s3://b\"\nkey_file = \"/k\"\nevery_seconds = 3", "1:1: ", "at least"),
+            ("[cold]\nkeep = [{ every_seconds = 9, for_seconds = 8 }]", "1:1: ", "no sense"),
         ] {
             let error = parse(text).unwrap_err().to_string();
             let rest = error.strip_prefix("/etc/vmdr/receiver.toml:").unwrap();

@@ -11,9 +11,10 @@ use uuid::Uuid;
 use vmdr_daemon::ownership::{Event, Ownerships};
 use vmdr_proto::control::receiver_server::Receiver as Service;
 use vmdr_proto::control::{
-    ActivateRequest, ActivationPlan, ActivationReport, DivergenceReply, DivergenceRequest, DomainRequest, DomainStatus,
-    ForgetReply, GivenUp, GrantReply, GrantRequest, Point, PointRequest, PointsReply, Progress, RetentionReply,
-    RetentionRequest, StatusReply, StatusRequest, VerifyReport, VerifyRequest, VerifyStatus,
+    ActivateRequest, ActivationPlan, ActivationReport, ColdListReply, ColdListRequest, DivergenceReply,
+    DivergenceRequest, DomainRequest, DomainStatus, ExportRequest, ForgetReply, GivenUp, GrantReply, GrantRequest,
+    ImportRequest, Point, PointRequest, PointsReply, Progress, RetentionReply, RetentionRequest, StatusReply,
+    StatusRequest, VerifyReport, VerifyRequest, VerifyStatus,
 };
 use vmdr_proto::replication::RefusedCode;
 
@@ -24,6 +25,7 @@ use crate::activate::record::{PointId, Step};
 use crate::activate::run::{Activated, Activation, Standby, age_seconds, unix_ns};
 use crate::activate::thaw;
 use crate::activate::{ActivateError, plan};
+use crate::cold;
 use crate::daemon::Receiver;
 use crate::history;
 use crate::reverse::divergence;
@@ -105,6 +107,7 @@ pub(crate) fn find(receiver: &Receiver, wanted: &str) -> Result<(Uuid, DomainSum
 fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
     let uuid = Uuid::parse_str(&domain.uuid).unwrap_or_default();
     let now = receiver.seconds();
+    let exported = cold::export::record(&receiver.domain_directory(uuid)).filter(|r| r.exported_unix_ns > 0);
     let age = (domain.position.epoch > 0).then(|| age_seconds(domain.cut_unix_ns, unix_ns(SystemTime::now())));
     let record = receiver.active_directory(uuid).read(uuid);
     let active = matches!(&record, Ok(Some(r)) if matches!(r.step, Step::Running { .. }));
@@ -190,6 +193,9 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
         verify: Some(verify),
         belongs_to: access.owner.map(|id| receiver.peer_shown(&id)).unwrap_or_default(),
         granted: access.granted.iter().map(|id| receiver.peer_shown(id)).collect(),
+        exported_unix_ns: exported.as_ref().map_or(0, |record| record.exported_unix_ns),
+        exported_point: exported.map(|record| record.point).unwrap_or_default(),
+        export_error: receiver.cold.exported(uuid).error,
         ..DomainStatus::default()
     }
 }
@@ -527,5 +533,35 @@ impl Service for ControlService {
     async fn forget(&self, request: Request<DomainRequest>) -> Result<Response<ForgetReply>, Status> {
         let wanted = request.into_inner().domain;
         self.blocking(move |receiver| forget(receiver, &wanted)).await
+    }
+
+    type ExportStream = ReceiverStream<Result<Progress, Status>>;
+
+    async fn export(&self, request: Request<ExportRequest>) -> Result<Response<Self::ExportStream>, Status> {
+        let ExportRequest { domain, point, prune } = request.into_inner();
+        let found = self.blocking(move |receiver| {
+            let (uuid, summary) = find(receiver, &domain)?;
+            let asked = ActivateRequest { point, ..ActivateRequest::default() };
+            let point = if prune { None } else { history::choose(&receiver.store, &uuid.to_string(), &asked)? };
+            Ok((uuid, summary.name, point))
+        });
+        let (uuid, name, point) = found.await?.into_inner();
+        let wanted = cold::export::Wanted { point, export: !prune, prune };
+        let (messages, stream) = mpsc::channel(PROGRESS_MAX);
+        // Not ended with the client's interest: whoever wants it ended ends the receiver.
+        tokio::spawn(cold::requests::export(Arc::clone(&self.receiver), (uuid, name), wanted, messages));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn cold_list(&self, request: Request<ColdListRequest>) -> Result<Response<ColdListReply>, Status> {
+        cold::requests::list(&self.receiver, request.into_inner()).await.map(Response::new)
+    }
+
+    type ImportStream = ReceiverStream<Result<Progress, Status>>;
+
+    async fn import(&self, request: Request<ImportRequest>) -> Result<Response<Self::ImportStream>, Status> {
+        let (messages, stream) = mpsc::channel(PROGRESS_MAX);
+        tokio::spawn(cold::requests::import(Arc::clone(&self.receiver), request.into_inner(), messages));
+        Ok(Response::new(ReceiverStream::new(stream)))
     }
 }

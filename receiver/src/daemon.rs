@@ -29,6 +29,7 @@ use vmdr_trust::Trust;
 
 use crate::activate::run::{age_seconds, unix_ns};
 use crate::activate::{Settings, record::ActiveDirectory};
+use crate::cold::{self, Cold};
 use crate::config::Config;
 use crate::control::ControlService;
 use crate::metrics::{DomainSample, Metrics, Sample};
@@ -94,6 +95,8 @@ pub struct Receiver {
     pub reversals: Mutex<HashMap<Uuid, Reversal>>,
     /// Who reads points again.
     pub verifier: Verifier,
+    /// Object storage.
+    pub cold: Cold,
     sessions: Mutex<HashMap<Uuid, Session>>,
     activations: Mutex<HashMap<Uuid, Arc<tokio::sync::Mutex<()>>>>,
     started: Instant,
@@ -111,6 +114,7 @@ impl Receiver {
         let audit = Audit::open(&config.audit_dir, "receiver")?;
         let trust = Trust::open(&config.identity_dir, audit.clone()).context("this host's identity")?;
         Ok(Receiver {
+            cold: Cold::new(config.cold.clone()),
             config,
             audit,
             trust,
@@ -262,6 +266,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tokio::spawn(reverse::expire_for_ever(Arc::clone(&receiver)));
     let mut agents = tokio::spawn(agents);
     let mut control = tokio::spawn(control);
+    tokio::spawn(cold::schedule::run(Arc::clone(&receiver)));
     tracing::info!(%address, state_dir = %receiver.config.state_dir.display(), "ready");
 
     tokio::select! {
@@ -277,6 +282,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         }
     }
     receiver.ending.send_replace(true);
+    receiver.cold.end();
     let both = async { (agents.await, control.await) };
     if tokio::time::timeout(SHUTDOWN_TIME_MAX, both).await.is_err() {
         tracing::warn!("something is still being answered; ending without it");

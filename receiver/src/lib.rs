@@ -6,12 +6,14 @@
 //!   [`hashes`]: what an agent that resyncs compares with.
 //! - [`activate`]: from a recovery point to a running guest, once.
 //! - [`takeover`]: a guest that its owner hands over; [`reverse`]: a standby made of a former owner's disks.
+//! - [`cold`]: recovery points to and from object storage.
 //! - [`control`]: the `vmdr` command's requests.
 //! - [`verify`]: points are read again in the background.
 //! - [`daemon`]: all of it together; [`config`], [`metrics`], [`stats`].
 
 pub mod access;
 pub mod activate;
+pub mod cold;
 pub mod config;
 pub mod control;
 pub mod daemon;

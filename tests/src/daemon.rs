@@ -74,6 +74,11 @@ pub struct Daemon {
 impl Daemon {
     /// Starts a daemon with this configuration file (TOML) and waits until its control socket is there.
     pub fn start(site: &Site, program: Program, config: &str) -> Result<Self> {
+        Self::start_with(site, program, config, &[])
+    }
+
+    /// The same with these variables in its environment.
+    pub fn start_with(site: &Site, program: Program, config: &str, environment: &[(&str, &str)]) -> Result<Self> {
         let path = site.path(program.config());
         fs::write(&path, config).with_context(|| format!("write {}", path.display()))?;
         let socket = site.path(program.socket());
@@ -84,6 +89,7 @@ impl Daemon {
         let binary = binary(program.name())?;
         let mut command = site.command("bash");
         command.env("LOG", log_path(site, program)).args(["-c", DETACH, "vmdr-rig-detach"]).arg(&binary);
+        command.envs(environment.iter().copied());
         let printed = exec::run(command.args(["--config", program.config()]))?;
         let inside = printed.trim().parse().with_context(|| format!("read a process id from {printed:?}"))?;
         // One that ended at once is found below by what it logged.

@@ -32,6 +32,7 @@ pub struct Scene {
     pub guest: GuestSpec,
     agent_config: String,
     receiver_config: String,
+    receiver_environment: Vec<(&'static str, &'static str)>,
 }
 
 impl Scene {
@@ -69,7 +70,9 @@ impl Scene {
         prepare: impl FnOnce(&Rig, &GuestSpec) -> Result<T>,
     ) -> Result<(Self, T)> {
         let agent_config = format!("receiver = \"{receiver}\"\n");
-        let mut scene = Self { agent: None, receiver: None, rig, guest, agent_config, receiver_config: String::new() };
+        let (receiver_config, receiver_environment) = (String::new(), Vec::new());
+        let mut scene =
+            Self { agent: None, receiver: None, rig, guest, agent_config, receiver_config, receiver_environment };
         scene.start_receiver()?;
         scene.start_agent()?;
         let prepared = prepare(&scene.rig, &scene.guest)?;
@@ -87,6 +90,11 @@ impl Scene {
         self.receiver_config.push_str(lines);
     }
 
+    /// Adds a variable to the receiver's environment, for its next start.
+    pub fn set_receiver_environment(&mut self, name: &'static str, value: &'static str) {
+        self.receiver_environment.push((name, value));
+    }
+
     /// Starts the agent, or starts it again.
     pub fn start_agent(&mut self) -> Result<()> {
         self.agent = None;
@@ -97,7 +105,8 @@ impl Scene {
     /// Starts the receiver, or starts it again.
     pub fn start_receiver(&mut self) -> Result<()> {
         self.receiver = None;
-        self.receiver = Some(Daemon::start(self.rig.site(At::B), Program::Receiver, &self.receiver_config)?);
+        let (site, environment) = (self.rig.site(At::B), &self.receiver_environment);
+        self.receiver = Some(Daemon::start_with(site, Program::Receiver, &self.receiver_config, environment)?);
         Ok(())
     }
 

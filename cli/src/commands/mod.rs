@@ -12,6 +12,7 @@ use crate::text;
 
 mod audit;
 mod backup_side;
+mod cold;
 mod history;
 mod ownership;
 mod peers;
@@ -66,6 +67,14 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
                 backup_side::Which { point: point.clone(), at_unix_ns: *at, before: *before, damaged: *damaged };
             let options = backup_side::Activate { dry_run: *dry_run, yes: *yes, wait: *wait, which };
             backup_side::activate(common, out, domain, options).await
+        }
+        Command::Export { domain, point, prune } => cold::export(common, out, domain, point.as_deref(), *prune).await,
+        Command::Import { domain, from, key_file, list, point } => {
+            let (from, key_file) = (from.as_deref(), key_file.as_deref());
+            match domain {
+                Some(domain) if !*list => cold::import(common, out, domain, from, key_file, point.as_deref()).await,
+                domain => cold::list(common, out, domain.as_ref(), from, key_file).await,
+            }
         }
         Command::Forget { domain, yes } => backup_side::forget(common, out, domain, *yes).await,
         Command::Pair { with: None, valid } => peers::show_token(common, out, *valid).await,

@@ -103,6 +103,7 @@ fn table(out: Out, rows: &Rows) -> String {
             ("  last error: ", &status.last_error),
             ("  no application-consistent point: ", &status.application_error),
             ("  alarm: ", &status.alarm),
+            ("  export: ", &status.export_error),
             ("  advice: ", &status.advice),
         ];
         for (label, sentence) in sentences {

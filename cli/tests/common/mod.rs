@@ -514,6 +514,94 @@ impl Receiver for Daemon {
         Ok(Response::new(GrantReply { owner: "site-a (0123456789ab)".into(), granted: vec![peer] }))
     }
 
+    type ExportStream = Stream;
+
+    async fn export(&self, request: Request<ExportRequest>) -> Result<Response<Stream>, Status> {
+        let ExportRequest { domain, point, prune } = request.into_inner();
+        self.calls.lock().unwrap().push(format!("receiver export {domain} {point} prune={prune}"));
+        if domain == "busy" {
+            return Err(Status::already_exists("an export, prune or import of busy is under way already"));
+        }
+        let mut report = ExportReport {
+            name: "web1".to_owned(),
+            uuid: UUID.to_owned(),
+            url: "s3://backup/vmdr".to_owned(),
+            ..ExportReport::default()
+        };
+        if prune {
+            report.pruned = Some(PruneReport {
+                kept: 7,
+                dropped: vec!["3-1".to_owned(), "3-2".to_owned()],
+                deleted_chunks: 12,
+                marked_chunks: 3,
+            });
+        } else {
+            report.point = "3-990".to_owned();
+            report.cut_unix_ns = CUT_UNIX_NS;
+            report.base = "3-500".to_owned();
+            report.total_bytes = 4 << 30;
+            report.read_bytes = 300 << 20;
+            report.sent_chunks = 211;
+            report.sent_bytes = 90 << 20;
+            report.seconds = 12.5;
+            report.rewrapped = point == "3-990";
+        }
+        let far =
+            Progress { step: "export".to_owned(), done: 1, total: 2, unit: "bytes".to_owned(), ..Progress::default() };
+        let last = Progress { exported: Some(report), ..Progress::default() };
+        Ok(stream(vec![Ok(far), Ok(last)]))
+    }
+
+    async fn cold_list(&self, request: Request<ColdListRequest>) -> Result<Response<ColdListReply>, Status> {
+        let ColdListRequest { from, key_file, domain } = request.into_inner();
+        self.calls.lock().unwrap().push(format!("receiver cold-list {from} {key_file} {domain}"));
+        let point = ColdPoint {
+            id: "3-990".to_owned(),
+            cut_unix_ns: CUT_UNIX_NS,
+            consistency: "crash".to_owned(),
+            exported_unix_ns: CUT_UNIX_NS,
+            ram_bytes: 2 << 30,
+            disk_bytes: 20 << 30,
+            chunks: 5000,
+            damage: String::new(),
+        };
+        let bad =
+            ColdPoint { id: "3-1".to_owned(), damage: "it is cut\x1b[2J short".to_owned(), ..ColdPoint::default() };
+        let good = ColdDomain {
+            uuid: UUID.to_owned(),
+            name: "web1".to_owned(),
+            points: vec![point, bad],
+            error: String::new(),
+        };
+        let closed = ColdDomain {
+            uuid: UUID.replace('1', "9"),
+            error: "it is sealed under key 77".to_owned(),
+            ..ColdDomain::default()
+        };
+        Ok(Response::new(ColdListReply { url: "s3://backup/vmdr".to_owned(), domains: vec![good, closed] }))
+    }
+
+    type ImportStream = Stream;
+
+    async fn import(&self, request: Request<ImportRequest>) -> Result<Response<Stream>, Status> {
+        let ImportRequest { from, key_file, domain, point } = request.into_inner();
+        self.calls.lock().unwrap().push(format!("receiver import {from} {key_file} {domain} {point}"));
+        if domain == "there" {
+            return Err(Status::failed_precondition("there is a standby of there here already"));
+        }
+        let report = ImportReport {
+            name: "web1".to_owned(),
+            uuid: UUID.to_owned(),
+            point: "3-990".to_owned(),
+            cut_unix_ns: CUT_UNIX_NS,
+            total_bytes: 22 << 30,
+            read_bytes: 5 << 30,
+            seconds: 61.0,
+        };
+        let last = Progress { imported: Some(report), ..Progress::default() };
+        Ok(stream(vec![Ok(last)]))
+    }
+
     async fn forget(&self, request: Request<DomainRequest>) -> Result<Response<ForgetReply>, Status> {
         self.asked("forget", &request.into_inner().domain)?;
         Ok(Response::new(ForgetReply { freed_bytes: 3 << 30 }))

@@ -16,7 +16,9 @@ use prost::Message;
 use tonic::body::Body;
 use tonic::{Code, Status};
 use vmdr_audit::{Audit, Entry, Outcome};
-use vmdr_proto::control::{ActivateRequest, DivergenceRequest, DomainRequest, OwnRequest};
+use vmdr_proto::control::{
+    ActivateRequest, DivergenceRequest, DomainRequest, ExportRequest, ImportRequest, OwnRequest,
+};
 
 use crate::caller::{Caller, Role};
 use crate::socket::refuse;
@@ -151,6 +153,15 @@ fn decided(method: &str, message: &[u8]) -> String {
         "Divergence" => match DivergenceRequest::decode(message) {
             Ok(DivergenceRequest { drop: true, .. }) => "drop".to_owned(),
             _ => String::new(),
+        },
+        "Export" => match ExportRequest::decode(message) {
+            Ok(ExportRequest { prune: true, .. }) => "prune".to_owned(),
+            _ => String::new(),
+        },
+        // Its subject is where it comes from.
+        "Import" => match ImportRequest::decode(message) {
+            Ok(ImportRequest { domain, point, .. }) => format!("domain {domain} {point}").trim_end().to_owned(),
+            Err(_) => String::new(),
         },
         "Activate" => match ActivateRequest::decode(message) {
             Ok(ActivateRequest { point, damaged, .. }) => {

@@ -21,6 +21,7 @@ use vmdr_journal::{
 };
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::EXPORTED_FILE;
 use super::apply::same_files;
 use super::catalog::{Chain, PointId};
 use super::domain::standby_dir;
@@ -282,6 +283,7 @@ impl<'a> Looked<'a> {
                         self.damage(&path, None, "it does not match its checksum: it counts as if it were not there");
                     }
                 }
+                EXPORTED_FILE => self.file(&path, "which point was last sent to object storage"),
                 "active" => self.file(&path, "an activation: its record and overlays"),
                 _ if name.starts_with("damaged-standby.") => {
                     self.file(&path, "a standby that was moved aside as damaged")

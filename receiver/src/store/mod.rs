@@ -23,6 +23,7 @@
 //! UUID/standby.N/history/NNNNNNNN.seg what leads back from the standby to older points
 //! UUID/standby.N/kept                 somebody else needs the directory: it is not removed
 //! UUID/verified                       when points were last verified
+//! UUID/exported                       which point was last sent to object storage, see `cold`
 //! ```
 
 mod access;
@@ -74,6 +75,8 @@ pub use wire::{part_head, part_tail};
 
 /// A file in a standby's directory that keeps it from being removed: disks of a guest that ran here lie over it.
 pub const KEPT: &str = "kept";
+/// Which point was last sent to object storage. It is removed when epochs are lost: their numbers then come again.
+pub(crate) const EXPORTED_FILE: &str = "exported";
 /// Prefix of a domain's directory while it is being removed.
 const FORGOTTEN: &str = ".forgotten-";
 

@@ -5,7 +5,8 @@
 //! - Every byte it gives is of its point, whatever is applied, thinned out or seeded meanwhile. As long as it lives, its
 //!   point and what leads there is kept.
 //! - Every before-image was checked against its checksums, when the reader was opened and again when it is read, and what is
-//!   read of the standby's images too. Damage is an error, unless the reader was opened to have what is left.
+//!   read of the standby's images too. Damage is an error, unless the reader was opened to have what is left. So is every
+//!   read after the domain was forgotten.
 //! - It holds up the standby's next batch only for the time of one `read`.
 //!
 //! Opening costs what lies between the point and the standby, in time and, some 100 bytes for each unit of 4 KiB, in memory.
@@ -22,7 +23,7 @@ use vmdr_journal::{
 
 use super::StoreError;
 use super::apply::{self, Applier};
-use super::catalog::{Catalog, PointId};
+use super::catalog::{Catalog, Chain, PointId};
 use super::domain::Domain;
 use super::flaws::Flaw;
 use super::images::read_units;
@@ -331,14 +332,18 @@ impl PointReader {
         Ok(own.min(older).min(length))
     }
 
-    /// The ranges in which this point may be other than an older one, which must lie on the same way back.
+    /// The ranges in which this point may be other than an older one, which must lie on the same way back. It need not be a
+    /// point any more: where it was thinned out, what changed in the epochs around it is told too.
     pub fn changed_since(&self, older: PointId) -> Result<Vec<Change>, StoreError> {
         let sets = {
             let catalog = self.domain.catalog();
-            let chain = catalog.chain(self.dir).filter(|chain| chain.has(older) && older.epoch <= self.id.epoch);
+            let reaches = |chain: &&Chain| {
+                older.generation == chain.standby.generation && (chain.floor()..=self.id.epoch).contains(&older.epoch)
+            };
+            let chain = catalog.chain(self.dir).filter(reaches);
             let chain = chain.ok_or_else(|| self.domain.no_such_point(older))?;
-            let sets = chain.back_to(older.epoch).iter().copied();
-            sets.take_while(|set| set.to <= self.id.epoch).collect::<Vec<Set>>()
+            let sets = chain.sets.iter().filter(|set| set.to > older.epoch && set.to <= self.id.epoch);
+            sets.copied().collect::<Vec<Set>>()
         };
         let dir = standby::history_dir(&self.domain.standby_dir(self.dir));
         let mut index = Index::default();
@@ -448,6 +453,10 @@ impl PointReader {
     fn follow(&self, state: &mut State, applier: Option<&Applier>) -> Result<(), StoreError> {
         let domain = &*self.domain;
         let gone = || StoreError::NoSuchPoint { domain: domain.id.clone(), point: self.id.to_string() };
+        // Forgotten: an image that is gone with its directory must not be taken for one that never was, which reads as zeroes.
+        if domain.shared().closing {
+            return Err(gone());
+        }
         if let Some(applier) = applier.filter(|applier| applier.durable.dir == self.dir)
             && (applier.interrupted || applier.blind_until > applier.durable.epoch)
         {

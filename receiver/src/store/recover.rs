@@ -25,7 +25,7 @@ use super::images::StandbyFiles;
 use super::standby::{self, read_layout};
 use super::thin::is_kept;
 use super::verified;
-use super::{Position, StoreError, StoreOptions};
+use super::{EXPORTED_FILE, Position, StoreError, StoreOptions};
 
 /// Prefix of a standby that may be a mixture, kept for a desperate operator until a new seed is whole.
 const DAMAGED: &str = "damaged-standby.";
@@ -143,6 +143,7 @@ impl Domain {
 
     /// Applies what is good, moves the journal aside and notes why.
     fn quarantine(&self, what: &str, durable: u64) -> Result<(), StoreError> {
+        self.forget_exported()?;
         self.apply_all()?;
         let note = format!("{what}; the recovery point is epoch {durable}, later ones were lost, a new seed is needed");
         self.change_control(|control| control.damage = Some(note.clone()))?;
@@ -157,6 +158,16 @@ impl Domain {
 }
 
 impl Domain {
+    /// Epochs are lost, and others will have their numbers: what was exported under them is nothing to build on.
+    fn forget_exported(&self) -> Result<(), StoreError> {
+        let path = self.dir.join(EXPORTED_FILE);
+        match self.disk.remove_file(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(self.failure(JournalError::io("remove", &path)(e))),
+            Ok(()) => self.disk.sync_dir(&self.dir).map_err(|e| self.failure(JournalError::io("sync", &self.dir)(e))),
+        }
+    }
+
     /// Moves journal and standby aside and notes why: there is no recovery point.
     fn give_up(&self, what: &str, standby: Standby) -> Result<(), StoreError> {
         let Standby { dir, epoch, applying, .. } = standby;
@@ -167,6 +178,7 @@ impl Domain {
             aside.display()
         );
         tracing::error!(domain = %self.id, "{note}");
+        self.forget_exported()?;
         let mut ingest = self.ingest();
         let mut files = self.standby();
         *files = None;

@@ -35,6 +35,10 @@ pub struct Daemon {
     pub directory: TempDir,
     pub address: SocketAddr,
     pub metrics: SocketAddr,
+    /// Further lines of its configuration.
+    pub config: String,
+    /// Further variables of its environment.
+    pub environment: Vec<(&'static str, &'static str)>,
     child: Option<Child>,
 }
 
@@ -53,14 +57,20 @@ pub fn program() -> Command {
 
 impl Daemon {
     pub async fn start() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let mut daemon = Daemon { directory, address: free_address(), metrics: free_address(), child: None };
+        Self::start_with("", &[]).await
+    }
+
+    /// The same with these further lines in its configuration and variables in its environment.
+    pub async fn start_with(config: &str, environment: &[(&'static str, &'static str)]) -> Self {
+        let (directory, config) = (tempfile::tempdir().unwrap(), config.to_owned());
+        let (address, metrics, environment) = (free_address(), free_address(), environment.to_vec());
+        let mut daemon = Daemon { directory, address, metrics, config, environment, child: None };
         daemon.introduce(AGENT);
         daemon.start_again().await;
         daemon
     }
 
-    pub fn config(&self) -> PathBuf {
+    pub fn config_file(&self) -> PathBuf {
         self.directory.path().join("receiver.toml")
     }
 
@@ -79,16 +89,17 @@ impl Daemon {
     fn write_config(&self) {
         let config = format!(
             "listen = \"{}\"\nmetrics_listen = \"{}\"\nstate_dir = {:?}\naudit_dir = {:?}\nidentity_dir = {:?}\nownership_dir = {:?}\ncontrol_socket = {:?}\nspace_reserve_bytes = 0\n\
-             libvirt_uri = \"qemu+unix:///system?socket=/nonexistent/vmdr-test\"\n",
+             libvirt_uri = \"qemu+unix:///system?socket=/nonexistent/vmdr-test\"\n{}",
             self.address,
             self.metrics,
             self.state(),
             self.directory.path().join("audit"),
             self.directory.path().join("identity"),
             self.ownerships(),
-            self.socket()
+            self.socket(),
+            self.config
         );
-        std::fs::write(self.config(), config).unwrap();
+        std::fs::write(self.config_file(), config).unwrap();
     }
 
     /// Starts it, and waits until it answers.
@@ -97,7 +108,8 @@ impl Daemon {
         let log = std::fs::File::options().create(true).append(true).open(self.directory.path().join("log")).unwrap();
         let child = program()
             .arg("--config")
-            .arg(self.config())
+            .arg(self.config_file())
+            .envs(self.environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
@@ -117,7 +129,7 @@ impl Daemon {
 
     /// A second receiver with the same configuration.
     pub fn start_beside(&self) -> Output {
-        program().arg("--config").arg(self.config()).output().unwrap()
+        program().arg("--config").arg(self.config_file()).output().unwrap()
     }
 
     pub fn log(&self) -> String {

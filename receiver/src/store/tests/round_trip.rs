@@ -87,6 +87,28 @@ fn the_files_are_the_guest_and_nothing_is_left_over() {
 }
 
 #[test]
+fn a_point_whose_domain_is_forgotten_while_it_is_read_does_not_turn_into_zeroes() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store_in(&dir);
+    let mut host = Host::new(98);
+    let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
+    for _ in 0..5 {
+        host.cut();
+        host.send(&mut ingest, 0).unwrap();
+    }
+    drop(ingest);
+    let reader = store.read_point(UUID, None).unwrap();
+    store.forget(UUID).unwrap();
+    let arrays: Vec<_> = reader.arrays().filter(|array| reader.length(*array) > 0).collect();
+    assert!(arrays.len() > 1);
+    for array in arrays {
+        let read = reader.read(array, 0, &mut [0; 4096]);
+        assert!(matches!(read, Err(StoreError::NoSuchPoint { .. })), "{array:?}: {read:?}");
+        assert!(reader.data_from(array, 0).is_err(), "{array:?}");
+    }
+}
+
+#[test]
 fn unwritten_memory_and_disks_take_no_space() {
     let dir = tempfile::tempdir().unwrap();
     let store = store_in(&dir);
