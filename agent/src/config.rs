@@ -50,6 +50,14 @@ pub struct Config {
     pub cut_limit_ms: u64,
     /// Bytes per second at which disks are copied first; 0: no limit.
     pub disk_copy_bytes_per_second: u64,
+    /// Who this host is and which hosts it trusts; both daemons of a host use the same directory.
+    pub identity_dir: PathBuf,
+    /// Append-only record of what was done and refused; the receiver of this host uses the same directory.
+    pub audit_dir: PathBuf,
+    /// Group whose members may do everything on the control socket, as root may; none: root alone.
+    pub operator_group: Option<String>,
+    /// Group whose members may look.
+    pub reader_group: Option<String>,
     /// The clocks of guests with vmdr's tools are kept with this host's.
     pub guest_clock: bool,
     /// How long a guest may take to bring its file systems to rest for an application-consistent point, in milliseconds.
@@ -83,6 +91,10 @@ impl Default for Config {
             cut_pages_max: CUT_PAGES_MAX,
             cut_limit_ms: CUT_LIMIT_MS,
             disk_copy_bytes_per_second: 0,
+            identity_dir: vmdr_trust::DIRECTORY.into(),
+            audit_dir: vmdr_audit::DIRECTORY.into(),
+            operator_group: None,
+            reader_group: None,
             guest_clock: true,
             freeze_limit_ms: 20_000,
             frozen_limit_ms: 5_000,

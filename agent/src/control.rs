@@ -8,9 +8,13 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
+use vmdr_daemon::caller::Groups;
+use vmdr_daemon::guard::Guard;
+use vmdr_daemon::host::HostService;
 use vmdr_daemon::ownership::Role;
+use vmdr_daemon::socket::incoming;
 use vmdr_hypervisor::domain_xml::own_qmp_socket;
 use vmdr_hypervisor::libvirt::Connection;
 use vmdr_proto::REPLICATION_VERSION;
@@ -20,7 +24,9 @@ use vmdr_proto::control::{
     OwnRequest, Point, PointRequest, PrepareReply, Progress, ProtectRequest, ReleaseReply, ResumeReply, StatusReply,
     StatusRequest, SuspendReply, UnprotectReply,
 };
+use vmdr_proto::host::host_server::HostServer;
 use vmdr_proto::replication::{NamePointRequest, ProbeReply, ProbeRequest};
+use vmdr_trust::Trust;
 
 use crate::config::check_interval;
 use crate::daemon::Agent;
@@ -32,7 +38,7 @@ use crate::quiesce;
 use crate::registry::Protection;
 use crate::session::{Answer, Input, Phase, Session};
 
-const RECEIVER_REMEDY: &str = "start vmdr-receiver there, or correct the address";
+const RECEIVER_REMEDY: &str = "start vmdr-receiver there, correct the address, or pair the two hosts (`vmdr pair`)";
 /// How long a session may take for what it was asked, the receiver's acknowledgement included.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 /// Reports to a command that does not read; what was asked for does not wait for it.
@@ -45,11 +51,17 @@ const PROGRESS_LOOK: Duration = Duration::from_millis(100);
 
 type Reports = Pin<Box<dyn tokio_stream::Stream<Item = Result<Progress, Status>> + Send>>;
 
+/// What those may ask who may only look.
+const READABLE: &[&str] = &["Doctor", "Peers", "Status"];
+
 /// Serves it for ever.
-pub async fn serve(listener: UnixListener, agent: Agent) -> anyhow::Result<()> {
+pub async fn serve(listener: UnixListener, groups: Groups, agent: Agent) -> anyhow::Result<()> {
+    let audit = agent.audit.clone();
     tonic::transport::Server::builder()
+        .layer(Guard::new(audit.clone(), READABLE))
+        .add_service(HostServer::new(HostService::new("agent", agent.trust.clone())))
         .add_service(AgentServer::new(Control { agent }))
-        .serve_with_incoming(UnixListenerStream::new(listener))
+        .serve_with_incoming(incoming(listener, groups, audit))
         .await
         .context("serve the control socket")
 }
@@ -245,8 +257,9 @@ impl AgentService for Control {
 
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
         let name = request.into_inner().domain;
-        let sessions = self.agent.sessions();
-        let domains: Vec<DomainStatus> = sessions
+        let domains: Vec<DomainStatus> = self
+            .agent
+            .sessions()
             .values()
             .filter(|session| !session.is_over())
             .filter(|session| name.is_empty() || session.protection.name == name || session.protection.uuid == name)
@@ -258,7 +271,9 @@ impl AgentService for Control {
         if domains.is_empty() && !name.is_empty() {
             return Err(Status::not_found(format!("domain {name} is not protected")));
         }
-        Ok(Response::new(StatusReply { domains }))
+        let trust = self.agent.trust.clone();
+        let notices = blocking(move || Ok(trust.notices())).await?;
+        Ok(Response::new(StatusReply { domains, notices }))
     }
 }
 
@@ -387,7 +402,7 @@ impl Control {
             (session.protection.receiver.clone(), uuid)
         };
         let name = request.name.clone();
-        let mut questions = Questions::connect(&receiver).await?;
+        let mut questions = Questions::connect(&self.agent.trust, &receiver).await?;
         Ok(questions.name_point(NamePointRequest { domain_uuid, generation, epoch, name }).await?.bytes)
     }
 
@@ -412,7 +427,7 @@ impl Control {
         })
         .await?;
         if let (Some(receiver), Some(probe)) = (receiver, probe) {
-            let reply = ask_receiver(receiver, probe).await;
+            let reply = ask_receiver(&self.agent.trust, receiver, probe).await;
             let position = reply.as_ref().ok().and_then(|reply| reply.position);
             examined.stored_generation = position.map_or(0, |position| position.generation);
             examined.findings.extend(receiver_findings(receiver, reply));
@@ -425,15 +440,15 @@ impl Control {
             return Finding::warning("receiver", "none is configured", "set `receiver` in agent.toml");
         };
         let probe = ProbeRequest { protocol_version: REPLICATION_VERSION, ..Default::default() };
-        match ask_receiver(receiver, probe).await {
+        match ask_receiver(&self.agent.trust, receiver, probe).await {
             Ok(reply) => Finding::ok("receiver", format!("{receiver} answers (vmdr {})", reply.receiver_version)),
             Err(error) => Finding::refused("receiver", error, RECEIVER_REMEDY),
         }
     }
 }
 
-async fn ask_receiver(receiver: &str, request: ProbeRequest) -> Result<ProbeReply, String> {
-    Questions::connect(receiver).await?.probe(request).await
+async fn ask_receiver(trust: &Trust, receiver: &str, request: ProbeRequest) -> Result<ProbeReply, String> {
+    Questions::connect(trust, receiver).await?.probe(request).await
 }
 
 fn receiver_findings(receiver: &str, reply: Result<ProbeReply, String>) -> Vec<Finding> {

@@ -8,10 +8,13 @@ use std::time::Duration;
 
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
+use vmdr_audit::Audit;
+use vmdr_daemon::caller::Groups;
 use vmdr_daemon::hook;
 use vmdr_daemon::ownership;
 use vmdr_hypervisor::events::{DomainEvent, Event, IoErrorAction};
 use vmdr_hypervisor::libvirt::Connection;
+use vmdr_trust::Trust;
 
 use crate::config::Config;
 use crate::control;
@@ -31,6 +34,10 @@ pub struct Agent {
     pub limits: limits::Host,
     /// What is protected, on disk.
     pub registry: Registry,
+    /// What was done here, and refused.
+    pub audit: Audit,
+    /// Who this host is, and which hosts it trusts.
+    pub trust: Trust,
     /// Held while something is being protected or unprotected.
     pub administration: Arc<tokio::sync::Mutex<()>>,
     sessions: Arc<Mutex<BTreeMap<String, Session>>>,
@@ -41,10 +48,14 @@ impl Agent {
     pub fn new(config: Config) -> anyhow::Result<Self> {
         let registry = Registry::open(&config.state_dir)?;
         let limits = limits::Host::new(config.limits.clone());
+        let audit = Audit::open(&config.audit_dir, "agent")?;
+        let trust = Trust::open(&config.identity_dir, audit.clone()).context("this host's identity")?;
         Ok(Self {
             config: Arc::new(config),
             limits,
             registry,
+            audit,
+            trust,
             administration: Arc::default(),
             sessions: Arc::default(),
         })
@@ -68,7 +79,15 @@ impl Agent {
         let uuid = protection.uuid.clone();
         let runtime = tokio::runtime::Handle::current();
         let limits = self.limits.guest(&protection.name);
-        let session = Session::start(self.config.clone(), self.registry.clone(), limits, protection, first, runtime)?;
+        let session = Session::start(
+            self.config.clone(),
+            self.registry.clone(),
+            self.trust.clone(),
+            limits,
+            protection,
+            first,
+            runtime,
+        )?;
         self.sessions().insert(uuid, session);
         Ok(())
     }
@@ -179,6 +198,8 @@ pub async fn run(path: &Path) -> anyhow::Result<()> {
     let marks = ownerships.directories().1;
     std::fs::create_dir_all(marks).with_context(|| format!("create {}", marks.display()))?;
     install_hook(&agent.config);
+    let groups = Groups::named(agent.config.operator_group.as_deref(), agent.config.reader_group.as_deref());
+    let groups = groups.context("operator_group and reader_group of the configuration")?;
     agent.restore().context("take up what was protected")?;
     let watcher = agent.clone();
     std::thread::Builder::new().name("libvirt events".to_owned()).spawn(move || watcher.watch_events())?;
@@ -190,9 +211,10 @@ pub async fn run(path: &Path) -> anyhow::Result<()> {
             agent.reload(path);
         }
     };
+    tokio::spawn(agent.trust.clone().watch());
     let metrics = agent.clone();
     tokio::select! {
-        served = control::serve(listener, agent.clone()) => served?,
+        served = control::serve(listener, groups, agent.clone()) => served?,
         served = crate::metrics::serve(metrics) => served?,
         () = reloads => {}
         _ = terminate.recv() => tracing::info!("SIGTERM"),

@@ -5,8 +5,8 @@
 
 mod socket;
 
-use std::sync::Arc;
 use std::sync::mpsc::Sender as EventSender;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hyper_util::rt::TokioIo;
@@ -21,6 +21,7 @@ use vmdr_proto::replication::{
     Refused, ReverseReply, ReverseRequest, SettleReply, SettleRequest, ToReceiver, from_receiver, to_receiver,
 };
 use vmdr_proto::{MESSAGE_BYTES_MAX, REPLICATION_VERSION};
+use vmdr_trust::{Partner, PeerInfo, Trust};
 
 use crate::limits::Guest;
 use crate::limits::wire::Throttled;
@@ -52,6 +53,8 @@ pub struct Target {
     pub domain_name: String,
     /// The generation this host runs the guest in; 0: not known yet.
     pub generation: u64,
+    /// Who this host is, and who may answer.
+    pub trust: Trust,
     /// How fast to send.
     pub limits: Arc<Guest>,
 }
@@ -132,8 +135,8 @@ pub struct Questions {
 
 impl Questions {
     /// Connects.
-    pub async fn connect(receiver: &str) -> Result<Self, String> {
-        Ok(Self { receiver: receiver.to_owned(), client: client(receiver, &Guest::unlimited()).await? })
+    pub async fn connect(trust: &Trust, receiver: &str) -> Result<Self, String> {
+        Ok(Self { receiver: receiver.to_owned(), client: client(trust, receiver, &Guest::unlimited()).await?.0 })
     }
 
     /// What the receiver has of a domain.
@@ -188,25 +191,40 @@ async fn answer<T>(
     }
 }
 
-async fn client(receiver: &str, limits: &Arc<Guest>) -> Result<ReplicationClient<tonic::transport::Channel>, String> {
+type Client = ReplicationClient<tonic::transport::Channel>;
+
+/// Connects; says also which peer answers.
+async fn client(trust: &Trust, receiver: &str, limits: &Arc<Guest>) -> Result<(Client, PeerInfo), String> {
+    // What goes over the connection is TLS all the same: the connector sees to it.
     let endpoint = Endpoint::from_shared(format!("http://{receiver}"))
         .map_err(|_| format!("receiver address {receiver:?} is not HOST:PORT"))?
         .connect_timeout(CONNECT_LIMIT)
         .http2_keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_LIMIT)
         .keep_alive_while_idle(true);
-    let (address, limits) = (receiver.to_owned(), Arc::clone(limits));
+    let (address, limits, trust) = (receiver.to_owned(), Arc::clone(limits), trust.clone());
+    let answering = Arc::new(OnceLock::new());
+    let found = Arc::clone(&answering);
     let connector = tower::service_fn(move |_| {
-        let (address, limits) = (address.clone(), Arc::clone(&limits));
-        async move { socket::connect(&address).await.map(|stream| TokioIo::new(Throttled::new(stream, limits))) }
+        let (address, limits, trust) = (address.clone(), Arc::clone(&limits), trust.clone());
+        let found = Arc::clone(&found);
+        async move {
+            let stream = Throttled::new(socket::connect(&address).await?, limits);
+            let stream = trust.connect(stream, &address).await?;
+            // A channel that connects again comes to the same one: an address is one peer's.
+            found.get_or_init(|| stream.peer().clone());
+            Ok::<_, std::io::Error>(TokioIo::new(stream))
+        }
     });
     let channel = endpoint
         .connect_with_connector(connector)
         .await
         .map_err(|error| format!("connect to receiver {receiver}: {}", root_cause(&error)))?;
-    Ok(ReplicationClient::new(channel)
+    let client = ReplicationClient::new(channel)
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(MESSAGE_BYTES_MAX))
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let peer = answering.get().cloned().ok_or_else(|| format!("receiver {receiver}: nobody has answered"))?;
+    Ok((client, peer))
 }
 
 async fn connect<T: Send + 'static>(
@@ -214,7 +232,8 @@ async fn connect<T: Send + 'static>(
     events: &EventSender<T>,
     wrap: fn(LinkEvent) -> T,
 ) -> Result<(), String> {
-    let mut client = client(&target.receiver, &target.limits).await?;
+    let (mut client, peer) = client(&target.trust, &target.receiver, &target.limits).await?;
+    note_partner(target, peer).await?;
     let (sender, outgoing) = mpsc::channel(MESSAGES_MAX);
     let open = Open {
         protocol_version: REPLICATION_VERSION,
@@ -269,6 +288,14 @@ async fn connect<T: Send + 'static>(
             return Ok(());
         }
     }
+}
+
+/// Before anything of the domain is sent: only the peer that it goes to can bring it home.
+async fn note_partner(target: &Target, peer: PeerInfo) -> Result<(), String> {
+    let (trust, uuid) = (target.trust.clone(), target.domain_uuid.clone());
+    let partner = Partner { peer: peer.id, granted: false };
+    let noted = tokio::task::spawn_blocking(move || trust.set_partner(&uuid, Some(&partner))).await;
+    noted.map_err(|error| error.to_string())?.map_err(|error| format!("note to whom the domain goes: {error}"))
 }
 
 fn now() -> Heartbeat {

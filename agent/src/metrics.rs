@@ -78,7 +78,7 @@ fn text(agent: &Agent) -> String {
             }
         }
     }
-    out
+    out + &vmdr_daemon::host::metrics(&agent.trust)
 }
 
 /// A label's value: names of domains come from outside.

@@ -15,6 +15,7 @@ use vmdr_proto::replication::{DescribeRequest, HashesRequest, Position, hashes_r
 use vmdr_proto::shim::{DiskOp, DiskOpKind, Part, RamRun};
 use vmdr_proto::{GRANULE_BYTES, HASH_BYTES, HASHES_MAX, PAGE_BYTES};
 use vmdr_shim::bitmap::Bitmap;
+use vmdr_trust::Trust;
 use xxhash_rust::xxh3::xxh3_128;
 
 use crate::arena_map::ArenaMap;
@@ -44,12 +45,13 @@ impl Resync {
     /// Asks the receiver what it has. Nothing, if that is not the recovery point at `position`.
     pub fn begin(
         runtime: &Handle,
+        trust: &Trust,
         receiver: &str,
         domain_uuid: &str,
         position: &Position,
     ) -> anyhow::Result<Option<Self>> {
         let request = DescribeRequest { domain_uuid: domain_uuid.to_owned() };
-        let mut questions = runtime.block_on(Questions::connect(receiver)).map_err(anyhow::Error::msg)?;
+        let mut questions = runtime.block_on(Questions::connect(trust, receiver)).map_err(anyhow::Error::msg)?;
         let reply = runtime.block_on(questions.describe(request)).map_err(anyhow::Error::msg)?;
         if reply.position.unwrap_or_default().epoch != position.epoch {
             return Ok(None);

@@ -21,10 +21,13 @@ site, which can resume the guest from the newest one: same processes, same memor
 
 On the protected host:  doctor, prepare, protect, status, hold, release, suspend, resume, unprotect, move.
 At the backup site:     status, points, point, retention, verify, inspect, plan, activate, export, import, forget.
-After an activation:    reprotect and failback where the guest runs now; own and divergence where it ran.";
+After an activation:    reprotect and failback where the guest runs now; own and divergence where it ran.
+On both:                pair, peers, audit.";
 
 const EXAMPLES: &str = "\
 Examples, in the order in which they are used:
+  vmdr pair                                  (backup site) a token, for the next command
+  vmdr pair --with b.example                 once: the two hosts know each other
   vmdr doctor web1                           can web1 be protected? what is in the way?
   vmdr prepare web1                          for intervals below 1s: a control socket, from web1's next start
   vmdr protect web1 --receiver b.example     start; ends when the first recovery point is safe at the backup site
@@ -492,6 +495,52 @@ pub enum Command {
         #[arg(short, long)]
         yes: bool,
     },
+    /// Make this host and another one known to each other
+    ///
+    /// Hosts exchange nothing before they are paired. On the host where a receiver runs, `vmdr pair` shows a token; on the
+    /// other, `vmdr pair --with` asks for it. The token serves once and for ten minutes. From then on either host can
+    /// protect guests to the other, whoever showed the token.
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Examples:\n  vmdr pair                         (backup site) shows a token\n  vmdr pair --with b.example        (protected host) asks for the token\n  vmdr pair --with b.example < file  reads it from a file"
+    )]
+    Pair {
+        /// The host that showed a token; port 7420 unless given
+        #[arg(long, value_name = "HOST[:PORT]", value_parser = receiver)]
+        with: Option<String>,
+        /// How long the token shown is good, 1s to 1h
+        #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = token_life, conflicts_with = "with")]
+        valid: u32,
+    },
+    /// Show the hosts that this one is paired with, and steer what they may
+    ///
+    /// Without a word it lists them. A peer that is revoked is refused from then on, and its connections end; pairing it
+    /// anew makes it a peer again.
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Examples:\n  vmdr peers\n  vmdr peers revoke site-a\n  vmdr peers rotate                 another key and certificate for this host\n  vmdr peers grant web1 site-c      site-c may do with web1 what the host may that sent it\n  vmdr peers at site-a a.example    site-a, and no other, answers there"
+    )]
+    Peers {
+        /// What to do
+        #[command(subcommand)]
+        action: Option<PeersAction>,
+    },
+    /// Show what was done to protection on this host, and who was refused
+    ///
+    /// Each daemon keeps a log to which is only added: every administrative act, before it is done and how it ended, and
+    /// every refused attempt. Each record carries the hash of the one before, so that changes show.
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Examples:\n  vmdr audit\n  vmdr audit -n 1000 -o json | jq -c '.records[] | select(.outcome == \"refused\")'\n  vmdr audit verify\n  vmdr audit verify --dir /backup/of/var/lib/vmdr/audit"
+    )]
+    Audit {
+        /// At most so many records of each daemon
+        #[arg(short = 'n', long, default_value_t = 20, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+        lines: u32,
+        /// What to do instead of showing it
+        #[command(subcommand)]
+        action: Option<AuditAction>,
+    },
     /// Write a completion script for a shell to stdout
     #[command(verbatim_doc_comment, after_help = "Example:\n  vmdr completions bash > /etc/bash_completion.d/vmdr")]
     Completions {
@@ -519,6 +568,53 @@ pub enum PlanAction {
         /// Only whether it makes sense by itself: no receiver is asked
         #[arg(long)]
         offline: bool,
+    },
+}
+
+/// What to do with peers.
+#[derive(Debug, Subcommand)]
+pub enum PeersAction {
+    /// List them
+    List,
+    /// Trust one no longer
+    Revoke {
+        /// Name, or the first 6 or more characters of the id
+        peer: String,
+    },
+    /// Say which peer answers at an address; another one there is refused
+    ///
+    /// Needed where several hosts are paired and this one has not been paired by this address: to protect a guest back to
+    /// the host it came from, mostly.
+    #[command(verbatim_doc_comment)]
+    At {
+        /// Name, or the first 6 or more characters of the id
+        peer: String,
+        /// Port 7420 unless given
+        #[arg(value_name = "HOST[:PORT]", value_parser = receiver)]
+        address: String,
+    },
+    /// Make another key and certificate for this host; running streams go on
+    Rotate,
+    /// Let a peer do with a stored domain what the one may that sent it (backup site)
+    Grant {
+        /// Name or UUID
+        domain: Domain,
+        /// Name, or the first 6 or more characters of the id
+        peer: String,
+        /// No longer
+        #[arg(long)]
+        withdraw: bool,
+    },
+}
+
+/// What to do with the audit log.
+#[derive(Debug, Subcommand)]
+pub enum AuditAction {
+    /// Read the whole log; name the first line that is wrong. Exits with 1 when there is one
+    Verify {
+        /// A directory with logs, instead of asking the daemons
+        #[arg(long, value_name = "PATH")]
+        dir: Option<PathBuf>,
     },
 }
 
@@ -611,6 +707,13 @@ fn point(typed: &str) -> Result<String, String> {
         return Ok(typed.to_owned());
     }
     Err("1 to 64 letters, digits, dots, underscores and hyphens, the first a letter or digit".to_owned())
+}
+
+/// Whole seconds, 1 to 3,600.
+fn token_life(typed: &str) -> Result<u32, String> {
+    let life = humantime::parse_duration(typed).map_err(|e| e.to_string())?;
+    let seconds = u32::try_from(life.as_secs()).ok().filter(|seconds| (1..=3600).contains(seconds));
+    seconds.filter(|_| life.subsec_nanos() == 0).ok_or_else(|| "write it like 10m; 1s to 1h".to_owned())
 }
 
 /// A domain's name or UUID as typed; the daemons find out which.

@@ -18,6 +18,7 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Response, Status};
 use vmdr_proto::control::agent_client::AgentClient;
 use vmdr_proto::control::receiver_client::ReceiverClient;
+use vmdr_proto::host::host_client::HostClient;
 
 use crate::args::Common;
 use crate::failure::{Failure, innermost};
@@ -79,6 +80,32 @@ pub async fn agent(common: &Common) -> Result<AgentClient<Channel>, Failure> {
 pub async fn receiver(common: &Common) -> Result<ReceiverClient<Channel>, Failure> {
     let channel = connect(Daemon::Receiver, &common.receiver_socket).await?;
     Ok(ReceiverClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX))
+}
+
+/// Connects to a daemon for what is about its host.
+pub async fn host(daemon: Daemon, common: &Common) -> Result<HostClient<Channel>, Failure> {
+    let channel = connect(daemon, daemon.socket(common)).await?;
+    Ok(HostClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX))
+}
+
+/// The daemons of this host, by their sockets.
+pub fn there(common: &Common) -> Result<Vec<Daemon>, Failure> {
+    let daemons: Vec<Daemon> =
+        [Daemon::Agent, Daemon::Receiver].into_iter().filter(|daemon| daemon.socket(common).exists()).collect();
+    if daemons.is_empty() {
+        return Err(Failure::Unreachable(format!(
+            "no vmdr daemon on this host: neither {} nor {} exists; start vmdr-agent or vmdr-receiver, or name a \
+             socket with --agent-socket or --receiver-socket",
+            common.agent_socket.display(),
+            common.receiver_socket.display()
+        )));
+    }
+    Ok(daemons)
+}
+
+/// A daemon of this host that is there; the agent first.
+pub fn either(common: &Common) -> Result<Daemon, Failure> {
+    Ok(there(common)?.into_iter().next().unwrap_or(Daemon::Agent))
 }
 
 async fn connect(daemon: Daemon, socket: &Path) -> Result<Channel, Failure> {

@@ -70,6 +70,107 @@ pub struct Doctor {
     pub findings: Vec<Finding>,
 }
 
+/// `audit`.
+#[derive(Serialize)]
+pub struct Audit {
+    /// As they stand in the logs.
+    pub records: Vec<serde_json::Value>,
+}
+
+/// `audit verify`.
+#[derive(Serialize)]
+pub struct AuditVerify<'a> {
+    /// Whether all are whole.
+    pub ok: bool,
+    /// One for each daemon.
+    pub logs: &'a [AuditVerdict],
+}
+
+/// A daemon's log.
+#[derive(Serialize)]
+pub struct AuditVerdict {
+    /// `agent` or `receiver`.
+    pub daemon: String,
+    /// Good ones, up to the first fault.
+    pub records: u64,
+    /// Number of the last good one.
+    pub last: u64,
+    /// Its hash.
+    pub hash: String,
+    /// The first line that is wrong, and why.
+    pub fault: Option<String>,
+}
+
+/// `pair`, on the host that shows the token.
+#[derive(Serialize)]
+pub struct Token {
+    /// To be typed on the other.
+    pub token: String,
+    /// UTC.
+    pub expires_at: String,
+}
+
+/// A peer, of `pair`, `peers` and `peers revoke`.
+#[derive(Serialize)]
+pub struct Peer {
+    id: String,
+    name: String,
+    trusted: bool,
+    paired_unix: u64,
+    revoked_unix: Option<u64>,
+    authority_until_unix: u64,
+    addresses: Vec<String>,
+    connections: u32,
+}
+
+impl From<&vmdr_proto::host::Peer> for Peer {
+    fn from(peer: &vmdr_proto::host::Peer) -> Peer {
+        Peer {
+            id: peer.id.clone(),
+            name: peer.name.clone(),
+            trusted: peer.revoked_unix == 0,
+            paired_unix: peer.paired_unix,
+            revoked_unix: (peer.revoked_unix > 0).then_some(peer.revoked_unix),
+            authority_until_unix: peer.expires_unix,
+            addresses: peer.addresses.clone(),
+            connections: peer.connections,
+        }
+    }
+}
+
+/// `peers`.
+#[derive(Serialize)]
+pub struct Peers {
+    /// This host's own.
+    pub id: String,
+    /// UTC.
+    pub certificate_until: String,
+    /// UTC.
+    pub authority_until: String,
+    /// By name.
+    pub peers: Vec<Peer>,
+    /// What ends soon.
+    pub notices: Vec<String>,
+}
+
+/// `peers rotate`.
+#[derive(Serialize)]
+pub struct Rotated {
+    /// UTC.
+    pub certificate_until: String,
+}
+
+/// `peers grant`.
+#[derive(Serialize)]
+pub struct Grant {
+    /// As typed.
+    pub domain: String,
+    /// Name and id; empty: nobody.
+    pub owner: String,
+    /// Others.
+    pub granted: Vec<String>,
+}
+
 /// `prepare`.
 #[derive(Serialize)]
 pub struct Prepare {
@@ -150,6 +251,8 @@ pub struct Status {
     pub domains: Vec<DomainStatus>,
     /// Daemons that are configured here and did not answer.
     pub unreachable: Vec<String>,
+    /// About this host: certificates that end soon, an audit log that cannot be written.
+    pub notices: Vec<String>,
 }
 
 /// One domain as one daemon sees it.
@@ -180,6 +283,8 @@ pub struct DomainStatus {
     guest_clock_offset_seconds: Option<f64>,
     application: Option<Application>,
     peer: Option<String>,
+    belongs_to: Option<String>,
+    granted: Vec<String>,
     stored_bytes: Option<u64>,
     points: Option<u64>,
     history_bytes: Option<u64>,
@@ -261,6 +366,8 @@ impl DomainStatus {
             guest_clock_offset_seconds: status.guest_clock_offset_seconds,
             application: Application::new(status),
             peer: word(&status.peer),
+            belongs_to: word(&status.belongs_to),
+            granted: status.granted.iter().map(|peer| text::one_line(peer)).collect(),
             stored_bytes: (daemon == Daemon::Receiver).then_some(status.stored_bytes),
             points: (daemon == Daemon::Receiver).then_some(status.points),
             history_bytes: (daemon == Daemon::Receiver).then_some(status.history_bytes),

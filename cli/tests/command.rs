@@ -21,7 +21,7 @@ fn golden(name: &str, text: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn json_keeps_its_shape() {
     let host = Host::with_both();
-    let cases: [(&str, &[&str]); 27] = [
+    let cases: [(&str, &[&str]); 34] = [
         ("doctor.json", &["doctor", "web1"]),
         ("prepare.json", &["prepare", "web1"]),
         ("protect.json", &["protect", "web1"]),
@@ -49,6 +49,13 @@ async fn json_keeps_its_shape() {
         ("own.json", &["own", "web1", "--force", "--reason", "site B is gone", "--yes"]),
         ("divergence.json", &["divergence", "web1"]),
         ("drill.json", &["drill", "web1", "--wait", "--keep"]),
+        ("pair-token.json", &["pair", "--valid", "5m"]),
+        ("peers.json", &["peers"]),
+        ("peers-revoke.json", &["peers", "revoke", "site-a"]),
+        ("peers-at.json", &["peers", "at", "site-a", "a.example"]),
+        ("peers-rotate.json", &["peers", "rotate"]),
+        ("peers-grant.json", &["peers", "grant", "web1", "site-c"]),
+        ("audit.json", &["audit"]),
     ];
     for (name, arguments) in cases {
         let ran = host.run(&[arguments, &["-o", "json"]].concat()).await;
@@ -119,7 +126,7 @@ async fn a_drill_says_how_it_went_and_fails_with_its_checks() {
 #[tokio::test(flavor = "multi_thread")]
 async fn tables_keep_their_shape() {
     let host = Host::with_both();
-    let cases: [(&str, &[&str]); 19] = [
+    let cases: [(&str, &[&str]); 23] = [
         ("doctor.txt", &["doctor", "web1"]),
         ("prepare.txt", &["prepare", "web1"]),
         ("protect.txt", &["protect", "web1"]),
@@ -139,6 +146,10 @@ async fn tables_keep_their_shape() {
         ("activate-plan.txt", &["activate", "web1", "--dry-run"]),
         ("activate.txt", &["activate", "web1", "--yes"]),
         ("activate-recovery.txt", &["activate", "planned", "--yes"]),
+        ("pair-token.txt", &["pair"]),
+        ("peers.txt", &["peers"]),
+        ("peers-grant.txt", &["peers", "grant", "web1", "site-c"]),
+        ("audit.txt", &["audit"]),
     ];
     for (name, arguments) in cases {
         let ran = host.run(arguments).await;
@@ -533,6 +544,8 @@ async fn help_version_completions() {
         &["activate", "--help"],
         &["prepare", "--help"],
         &["hold", "--help"],
+        &["audit", "--help"],
+        &["audit", "verify", "--help"],
         &["release", "--help"],
         &["protect", "-h"],
         &["export", "--help"],
@@ -551,4 +564,38 @@ async fn help_version_completions() {
             assert!(ran.succeeded().contains(command), "{shell}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_is_asked_for_and_never_an_argument() {
+    let host = Host::with_both();
+    let joined = host.run_with(&["pair", "--with", "b.example"], Some("  AAAAAA-BBBBBB \n")).await;
+    assert_eq!(joined.succeeded(), "paired with site-b (0123456789ab)\n");
+    assert_eq!(host.calls(), ["agent join b.example:7420 AAAAAA-BBBBBB"]);
+    let used = host.run_with(&["pair", "--with", "b.example:9"], Some("USED\n")).await;
+    assert!(used.failed(1).contains("the token was used already"), "{}", used.stderr);
+    let none = host.run_with(&["pair", "--with", "b.example"], Some("\n")).await;
+    assert!(none.failed(2).contains("no token was given"), "{}", none.stderr);
+    let asked = host.run_on_terminal(&["pair", "--with", "b.example"], "AAAAAA\n", &[]).await;
+    assert!(asked.stdout.contains("The token that `vmdr pair` shows"), "{}", asked.stdout);
+    for wrong in
+        [&["pair", "--valid", "2h"][..], &["pair", "--valid", "500ms"], &["pair", "--with", "b", "--valid", "1m"]]
+    {
+        assert_eq!(host.run(wrong).await.code, 2, "{wrong:?}");
+    }
+    // Where no receiver is there is nothing to connect to.
+    let host = Host::empty();
+    host.start_agent();
+    host.run(&["pair"]).await.failed(3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_was_changed_ends_with_an_error() {
+    let host = Host::with_both();
+    let ran = host.run(&["audit", "verify"]).await;
+    assert!(ran.failed(1).contains("the audit log was changed"), "{}", ran.stderr);
+    assert!(ran.stdout.contains("agent: whole, 7 records") && ran.stdout.contains("line 8"), "{}", ran.stdout);
+    let directory = tempfile::tempdir().unwrap();
+    let none = host.run(&["audit", "verify", "--dir", directory.path().to_str().unwrap()]).await;
+    assert!(none.failed(4).contains("has no audit log"), "{}", none.stderr);
 }

@@ -2,6 +2,7 @@
 //!
 //! - [`replication`]: agent to receiver, over the network.
 //! - [`control`]: the `vmdr` command to a daemon, over a unix socket.
+//! - [`host`]: the same, about the host itself: the audit log.
 //! - [`shim`]: agent to shim, over a unix socket ([`frame`]).
 
 pub mod frame;
@@ -15,6 +16,11 @@ pub mod replication {
 #[allow(missing_docs, clippy::all)]
 pub mod control {
     tonic::include_proto!("vmdr.control.v1");
+}
+/// Generated from `proto/host.proto`.
+#[allow(missing_docs, clippy::all)]
+pub mod host {
+    tonic::include_proto!("vmdr.host.v1");
 }
 /// Generated from `proto/shim.proto`.
 #[allow(missing_docs, clippy::all)]

@@ -27,7 +27,7 @@ const DRILL_SECONDS_MAX: u64 = 24 * 3600;
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Address and port where agents connect. There is no TLS yet: put it on a network of its own.
+    /// Address and port where agents connect, over TLS and with a certificate of a paired host.
     pub listen: SocketAddr,
     /// Directory of journals and standbys: an absolute path, on a file system with room for the memory and the disks of
     /// every protected guest, twice.
@@ -43,6 +43,14 @@ pub struct Config {
     pub agent_socket: PathBuf,
     /// Days for which what a former owner's disks had is kept.
     pub divergence_days: u64,
+    /// Who this host is and which hosts it trusts; both daemons of a host use the same directory.
+    pub identity_dir: PathBuf,
+    /// Append-only record of what was done and refused; the agent of this host uses the same directory.
+    pub audit_dir: PathBuf,
+    /// Group whose members may do everything on the control socket, as root may; none: root alone.
+    pub operator_group: Option<String>,
+    /// Group whose members may look.
+    pub reader_group: Option<String>,
     /// The libvirt that guests are activated on.
     pub libvirt_uri: String,
     /// Bytes of the state directory's file system that are never used.
@@ -229,6 +237,10 @@ impl Default for Config {
             ownership_dir: PathBuf::from(vmdr_daemon::ownership::RECORDS),
             agent_socket: PathBuf::from(vmdr_proto::AGENT_SOCKET),
             divergence_days: 30,
+            identity_dir: PathBuf::from(vmdr_trust::DIRECTORY),
+            audit_dir: PathBuf::from(vmdr_audit::DIRECTORY),
+            operator_group: None,
+            reader_group: None,
             libvirt_uri: vmdr_hypervisor::libvirt::SYSTEM_URI.to_owned(),
             space_reserve_bytes: StoreOptions::default().space_reserve_bytes,
             retention: RetentionConfig::default(),
@@ -366,7 +378,9 @@ mod tests {
         let config = parse(
             "listen = \"10.0.9.2:7000\"\nstate_dir = \"/srv/vmdr\"\ncontrol_socket = \"/run/x.sock\"\nmetrics_listen = \"\"\n\
              libvirt_uri = \"test:///default\"\nspace_reserve_bytes = 5\nownership_dir = \"/srv/own\"\n\
-             agent_socket = \"/run/a.sock\"\ndivergence_days = 7\nplan = \"/etc/vmdr/plan.toml\"\n[bridges]\n\"br0\" = \"br-dr\"\n\
+             agent_socket = \"/run/a.sock\"\ndivergence_days = 7\nidentity_dir = \"/srv/id\"\naudit_dir = \"/srv/audit\"\n\
+             operator_group = \"vmdr\"\nreader_group = \"users\"\nplan = \"/etc/vmdr/plan.toml\"\n\
+             [bridges]\n\"br0\" = \"br-dr\"\n\
              [verify]\nbytes_per_second = 1000\nevery_seconds = 86400\nall = true\n\
              [drill]\nevery_seconds = 604800\nrun_seconds = 9\ncheck_seconds = 8\nchecks = [\"tcp:22\"]\n\
              copy_bytes_per_second = 7\n[drill.domain.web1]\nevery_seconds = 0\nchecks = []\n\
@@ -384,6 +398,10 @@ mod tests {
             ownership_dir: "/srv/own".into(),
             agent_socket: "/run/a.sock".into(),
             divergence_days: 7,
+            identity_dir: "/srv/id".into(),
+            audit_dir: "/srv/audit".into(),
+            operator_group: Some("vmdr".to_owned()),
+            reader_group: Some("users".to_owned()),
             libvirt_uri: "test:///default".to_owned(),
             space_reserve_bytes: 5,
             retention: RetentionConfig {

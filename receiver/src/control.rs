@@ -14,11 +14,13 @@ use vmdr_proto::control::receiver_server::Receiver as Service;
 use vmdr_proto::control::{
     ActivateRequest, ActivationPlan, ActivationReport, CheckPlanReply, CheckPlanRequest, ColdListReply,
     ColdListRequest, DivergenceReply, DivergenceRequest, DomainRequest, DomainStatus, DrillReport, DrillRequest,
-    ExportRequest, ForgetReply, GivenUp, HookRun, ImportRequest, Point, PointRequest, PointsReply, Progress,
-    RetentionReply, RetentionRequest, StatusReply, StatusRequest, VerifyReport, VerifyRequest, VerifyStatus,
+    ExportRequest, ForgetReply, GivenUp, GrantReply, GrantRequest, HookRun, ImportRequest, Point, PointRequest,
+    PointsReply, Progress, RetentionReply, RetentionRequest, StatusReply, StatusRequest, VerifyReport, VerifyRequest,
+    VerifyStatus,
 };
 use vmdr_proto::replication::RefusedCode;
 
+use crate::access;
 use crate::activate::host::{Host, LocalHost};
 use crate::activate::record::ActiveDirectory;
 use crate::activate::record::{PointId, Step};
@@ -92,6 +94,10 @@ pub(crate) fn find(receiver: &Receiver, wanted: &str) -> Result<(Uuid, DomainSum
     let by_uuid = Uuid::parse_str(wanted).ok().map(|u| u.to_string());
     let mut found: Vec<_> =
         domains.into_iter().filter(|d| Some(&d.uuid) == by_uuid.as_ref() || d.name == wanted).collect();
+    // Names are the peers' own: none can stand in the way of another's UUID.
+    if found.iter().any(|d| Some(&d.uuid) == by_uuid.as_ref()) {
+        found.retain(|d| Some(&d.uuid) == by_uuid.as_ref());
+    }
     if found.len() > 1 {
         let uuids = found.iter().map(|d| d.uuid.as_str()).collect::<Vec<_>>().join(", ");
         return Err(Status::failed_precondition(format!("several domains are named {wanted:?}: give one of {uuids}")));
@@ -170,6 +176,7 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
     let name = if domain.name.is_empty() { recorded.unwrap_or_default() } else { domain.name };
     let last_drill = drill::wire::newest(receiver, uuid, &name);
     let owner = receiver.ownerships.get(&domain.uuid).ok().flatten();
+    let access = receiver.store.access(&domain.uuid).unwrap_or_default();
     DomainStatus {
         owner: owner.map(|owner| owner.describe()).unwrap_or_default(),
         name,
@@ -194,6 +201,8 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
         alarm: domain.alarm.unwrap_or_default(),
         verify: Some(verify),
         drill: last_drill,
+        belongs_to: access.owner.map(|id| receiver.peer_shown(&id)).unwrap_or_default(),
+        granted: access.granted.iter().map(|id| receiver.peer_shown(id)).collect(),
         exported_unix_ns: exported.as_ref().map_or(0, |record| record.exported_unix_ns),
         exported_point: exported.map(|record| record.point).unwrap_or_default(),
         export_error: receiver.cold.exported(uuid).error,
@@ -479,7 +488,10 @@ impl Service for ControlService {
         let wanted = request.into_inner().domain;
         self.blocking(move |receiver| {
             let domains = if wanted.is_empty() { receiver.store.domains() } else { vec![find(receiver, &wanted)?.1] };
-            Ok(StatusReply { domains: domains.into_iter().map(|d| domain_status(receiver, d)).collect() })
+            let mut notices = receiver.trust.notices();
+            notices.extend(access::notices(receiver, &domains));
+            let domains = domains.into_iter().map(|d| domain_status(receiver, d)).collect();
+            Ok(StatusReply { domains, notices })
         })
         .await
     }
@@ -612,6 +624,11 @@ impl Service for ControlService {
     async fn end_drill(&self, request: Request<DomainRequest>) -> Result<Response<DrillReport>, Status> {
         let wanted = request.into_inner().domain;
         self.blocking(move |receiver| drill::wire::end(receiver, &wanted)).await
+    }
+
+    async fn grant(&self, request: Request<GrantRequest>) -> Result<Response<GrantReply>, Status> {
+        let request = request.into_inner();
+        self.blocking(move |receiver| access::grant(receiver, &request)).await
     }
 
     async fn forget(&self, request: Request<DomainRequest>) -> Result<Response<ForgetReply>, Status> {

@@ -14,14 +14,18 @@ use anyhow::Context;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use uuid::Uuid;
+use vmdr_audit::Audit;
+use vmdr_daemon::caller::Groups;
+use vmdr_daemon::guard::Guard;
+use vmdr_daemon::host::HostService;
 use vmdr_daemon::ownership::{CONFIRMED, Ownerships};
 use vmdr_proto::MESSAGE_BYTES_MAX;
 use vmdr_proto::control::receiver_server::ReceiverServer;
+use vmdr_proto::host::host_server::HostServer;
 use vmdr_proto::replication::replication_server::ReplicationServer;
+use vmdr_trust::Trust;
 
 use crate::activate::run::{age_seconds, unix_ns};
 use crate::activate::{Settings, record::ActiveDirectory};
@@ -48,9 +52,18 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(15);
 const STREAM_WINDOW_BYTES: u32 = 8 << 20;
 /// The same for a connection; an agent has a stream per guest on it.
 const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
+/// Requests under way on a connection: a stream, and questions beside it.
+const STREAMS_MAX: u32 = 16;
+/// Headers of a request; an agent sends some 300 bytes.
+const HEADER_BYTES_MAX: u32 = 16 << 10;
+/// Requests that were given up before they were looked at; more and the connection is closed.
+const RESETS_MAX: usize = 16;
 /// At the end: how long what is being answered may take. An agent that hangs must not keep the receiver; whatever is cut off
 /// was not acknowledged, and an activation goes on from its record.
 const SHUTDOWN_TIME_MAX: Duration = Duration::from_secs(5);
+
+/// What those may ask on the control socket who may only look.
+const READABLE: &[&str] = &["Peers", "PlanActivation", "Points", "Status"];
 
 /// What is known of a domain's stream while the receiver runs.
 #[derive(Debug, Default)]
@@ -73,6 +86,10 @@ pub struct Receiver {
     pub config: Config,
     /// What is stored.
     pub store: Store,
+    /// What was done here, and refused.
+    pub audit: Audit,
+    /// Who this host is, and which hosts it trusts.
+    pub trust: Trust,
     /// What is counted.
     pub metrics: Metrics,
     /// Which domains this host owns.
@@ -101,9 +118,13 @@ impl Receiver {
         let options = StoreOptions { space_reserve_bytes, retention, ..StoreOptions::default() };
         let store = Store::open(&config.state_dir, options).context("open the state directory")?;
         let ownerships = Ownerships::new(&config.ownership_dir, Path::new(CONFIRMED));
+        let audit = Audit::open(&config.audit_dir, "receiver")?;
+        let trust = Trust::open(&config.identity_dir, audit.clone()).context("this host's identity")?;
         Ok(Receiver {
             cold: Cold::new(config.cold.clone()),
             config,
+            audit,
+            trust,
             store,
             metrics: Metrics::default(),
             ownerships,
@@ -224,6 +245,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     recovery::watch::start(&receiver).context("start the thread that looks at the recovery plan")?;
     drill::tend::start(&receiver).context("start the thread that looks after drills")?;
 
+    let of = &receiver.config;
+    let groups = Groups::named(of.operator_group.as_deref(), of.reader_group.as_deref());
+    let groups = groups.context("operator_group and reader_group of the configuration")?;
     let listener = listen(receiver.config.listen).await?;
     let address = listener.local_addr().context("ask for the address listened on")?;
     let metrics = match receiver.config.metrics_listen {
@@ -236,21 +260,31 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 
     if let Some(metrics) = metrics {
         let of = Arc::clone(&receiver);
-        tokio::spawn(vmdr_daemon::scrape::serve(metrics, Arc::new(move || of.metrics.render(&of.sample()))));
+        tokio::spawn(vmdr_daemon::scrape::serve(
+            metrics,
+            Arc::new(move || of.metrics.render(&of.sample()) + &vmdr_daemon::host::metrics(&of.trust)),
+        ));
     }
     let replication = ReplicationServer::new(ReplicationService::new(Arc::clone(&receiver)))
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(KEEPALIVE_INTERVAL));
+    let incoming = vmdr_trust::incoming(listener, receiver.trust.clone());
+    tokio::spawn(receiver.trust.clone().watch());
     let agents = Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_concurrent_streams(Some(STREAMS_MAX))
+        .http2_max_header_list_size(Some(HEADER_BYTES_MAX))
+        .http2_max_pending_accept_reset_streams(Some(RESETS_MAX))
         .add_service(replication)
         .serve_with_incoming_shutdown(incoming, ended(receiver.ending()));
+    let audit = receiver.audit.clone();
     let control = Server::builder()
+        .layer(Guard::new(audit.clone(), READABLE))
+        .add_service(HostServer::new(HostService::new("receiver", receiver.trust.clone()).listening()))
         .add_service(ReceiverServer::new(ControlService::new(Arc::clone(&receiver))))
-        .serve_with_incoming_shutdown(UnixListenerStream::new(socket), ended(receiver.ending()));
+        .serve_with_incoming_shutdown(vmdr_daemon::socket::incoming(socket, groups, audit), ended(receiver.ending()));
     takeover::resume_all(&receiver);
     tokio::spawn(reverse::expire_for_ever(Arc::clone(&receiver)));
     let mut agents = tokio::spawn(agents);

@@ -13,6 +13,7 @@
 //! - [`drill`]: an activation rehearsed on a copy, cut off from everything.
 //! - [`daemon`]: all of it together; [`config`], [`metrics`], [`stats`].
 
+pub mod access;
 pub mod activate;
 pub mod cold;
 pub mod config;

@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use uuid::Uuid;
+use vmdr_audit::{Entry, Outcome};
 use vmdr_proto::REPLICATION_VERSION;
 use vmdr_proto::replication::replication_server::Replication;
 use vmdr_proto::replication::{
@@ -25,6 +26,7 @@ use vmdr_proto::replication::{
     NamePointReply, NamePointRequest, Open, OwnerReply, OwnerRequest, ProbeReply, ProbeRequest, Refused, RefusedCode,
     ReverseReply, ReverseRequest, SettleReply, SettleRequest, Taken, ToReceiver, Welcome, from_receiver, to_receiver,
 };
+use vmdr_trust::PeerInfo;
 
 use crate::activate::run::{age_seconds, unix_ns};
 use crate::daemon::Receiver;
@@ -74,18 +76,21 @@ impl ReplicationService {
         ReplicationService { receiver }
     }
 
-    /// Answers a question that may block.
+    /// Answers a question that may block, if the peer may ask it.
     async fn blocking<Q: Send + 'static, A: Send + 'static>(
         &self,
         request: Request<Q>,
-        answer: fn(&Arc<Receiver>, &Q) -> Result<A, Status>,
+        allowed: fn(&Receiver, &PeerInfo, &Q) -> Result<(), Status>,
+        answer: fn(&Arc<Receiver>, &PeerInfo, &Q) -> Result<A, Status>,
     ) -> Result<Response<A>, Status> {
+        let peer = peer_of(&request)?;
         let (receiver, request) = (Arc::clone(&self.receiver), request.into_inner());
         // What it begins goes on after it.
         let runtime = tokio::runtime::Handle::current();
         let reply = tokio::task::spawn_blocking(move || {
             let _entered = runtime.enter();
-            answer(&receiver, &request)
+            allowed(&receiver, &peer, &request)?;
+            answer(&receiver, &peer, &request)
         });
         reply.await.map_err(|e| Status::internal(e.to_string()))?.map(Response::new)
     }
@@ -97,67 +102,105 @@ impl Replication for ReplicationService {
 
     async fn probe(&self, request: Request<ProbeRequest>) -> Result<Response<ProbeReply>, Status> {
         let receiver = Arc::clone(&self.receiver);
+        let peer = peer_of(&request)?;
         let request = request.into_inner();
-        let reply = tokio::task::spawn_blocking(move || probe::probe(&receiver, &request)).await;
+        let reply = tokio::task::spawn_blocking(move || {
+            receiver.authorise(&peer, "Probe", &request.domain_uuid)?;
+            probe::probe(&receiver, &request)
+        })
+        .await;
         reply.map_err(|e| Status::internal(format!("the probe ended by itself: {e}")))?.map(Response::new)
     }
 
     async fn describe(&self, request: Request<DescribeRequest>) -> Result<Response<DescribeReply>, Status> {
+        let peer = peer_of(&request)?;
         let (receiver, uuid) = (Arc::clone(&self.receiver), request.into_inner().domain_uuid);
-        let reply = tokio::task::spawn_blocking(move || hashes::describe(&receiver.store, &uuid)).await;
+        let reply = tokio::task::spawn_blocking(move || {
+            receiver.authorise(&peer, "Describe", &uuid)?;
+            hashes::describe(&receiver.store, &uuid)
+        })
+        .await;
         reply.map_err(|e| Status::internal(e.to_string()))?.map(Response::new)
     }
 
     async fn hashes(&self, request: Request<HashesRequest>) -> Result<Response<HashesReply>, Status> {
+        let peer = peer_of(&request)?;
         let (receiver, request) = (Arc::clone(&self.receiver), request.into_inner());
-        let reply = tokio::task::spawn_blocking(move || hashes::hashes(&receiver.store, &request)).await;
+        let reply = tokio::task::spawn_blocking(move || {
+            receiver.authorise(&peer, "Hashes", &request.domain_uuid)?;
+            hashes::hashes(&receiver.store, &request)
+        })
+        .await;
         reply.map_err(|e| Status::internal(e.to_string()))?.map(Response::new)
     }
 
     async fn owner(&self, request: Request<OwnerRequest>) -> Result<Response<OwnerReply>, Status> {
-        self.blocking(request, takeover::owner).await
+        let allowed = |receiver: &Receiver, peer: &PeerInfo, asked: &OwnerRequest| {
+            receiver.authorise(peer, "Owner", &asked.domain_uuid)
+        };
+        self.blocking(request, allowed, |receiver, _, asked| takeover::owner(receiver, asked)).await
     }
 
     async fn settle(&self, request: Request<SettleRequest>) -> Result<Response<SettleReply>, Status> {
-        self.blocking(request, takeover::settle).await
+        let allowed = |receiver: &Receiver, peer: &PeerInfo, asked: &SettleRequest| {
+            receiver.authorise(peer, "Settle", &asked.domain_uuid)
+        };
+        self.blocking(request, allowed, |receiver, _, asked| takeover::settle(receiver, asked)).await
     }
 
     async fn reverse(&self, request: Request<ReverseRequest>) -> Result<Response<ReverseReply>, Status> {
-        self.blocking(request, reverse::reverse).await
+        let allowed = |receiver: &Receiver, peer: &PeerInfo, asked: &ReverseRequest| {
+            receiver.authorise_reverse(peer, takeover::parse(&asked.domain_uuid)?)
+        };
+        self.blocking(request, allowed, reverse::reverse).await
     }
 
     async fn give_back(&self, request: Request<GiveBackRequest>) -> Result<Response<GiveBackReply>, Status> {
-        self.blocking(request, takeover::give_back).await
+        let allowed = |receiver: &Receiver, peer: &PeerInfo, asked: &GiveBackRequest| {
+            receiver.authorise_stored(peer, "GiveBack", &asked.domain_uuid)
+        };
+        self.blocking(request, allowed, |receiver, _, asked| takeover::give_back(receiver, asked)).await
     }
 
     async fn name_point(&self, request: Request<NamePointRequest>) -> Result<Response<NamePointReply>, Status> {
-        let (receiver, request) = (Arc::clone(&self.receiver), request.into_inner());
-        let reply = tokio::task::spawn_blocking(move || history::name_point(&receiver.store, &request)).await;
-        reply.map_err(|e| Status::internal(e.to_string()))?.map(Response::new)
+        let allowed = |receiver: &Receiver, peer: &PeerInfo, asked: &NamePointRequest| {
+            receiver.authorise(peer, "NamePoint", &asked.domain_uuid)
+        };
+        self.blocking(request, allowed, |receiver, _, asked| history::name_point(&receiver.store, asked)).await
     }
 
     async fn replicate(
         &self,
         request: Request<Streaming<ToReceiver>>,
     ) -> Result<Response<Self::ReplicateStream>, Status> {
-        // An IPv4 address that came in on an IPv6 socket is shown as what it is.
-        let shown = |a: SocketAddr| SocketAddr::new(a.ip().to_canonical(), a.port()).to_string();
-        let peer = request.remote_addr().map_or_else(|| "unknown".to_owned(), shown);
+        let peer = peer_of(&request)?;
         let (replies, stream) = mpsc::channel(REPLIES_MAX);
         tokio::spawn(serve(Arc::clone(&self.receiver), peer, request.into_inner(), replies));
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 }
 
+/// Who asks; every connection has a peer.
+fn peer_of<T>(request: &Request<T>) -> Result<PeerInfo, Status> {
+    let peer = request.extensions().get::<PeerInfo>().cloned();
+    peer.ok_or_else(|| Status::unauthenticated("the connection has no peer"))
+}
+
 fn reply(message: from_receiver::Message) -> Result<FromReceiver, Status> {
     Ok(FromReceiver { message: Some(message) })
 }
 
-async fn serve(receiver: Arc<Receiver>, peer: String, mut incoming: Streaming<ToReceiver>, replies: Replies) {
+async fn serve(receiver: Arc<Receiver>, from: PeerInfo, mut incoming: Streaming<ToReceiver>, replies: Replies) {
+    // An IPv4 address that came in on an IPv6 socket is shown as what it is.
+    let shown = |a: SocketAddr| SocketAddr::new(a.ip().to_canonical(), a.port()).to_string();
+    let peer = from.address.map_or_else(|| "unknown".to_owned(), shown);
+    let refuse = async |of: Option<(Uuid, Option<u64>)>, refusal: Refusal| {
+        refuse(&receiver, &replies, of, &from, refusal).await;
+    };
     let open = match tokio::time::timeout(OPEN_TIME_MAX, incoming.message()).await {
         Ok(Ok(Some(ToReceiver { message: Some(to_receiver::Message::Open(open)) }))) => open,
         Ok(Ok(_)) => {
-            return refuse(&receiver, &replies, None, &peer, corrupt("the stream does not begin with Open")).await;
+            return refuse(None, corrupt("the stream does not begin with Open")).await;
         }
         Ok(Err(status)) => return tracing::debug!(%peer, %status, "a stream ended before it began"),
         Err(_) => return tracing::warn!(%peer, "a stream said nothing"),
@@ -165,9 +208,9 @@ async fn serve(receiver: Arc<Receiver>, peer: String, mut incoming: Streaming<To
     let uuid = Uuid::parse_str(&open.domain_uuid).ok();
     let name: String = open.domain_name.chars().take(NAME_CHARS_MAX).collect();
     let host: String = open.host_name.chars().take(NAME_CHARS_MAX).collect();
-    let (uuid, ingest) = match open_stream(&receiver, open).await {
-        Ok(ingest) => ingest,
-        Err(refusal) => return refuse(&receiver, &replies, uuid.map(|u| (u, None)), &peer, refusal).await,
+    let (uuid, ingest) = match open_stream(&receiver, &from, open).await {
+        Ok(opened) => opened,
+        Err((refusal, known)) => return refuse(uuid.filter(|_| known).map(|u| (u, None)), refusal).await,
     };
     receiver.metrics.streams_opened.fetch_add(1, Ordering::Relaxed);
     let number = receiver.session(uuid, |session| {
@@ -196,14 +239,7 @@ async fn serve(receiver: Arc<Receiver>, peer: String, mut incoming: Streaming<To
         Ok(thread) => thread,
         Err(error) => {
             let message = format!("domain {uuid}: no thread for its stream: {error}");
-            return refuse(
-                &receiver,
-                &replies,
-                Some((uuid, Some(number))),
-                &peer,
-                Refusal { code: RefusedCode::Io, message },
-            )
-            .await;
+            return refuse(Some((uuid, Some(number))), Refusal { code: RefusedCode::Io, message }).await;
         }
     };
     let why = pass_on(&receiver, &mut incoming, queue).await;
@@ -213,11 +249,10 @@ async fn serve(receiver: Arc<Receiver>, peer: String, mut incoming: Streaming<To
             ended(&receiver, uuid, number, why.as_deref().unwrap_or_default());
             tracing::info!(domain = %name, %uuid, %peer, why = why.as_deref().unwrap_or("the agent ended it"), "stream closed");
         }
-        Ok(Ok(Err(refusal))) => refuse(&receiver, &replies, Some((uuid, Some(number))), &peer, refusal).await,
+        Ok(Ok(Err(refusal))) => refuse(Some((uuid, Some(number))), refusal).await,
         Ok(Err(_)) | Err(_) => {
             let message = format!("domain {uuid}: the receiver failed, see its log");
-            refuse(&receiver, &replies, Some((uuid, Some(number))), &peer, Refusal { code: RefusedCode::Io, message })
-                .await;
+            refuse(Some((uuid, Some(number))), Refusal { code: RefusedCode::Io, message }).await;
         }
     }
 }
@@ -247,26 +282,33 @@ async fn pass_on(
     }
 }
 
-async fn open_stream(receiver: &Arc<Receiver>, open: Open) -> Result<(Uuid, Ingest), Refusal> {
+/// A refusal comes with whether the peer may know what is stored of the domain.
+async fn open_stream(receiver: &Arc<Receiver>, from: &PeerInfo, open: Open) -> Result<(Uuid, Ingest), (Refusal, bool)> {
     if open.protocol_version != REPLICATION_VERSION {
         let message = format!(
             "protocol version {} is not spoken here, {REPLICATION_VERSION} is: upgrade the older side",
             open.protocol_version
         );
-        return Err(Refusal { code: RefusedCode::Version, message });
+        return Err((Refusal { code: RefusedCode::Version, message }, false));
     }
-    let store = receiver.store.clone();
+    let (receiver, from) = (Arc::clone(receiver), from.clone());
     let opened = tokio::task::spawn_blocking(move || {
-        let ingest = store.open_stream(&open.domain_uuid, &open.domain_name, open.generation)?;
-        let uuid = Uuid::parse_str(&open.domain_uuid).map_err(|_| StoreError::BadUuid(open.domain_uuid.clone()))?;
-        Ok::<_, StoreError>((uuid, ingest))
+        let denied =
+            |status: Status| (Refusal { code: RefusedCode::Domain, message: status.message().to_owned() }, false);
+        let failed = |error: StoreError| (Refusal::from(error), true);
+        // Before anything is touched: a stream cuts off the one before it.
+        receiver.authorise(&from, "Replicate", &open.domain_uuid).map_err(denied)?;
+        let ingest =
+            receiver.store.open_stream(&open.domain_uuid, &open.domain_name, open.generation).map_err(failed)?;
+        let uuid =
+            Uuid::parse_str(&open.domain_uuid).map_err(|_| failed(StoreError::BadUuid(open.domain_uuid.clone())))?;
+        receiver.claim(&from, &open.domain_uuid).map_err(denied)?;
+        Ok((uuid, ingest))
     });
-    match opened.await {
-        Ok(opened) => Ok(opened?),
-        Err(error) => {
-            Err(Refusal { code: RefusedCode::Io, message: format!("opening the domain ended by itself: {error}") })
-        }
-    }
+    opened.await.unwrap_or_else(|error| {
+        let message = format!("opening the domain ended by itself: {error}");
+        Err((Refusal { code: RefusedCode::Io, message }, false))
+    })
 }
 
 /// A stream has ended. What is known of the domain's newest stream stays if that is another one.
@@ -284,10 +326,12 @@ async fn refuse(
     receiver: &Arc<Receiver>,
     replies: &Replies,
     of: Option<(Uuid, Option<u64>)>,
-    peer: &str,
+    from: &PeerInfo,
     refusal: Refusal,
 ) {
     let Refusal { code, message } = refusal;
+    let peer = from.shown();
+    record(receiver, &peer, of.map(|(uuid, _)| uuid), code, &message);
     tracing::warn!(%peer, code = code.as_str_name(), "stream refused: {message}");
     receiver.metrics.streams_refused.fetch_add(1, Ordering::Relaxed);
     let mut position = None;
@@ -305,6 +349,18 @@ async fn refuse(
     let refused = Refused { code: code.into(), message, position: position.map(Into::into) };
     // An agent that is gone need not be told.
     let _ = replies.send(reply(from_receiver::Message::Refused(refused))).await;
+}
+
+/// What was refused goes into the audit log, unless it was this host that could not.
+fn record(receiver: &Receiver, peer: &str, domain: Option<Uuid>, code: RefusedCode, message: &str) {
+    if matches!(code, RefusedCode::Full | RefusedCode::Io) {
+        return;
+    }
+    let subject = domain.map(|uuid| uuid.to_string()).unwrap_or_default();
+    let word = code.as_str_name().trim_start_matches("REFUSED_CODE_").to_lowercase();
+    let entry = Entry::new("Replicate", peer, &subject, Outcome::Refused).because(format!("{word}: {message}"));
+    let audit = receiver.audit.clone();
+    tokio::task::spawn_blocking(move || audit.refused(entry));
 }
 
 /// One stream's work, on its own thread.

@@ -32,6 +32,7 @@ use vmdr_daemon::ownership::{Event, Role};
 use vmdr_hypervisor::domain_xml::DomainXml;
 use vmdr_hypervisor::libvirt::{Connection, DomainState};
 use vmdr_proto::replication::{ReverseReply, ReverseRequest, ReverseState};
+use vmdr_trust::PeerInfo;
 
 use crate::activate::record::DIRECTORY as ACTIVE;
 use crate::activate::run::unix_ns;
@@ -85,7 +86,7 @@ fn reply(state: ReverseState, message: impl Into<String>) -> ReverseReply {
 }
 
 /// Answers one question: ready, or how far it is.
-pub fn reverse(receiver: &Arc<Receiver>, request: &ReverseRequest) -> Result<ReverseReply, Status> {
+pub fn reverse(receiver: &Arc<Receiver>, peer: &PeerInfo, request: &ReverseRequest) -> Result<ReverseReply, Status> {
     let uuid = parse(&request.domain_uuid)?;
     let layout = Layout::from_bytes(&request.layout).map_err(|e| Status::invalid_argument(e.to_string()))?;
     let mut all = receiver.reversals.lock().unwrap_or_else(PoisonError::into_inner);
@@ -108,7 +109,7 @@ pub fn reverse(receiver: &Arc<Receiver>, request: &ReverseRequest) -> Result<Rev
         None => {}
     }
     drop(all);
-    begin(receiver, uuid, layout, request).map_err(|error| match error.downcast::<Status>() {
+    begin(receiver, peer, uuid, layout, request).map_err(|error| match error.downcast::<Status>() {
         Ok(status) => status,
         Err(error) => Status::internal(format!("{error:#}")),
     })
@@ -116,6 +117,7 @@ pub fn reverse(receiver: &Arc<Receiver>, request: &ReverseRequest) -> Result<Rev
 
 fn begin(
     receiver: &Arc<Receiver>,
+    peer: &PeerInfo,
     uuid: Uuid,
     layout: Layout,
     request: &ReverseRequest,
@@ -210,7 +212,7 @@ fn begin(
         }
         return Ok(reply(ReverseState::Ready, "nothing of its disks is here: everything is sent"));
     }
-    start_copy(receiver, uuid, name, layout, request, disks)
+    start_copy(receiver, peer, uuid, name, layout, request, disks)
 }
 
 /// What is here of the disks, as the definition has them: those that can be read.
@@ -240,6 +242,7 @@ fn virtual_size(path: &Path, format: &str) -> anyhow::Result<u64> {
 
 fn start_copy(
     receiver: &Arc<Receiver>,
+    peer: &PeerInfo,
     uuid: Uuid,
     name: String,
     mut layout: Layout,
@@ -269,8 +272,9 @@ fn start_copy(
         all.insert(uuid, reversal);
     }
     let (receiver, generation, xml) = (Arc::clone(receiver), request.generation, request.domain_xml.clone());
+    let peer = peer.id.clone();
     std::thread::Builder::new().name(format!("reverse {name}")).spawn(move || {
-        let copied = copy(&receiver, uuid, &name, generation, &layout, &xml, &disks, &done);
+        let copied = copy(&receiver, &peer, uuid, &name, generation, &layout, &xml, &disks, &done);
         let mut all = receiver.reversals.lock().unwrap_or_else(PoisonError::into_inner);
         match copied {
             Ok(()) => {
@@ -291,6 +295,7 @@ fn start_copy(
 #[allow(clippy::too_many_arguments)] // One call, of a thread's own.
 fn copy(
     receiver: &Receiver,
+    peer: &str,
     uuid: Uuid,
     name: &str,
     generation: u64,
@@ -317,7 +322,7 @@ fn copy(
     };
     durable::write(&directory.join(NOTE), &serde_json::to_vec_pretty(&note)?).context("note what is kept aside")?;
     let written = disks.iter().filter_map(|disk| fs::metadata(&disk.path).and_then(|m| m.modified()).ok()).max();
-    let base = Base { name, generation, layout, xml, cut_unix_ns: written.map_or(0, unix_ns) };
+    let base = Base { peer, name, generation, layout, xml, cut_unix_ns: written.map_or(0, unix_ns) };
     let mut fill = |index: usize, image: &Path| -> io::Result<()> {
         let target = &layout.disks[index].target;
         let Some(old) = disks.iter().find(|old| old.target == *target) else { return Ok(()) };

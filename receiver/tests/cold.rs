@@ -14,7 +14,8 @@ use tempfile::TempDir;
 use tonic::{Code, Status, Streaming};
 use vmdr_codec::{Disk, Layout, RamBlock};
 use vmdr_proto::control::{
-    ColdDomain, ColdListRequest, DomainRequest, ExportReport, ExportRequest, ImportReport, ImportRequest, Progress,
+    ColdDomain, ColdListRequest, DomainRequest, ExportReport, ExportRequest, GrantRequest, ImportReport, ImportRequest,
+    Progress,
 };
 use vmdr_proto::replication::{EpochKind, to_receiver};
 
@@ -456,6 +457,9 @@ async fn an_import_that_is_broken_off_leaves_nothing_to_activate_and_is_run_agai
     let there = Daemon::start_with(&storage.config("parallel = 1\n"), &[]).await;
     let stuck = there.control().await.import(request).await.unwrap().into_inner();
     until("begun", async || files(&there.state()).iter().any(|path| path.to_string_lossy().ends_with(".img"))).await;
+    // It is nobody's, though: the operator says that this peer may.
+    let grant = GrantRequest { domain: UUID.to_owned(), peer: common::AGENT.to_owned(), withdraw: false };
+    there.control().await.grant(grant).await.unwrap();
     let (mut other, mut stream) = seeded(&there).await;
     // Whoever reads the pipe gets nothing out of it, and goes on.
     drop(std::fs::File::options().write(true).open(&blocked).unwrap());

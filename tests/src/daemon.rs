@@ -177,6 +177,15 @@ pub fn vmdr_output(site: &Site, seconds: u64, words: &[&str]) -> Result<Output> 
     exec::output(command.env("NO_COLOR", "1").args(words))
 }
 
+/// The same with something typed on its standard input.
+pub fn vmdr_typed(site: &Site, words: &[&str], typed: &str) -> Result<Output> {
+    let binary = binary("vmdr")?;
+    let mut command = site.command("bash");
+    command.env("NO_COLOR", "1").env("TYPED", typed);
+    command.args(["-c", r#"printf '%s\n' "$TYPED" | "$@""#, "vmdr-rig-type"]).arg(&binary);
+    exec::output(command.args(words))
+}
+
 /// Runs the `vmdr` command in a site; a non-zero exit is an error.
 pub fn vmdr(site: &Site, words: &[&str]) -> Result<String> {
     let binary = binary("vmdr")?;

@@ -113,6 +113,7 @@ impl Rig {
             Site::prepare("site A", directory.join("a")).context("prepare site A")?,
             Site::prepare("site B", directory.join("b")).context("prepare site B")?,
         ];
+        pair(&sites).context("pair the sites")?;
         let (name, directory) = (name.to_owned(), directory.to_owned());
         let mut rig = Self { id, name, directory, sites, wan, client, finished: false, _lock: lock };
         // With addresses of their own: a bridge otherwise takes one of its ports', so that the client would get another one
@@ -263,6 +264,23 @@ impl Drop for Rig {
         // finish() has removed it already, or the next run's janitor will.
         let _ = fs::remove_dir_all(&self.directory);
     }
+}
+
+/// Makes the sites peers of each other, as a `vmdr pair` of long ago has left them.
+fn pair(sites: &[Site; 2]) -> Result<()> {
+    let [a, b] = sites;
+    let (of_a, of_b) = (a.path(vmdr_trust::DIRECTORY), b.path(vmdr_trust::DIRECTORY));
+    vmdr_trust::introduce((&of_a, "site-a", &[At::A.receiver()]), (&of_b, "site-b", &[At::B.receiver()]))?;
+    Ok(())
+}
+
+/// Makes two sites strangers to each other, before their daemons start.
+pub fn unpair(rig: &Rig) -> Result<()> {
+    for at in At::ALL {
+        let directory = rig.site(at).path(vmdr_trust::DIRECTORY);
+        fs::remove_dir_all(&directory).with_context(|| format!("remove {}", directory.display()))?;
+    }
+    Ok(())
 }
 
 /// Makes a directory for a run and locks it, after removing those of runs that have ended.

@@ -3,7 +3,7 @@
 use crate::daemon::{self, Daemon, Program};
 use crate::guest::GuestSpec;
 use crate::oracle;
-use crate::rig::{At, Rig};
+use crate::rig::{self, At, Rig};
 use crate::wait::wait_for;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -53,7 +53,22 @@ impl Scene {
         receiver: &str,
         prepare: impl FnOnce(&Rig, &GuestSpec) -> Result<T>,
     ) -> Result<(Self, T)> {
+        Self::on(Rig::new(name)?, guest, receiver, prepare)
+    }
+
+    /// The same with sites that have never met: nothing can be protected before they are paired.
+    pub fn strangers(name: &str, guest: GuestSpec) -> Result<Self> {
         let rig = Rig::new(name)?;
+        rig::unpair(&rig)?;
+        Self::on(rig, guest, &At::B.receiver(), |_, _| Ok(())).map(|(scene, ())| scene)
+    }
+
+    fn on<T>(
+        rig: Rig,
+        guest: GuestSpec,
+        receiver: &str,
+        prepare: impl FnOnce(&Rig, &GuestSpec) -> Result<T>,
+    ) -> Result<(Self, T)> {
         let agent_config = format!("receiver = \"{receiver}\"\n");
         let (receiver_config, receiver_environment) = (String::new(), Vec::new());
         let mut scene =
@@ -92,6 +107,17 @@ impl Scene {
         self.receiver = None;
         let (site, environment) = (self.rig.site(At::B), &self.receiver_environment);
         self.receiver = Some(Daemon::start_with(site, Program::Receiver, &self.receiver_config, environment)?);
+        Ok(())
+    }
+
+    /// `vmdr pair` at site B, and at site A with the token that it shows.
+    pub fn pair(&self) -> Result<()> {
+        let shown = daemon::vmdr_json(self.rig.site(At::B), &["pair"])?;
+        let token = shown["token"].as_str().context("no token is shown")?;
+        let joined = daemon::vmdr_typed(self.rig.site(At::A), &["pair", "--with", &At::B.receiver()], token)?;
+        if !joined.status.success() {
+            bail!("vmdr pair --with ended with {}: {}", joined.status, String::from_utf8_lossy(&joined.stderr).trim());
+        }
         Ok(())
     }
 

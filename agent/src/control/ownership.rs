@@ -10,6 +10,7 @@ use vmdr_hypervisor::domain_xml::DomainXml;
 use vmdr_hypervisor::libvirt::{Connection, DomainState};
 use vmdr_proto::control::{MoveReport, MoveRequest, OwnReply, OwnRequest, Progress, ProtectRequest};
 use vmdr_proto::replication::{GiveBackRequest, OwnerReply, OwnerRequest, ReverseRequest, ReverseState};
+use vmdr_trust::Trust;
 
 use super::{ANSWER_LIMIT, Control, blocking, internal, refusals};
 use crate::daemon::Agent;
@@ -66,7 +67,7 @@ pub(super) async fn move_away(
         )));
     }
     tell(reports, step("check the other site", String::new()));
-    let plan = ask_owner(&protection, true).await?;
+    let plan = ask_owner(&agent.trust, &protection, true).await?;
     let reasons: Vec<String> =
         plan.refusals.iter().map(|r| format!("{}: {} ({})", r.subject, r.fact, r.remedy)).collect();
     if !reasons.is_empty() {
@@ -128,17 +129,17 @@ pub(super) async fn move_away(
     tell(reports, step("run", runs.clone()));
     if request.protect_back {
         tell(reports, step("protect it from there", String::new()));
-        wait_protected_back(&protection, &runs).await?;
+        wait_protected_back(&agent.trust, &protection, &runs).await?;
         report.protected_back = true;
     }
     Ok(report)
 }
 
 /// Until the other site says that it protects the guest to here.
-async fn wait_protected_back(protection: &Protection, runs: &str) -> Result<(), Status> {
+async fn wait_protected_back(trust: &Trust, protection: &Protection, runs: &str) -> Result<(), Status> {
     let mut silent = Duration::ZERO;
     loop {
-        match ask_owner(protection, false).await {
+        match ask_owner(trust, protection, false).await {
             Ok(OwnerReply { protection_back, .. }) => {
                 silent = Duration::ZERO;
                 match protection_back.as_str() {
@@ -177,9 +178,9 @@ fn phase_of(agent: &Agent, uuid: &str) -> Option<Phase> {
     agent.sessions().get(uuid).map(|session| session.shared.status().shown_phase())
 }
 
-async fn ask_owner(protection: &Protection, plan: bool) -> Result<OwnerReply, Status> {
+async fn ask_owner(trust: &Trust, protection: &Protection, plan: bool) -> Result<OwnerReply, Status> {
     let request = OwnerRequest { domain_uuid: protection.uuid.clone(), plan };
-    let mut questions = Questions::connect(&protection.receiver).await.map_err(Status::unavailable)?;
+    let mut questions = Questions::connect(trust, &protection.receiver).await.map_err(Status::unavailable)?;
     questions.owner(request).await.map_err(Status::unavailable)
 }
 
@@ -221,7 +222,7 @@ pub(super) async fn reprotect(control: &Control, request: ProtectRequest, report
         (_, every) => every,
     };
     let begun = async {
-        reverse(&receiver, &described, generation, &reports).await?;
+        reverse(&agent.trust, &receiver, &described, generation, &reports).await?;
         let examined = control.examine(&described.name, Some(&receiver)).await?;
         control.begin(examined, receiver, interval, every, generation, reports)
     };
@@ -296,8 +297,14 @@ async fn make_room(agent: &Agent, uuid: &str) -> Result<Option<Protection>, Stat
 }
 
 /// Has the other site make ready, for as long as that takes.
-async fn reverse(receiver: &str, described: &Described, generation: u64, reports: &Reports) -> Result<(), Status> {
-    let mut questions = Questions::connect(receiver).await.map_err(Status::unavailable)?;
+async fn reverse(
+    trust: &Trust,
+    receiver: &str,
+    described: &Described,
+    generation: u64,
+    reports: &Reports,
+) -> Result<(), Status> {
+    let mut questions = Questions::connect(trust, receiver).await.map_err(Status::unavailable)?;
     let mut waited = Duration::ZERO;
     loop {
         let request = ReverseRequest {
@@ -364,7 +371,7 @@ pub(super) async fn own(control: &Control, request: OwnRequest) -> Result<OwnRep
         Event::Forced(request.reason.clone())
     } else {
         let receiver = receiver.ok_or_else(|| Status::failed_precondition("the other site is not known"))?;
-        let mut questions = Questions::connect(&receiver).await.map_err(Status::unavailable)?;
+        let mut questions = Questions::connect(&agent.trust, &receiver).await.map_err(Status::unavailable)?;
         let asked = OwnerRequest { domain_uuid: uuid.clone(), plan: false };
         let position = questions.owner(asked).await.map_err(Status::unavailable)?;
         let back = GiveBackRequest { domain_uuid: uuid.clone(), generation: position.generation };

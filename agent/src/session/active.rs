@@ -477,7 +477,8 @@ impl<'a> Active<'a> {
             return None;
         }
         let protection = &self.worker.protection;
-        match Resync::begin(&self.worker.runtime, &protection.receiver, &protection.uuid, position) {
+        match Resync::begin(&self.worker.runtime, &self.worker.trust, &protection.receiver, &protection.uuid, position)
+        {
             Ok(resync) => resync,
             Err(error) => {
                 tracing::warn!(

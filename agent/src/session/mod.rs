@@ -33,6 +33,7 @@ use anyhow::Context;
 use uuid::Uuid;
 use vmdr_daemon::ownership::{Event, Ownerships};
 use vmdr_hypervisor::libvirt::{Connection, Domain};
+use vmdr_trust::Trust;
 
 use self::active::Active;
 pub use self::active::application::Application;
@@ -246,6 +247,7 @@ impl Session {
     pub fn start(
         config: Arc<Config>,
         registry: Registry,
+        trust: Trust,
         limits: Arc<limits::Guest>,
         protection: Protection,
         first: bool,
@@ -275,6 +277,7 @@ impl Session {
         let worker = Worker {
             config,
             registry,
+            trust,
             uuid,
             protection: protection.clone(),
             shared: shared.clone(),
@@ -355,6 +358,7 @@ impl From<ShimError> for Stop {
 struct Worker {
     config: Arc<Config>,
     registry: Registry,
+    trust: Trust,
     uuid: Uuid,
     protection: Protection,
     shared: Arc<Shared>,
@@ -529,6 +533,7 @@ impl Worker {
             domain_uuid: self.protection.uuid.clone(),
             domain_name: self.protection.name.clone(),
             generation: self.protection.generation,
+            trust: self.trust.clone(),
             limits: self.shared.limits.clone(),
         };
         self.runtime.spawn(link::run(target, self.inputs.clone(), Input::Link))

@@ -249,7 +249,7 @@ impl Worker {
     }
 
     fn questions(&self) -> anyhow::Result<Questions> {
-        self.runtime.block_on(Questions::connect(&self.protection.receiver)).map_err(anyhow::Error::msg)
+        self.runtime.block_on(Questions::connect(&self.trust, &self.protection.receiver)).map_err(anyhow::Error::msg)
     }
 
     /// Asks the receiver whether it has taken the guest, or anybody else has.

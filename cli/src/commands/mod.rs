@@ -4,17 +4,19 @@ use std::io::{ErrorKind, Write};
 
 use vmdr_proto::control;
 
-use crate::args::{self, Cli, Command, Output, PlanAction, PointAction};
+use crate::args::{self, AuditAction, Cli, Command, Output, PeersAction, PlanAction, PointAction};
 use crate::failure::Failure;
 use crate::json;
 use crate::style::{Style, Tone};
 use crate::text;
 
+mod audit;
 mod backup_side;
 mod cold;
 mod drill;
 mod history;
 mod ownership;
+mod peers;
 mod plan;
 mod protected_side;
 mod status;
@@ -84,6 +86,21 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
         }
         Command::Plan { action: PlanAction::Check { file, offline } } => plan::check(common, out, file, *offline).await,
         Command::Forget { domain, yes } => backup_side::forget(common, out, domain, *yes).await,
+        Command::Pair { with: None, valid } => peers::show_token(common, out, *valid).await,
+        Command::Pair { with: Some(address), .. } => peers::join(common, out, address).await,
+        Command::Peers { action: None | Some(PeersAction::List) } => peers::list(common, out).await,
+        Command::Peers { action: Some(PeersAction::Revoke { peer }) } => peers::revoke(common, out, peer).await,
+        Command::Peers { action: Some(PeersAction::At { peer, address }) } => {
+            peers::locate(common, out, peer, address).await
+        }
+        Command::Peers { action: Some(PeersAction::Rotate) } => peers::rotate(common, out).await,
+        Command::Peers { action: Some(PeersAction::Grant { domain, peer, withdraw }) } => {
+            peers::grant(common, out, domain, peer, *withdraw).await
+        }
+        Command::Audit { lines, action: None } => audit::show(common, out, *lines).await,
+        Command::Audit { action: Some(AuditAction::Verify { dir }), .. } => {
+            audit::verify(common, out, dir.as_deref()).await
+        }
         Command::Completions { shell } => write_stdout(&args::completions(*shell)),
     }
 }

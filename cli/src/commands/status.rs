@@ -24,22 +24,18 @@ type Rows = Vec<(Daemon, control::DomainStatus)>;
 
 /// Asks, merges, shows.
 pub async fn status(common: &Common, out: Out, domain: Option<&Domain>) -> Result<(), Failure> {
-    let daemons: Vec<Daemon> =
-        [Daemon::Agent, Daemon::Receiver].into_iter().filter(|daemon| daemon.socket(common).exists()).collect();
-    if daemons.is_empty() {
-        return Err(Failure::Unreachable(format!(
-            "no vmdr daemon on this host: neither {} nor {} exists; start vmdr-agent or vmdr-receiver, or name a \
-             socket with --agent-socket or --receiver-socket",
-            common.agent_socket.display(),
-            common.receiver_socket.display()
-        )));
-    }
+    let daemons = client::there(common)?;
     let mut rows = Rows::new();
     let (mut unknown, mut silent) = (Vec::new(), Vec::new());
+    // Both daemons know the same of their host.
+    let mut notices = std::collections::BTreeSet::new();
     for daemon in daemons {
         let name = domain.map(|domain| domain.0.clone()).unwrap_or_default();
         match ask(common, daemon, name).await {
-            Ok(reply) => rows.extend(reply.domains.into_iter().map(|status| (daemon, status))),
+            Ok(reply) => {
+                rows.extend(reply.domains.into_iter().map(|status| (daemon, status)));
+                notices.extend(reply.notices);
+            }
             Err(failure @ Failure::NotFound(_)) => unknown.push(failure),
             Err(failure) => silent.push((daemon, failure)),
         }
@@ -61,8 +57,12 @@ pub async fn status(common: &Common, out: Out, domain: Option<&Domain>) -> Resul
         || json::Status {
             domains: rows.iter().map(|(daemon, status)| json::DomainStatus::new(*daemon, status)).collect(),
             unreachable: silent.iter().map(|(daemon, _)| daemon.to_string()).collect(),
+            notices: notices.iter().cloned().collect(),
         },
-        || table(out, &rows),
+        || {
+            let warnings = notices.iter().map(|notice| text::wrapped("warning: ", &text::one_line(notice)));
+            table(out, &rows) + &warnings.collect::<String>()
+        },
     )?;
     silent.into_iter().next().map_or(Ok(()), |(_, failure)| Err(failure))
 }

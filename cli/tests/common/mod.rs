@@ -14,6 +14,9 @@ use tonic::{Request, Response, Status};
 use vmdr_proto::control::agent_server::{Agent, AgentServer};
 use vmdr_proto::control::receiver_server::{Receiver, ReceiverServer};
 use vmdr_proto::control::*;
+use vmdr_proto::host::host_server::HostServer;
+
+mod about_host;
 
 /// For one run of the command, with two busy cores.
 const RUN_LIMIT: Duration = Duration::from_secs(120);
@@ -59,14 +62,17 @@ impl Host {
 
     pub fn start_agent(&self) {
         let listener = UnixListener::bind(self.agent_socket()).unwrap();
-        let service = AgentServer::new(Daemon { calls: self.calls.clone(), who: "agent" });
-        tokio::spawn(Server::builder().add_service(service).serve_with_incoming(UnixListenerStream::new(listener)));
+        let daemon = || Daemon { calls: self.calls.clone(), who: "agent" };
+        let services = Server::builder().add_service(AgentServer::new(daemon())).add_service(HostServer::new(daemon()));
+        tokio::spawn(services.serve_with_incoming(UnixListenerStream::new(listener)));
     }
 
     pub fn start_receiver(&self) {
         let listener = UnixListener::bind(self.receiver_socket()).unwrap();
-        let service = ReceiverServer::new(Daemon { calls: self.calls.clone(), who: "receiver" });
-        tokio::spawn(Server::builder().add_service(service).serve_with_incoming(UnixListenerStream::new(listener)));
+        let daemon = || Daemon { calls: self.calls.clone(), who: "receiver" };
+        let services =
+            Server::builder().add_service(ReceiverServer::new(daemon())).add_service(HostServer::new(daemon()));
+        tokio::spawn(services.serve_with_incoming(UnixListenerStream::new(listener)));
     }
 
     /// What the daemons were asked, in order, as `daemon request domain`.
@@ -406,7 +412,7 @@ impl Agent for Daemon {
             "web1" => vec![protected("web1")],
             _ => return Err(Status::not_found(format!("{domain} is not protected here"))),
         };
-        Ok(Response::new(StatusReply { domains }))
+        Ok(Response::new(StatusReply { notices: Vec::new(), domains }))
     }
 }
 
@@ -433,7 +439,7 @@ impl Receiver for Daemon {
             drill: Some(drill("web2", true)),
             ..protected("web2")
         };
-        Ok(Response::new(StatusReply { domains: vec![standby] }))
+        Ok(Response::new(StatusReply { notices: Vec::new(), domains: vec![standby] }))
     }
 
     type DrillStream = Stream;
@@ -602,6 +608,12 @@ impl Receiver for Daemon {
         };
         let last = Progress { step: "verify".into(), verification: Some(report), ..Progress::default() };
         Ok(stream(vec![progress("verify", 1 << 20, 5 << 20, "bytes", ""), Ok(last)]))
+    }
+
+    async fn grant(&self, request: Request<GrantRequest>) -> Result<Response<GrantReply>, Status> {
+        let GrantRequest { domain, peer, withdraw } = request.into_inner();
+        self.asked(if withdraw { "withdraw" } else { "grant" }, &format!("{domain} {peer}"))?;
+        Ok(Response::new(GrantReply { owner: "site-a (0123456789ab)".into(), granted: vec![peer] }))
     }
 
     type ExportStream = Stream;

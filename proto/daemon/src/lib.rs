@@ -1,7 +1,12 @@
-//! What both daemons share: the listener for metrics, the socket for the `vmdr` command, and which domains this host owns.
+//! What both daemons share: the listener for metrics, the socket for the `vmdr` command with who may ask what on it, and
+//! which domains this host owns.
 
+pub mod caller;
+mod credentials;
 pub mod durable;
+pub mod guard;
 pub mod hook;
+pub mod host;
 pub mod ownership;
 pub mod scrape;
 pub mod socket;

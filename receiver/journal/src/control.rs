@@ -38,6 +38,8 @@ const TAG_CHAIN: u16 = 0x800B;
 const TAG_PIN: u16 = 0x800C;
 const TAG_RETENTION: u16 = 0x000D;
 const TAG_SMALL_SUMS: u16 = 0x8047;
+const TAG_OWNER: u16 = 0x8010;
+const TAG_GRANTED: u16 = 0x8011;
 
 const STANDBY_BYTES: usize = 64;
 const HISTORY_BYTES: usize = 64;
@@ -168,6 +170,10 @@ pub struct Control {
     pub retention: Option<(u64, Vec<Tier>)>,
     /// Of the standbys that there are.
     pub small_sums: Vec<SmallSums>,
+    /// The peer whose domain this is: the first that seeded it.
+    pub owner: Option<String>,
+    /// Other peers that may do what the owner may.
+    pub granted: Vec<String>,
     /// Fields of later versions that need not be understood.
     extra: Vec<(u16, Vec<u8>)>,
 }
@@ -190,6 +196,8 @@ impl Control {
             pins: Vec::new(),
             retention: None,
             small_sums: Vec::new(),
+            owner: None,
+            granted: Vec::new(),
             extra: Vec::new(),
         }
     }
@@ -291,6 +299,12 @@ impl Control {
             let SmallSums { dir, device_epoch, device, xml_epoch, xml } = *sums;
             let numbers = [dir, device_epoch, device, xml_epoch, xml];
             field(&mut to, TAG_SMALL_SUMS, &numbers.map(u64::to_le_bytes).concat());
+        }
+        if let Some(owner) = &self.owner {
+            field(&mut to, TAG_OWNER, owner.as_bytes());
+        }
+        for peer in &self.granted {
+            field(&mut to, TAG_GRANTED, peer.as_bytes());
         }
         for (tag, bytes) in &self.extra {
             field(&mut to, *tag, bytes);
@@ -399,6 +413,8 @@ impl Control {
                         xml: number(4),
                     });
                 }
+                TAG_OWNER => control.owner = Some(String::from_utf8_lossy(body).into_owned()),
+                TAG_GRANTED => control.granted.push(String::from_utf8_lossy(body).into_owned()),
                 _ if tag & TAG_CRITICAL != 0 => {
                     return Err(Fault::Damaged(format!("field {tag:#x} is of a later version, use that")));
                 }
@@ -535,6 +551,8 @@ mod tests {
             pins: vec![Pin { generation: 4, epoch: 5, name: "before-upgrade".to_owned() }],
             retention: Some((50, vec![Tier { every_ns: 0, for_ns: 51 }, Tier { every_ns: 52, for_ns: 53 }])),
             small_sums: vec![SmallSums { dir: 3, device_epoch: 7, device: 60, xml_epoch: 9, xml: 61 }],
+            owner: Some("ab".repeat(32)),
+            granted: vec!["cd".repeat(32), "ef".repeat(32)],
             extra: vec![(0x17, vec![1, 2, 3])],
             ..Control::new([0xab; 16], "gast", 2)
         }

@@ -15,6 +15,8 @@ use super::{Ingest, PointId, Store, StoreError};
 /// What such a standby is made as.
 #[derive(Debug, Clone, Copy)]
 pub struct Base<'a> {
+    /// The peer whose domain it is, from here on where it was nobody's.
+    pub peer: &'a str,
     /// The domain's name.
     pub name: &'a str,
     /// The generation in which it will be received.
@@ -39,10 +41,14 @@ impl Store {
             Err(error) => return Err(error),
         }
         let mut ingest = self.open_stream(uuid, base.name, base.generation)?;
+        let unusable = |what: String| StoreError::Refused { domain: uuid.to_owned(), what };
+        // Before anything of it is durable: afterwards it would be known to belong to somebody, and not to whom.
+        if !self.claim(uuid, base.peer)? {
+            return Err(unusable("it belongs to another peer".to_owned()));
+        }
         let epoch = ingest.position().epoch + 1;
         ingest.begin(PartHead { generation: base.generation, epoch, part: 0, kind: Kind::Seed })?;
         let mut encoder = Encoder::new();
-        let unusable = |what: String| StoreError::Refused { domain: uuid.to_owned(), what };
         encoder.layout(base.layout).map_err(|error| unusable(error.to_string()))?;
         encoder.domain_xml(base.xml).map_err(|error| unusable(error.to_string()))?;
         let counts = encoder.finish();

@@ -26,6 +26,7 @@
 //! UUID/exported                       which point was last sent to object storage, see `cold`
 //! ```
 
+mod access;
 mod apply;
 mod base;
 mod catalog;
@@ -60,6 +61,7 @@ use vmdr_journal::{Disk, FsDisk, JournalError, LockGuard};
 
 use domain::Domain;
 
+pub use access::Access;
 pub use base::{Base, Fill};
 pub use catalog::PointId;
 pub use error::StoreError;

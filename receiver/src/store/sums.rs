@@ -170,9 +170,13 @@ impl Sums {
             Err(error) if is_unreadable(&error) => error,
             other => return other,
         };
-        let length = self.file.length()?;
         let block = UNIT_BYTES as u64;
         let (from, end) = (at / block * block, (at + bytes.len() as u64).next_multiple_of(block));
+        let mut around = vec![0; (end - from) as usize];
+        if self.file.read_at(&mut around, from).map_or_else(|read| !is_unreadable(&read), |_| true) {
+            return Err(error);
+        }
+        let length = self.file.length()?;
         tracing::warn!(%error, path = %self.path.display(), from, end, "checksums cannot be read and are written anew");
         let mut blocks = vec![0xff; (end - from) as usize];
         let within = (at - from) as usize;

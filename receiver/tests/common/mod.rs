@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint, Uri};
+use vmdr_audit::Audit;
 use vmdr_codec::{Digest, Disk, Encoder, Layout, RamBlock, chunk_hash};
 use vmdr_proto::REPLICATION_VERSION;
 use vmdr_proto::control::receiver_client::ReceiverClient;
@@ -21,6 +22,10 @@ use vmdr_proto::replication::{
     ToReceiver, Welcome, from_receiver, to_receiver,
 };
 
+use vmdr_trust::Trust;
+
+/// The host that is paired with every receiver.
+pub const AGENT: &str = "site-a";
 /// The limit of every wait.
 pub const WAIT: Duration = Duration::from_secs(60);
 pub const PAGE: usize = 4096;
@@ -42,6 +47,10 @@ fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
+fn rand_word() -> String {
+    uuid::Uuid::new_v4().simple().to_string()
+}
+
 pub fn program() -> Command {
     Command::new(env!("CARGO_BIN_EXE_vmdr-receiver"))
 }
@@ -56,6 +65,7 @@ impl Daemon {
         let (directory, config) = (tempfile::tempdir().unwrap(), config.to_owned());
         let (address, metrics, environment) = (free_address(), free_address(), environment.to_vec());
         let mut daemon = Daemon { directory, address, metrics, config, environment, child: None };
+        daemon.introduce(AGENT);
         daemon.start_again().await;
         daemon
     }
@@ -72,13 +82,20 @@ impl Daemon {
         self.directory.path().join("state")
     }
 
+    pub fn ownerships(&self) -> PathBuf {
+        self.directory.path().join("domains")
+    }
+
     fn write_config(&self) {
         let config = format!(
-            "listen = \"{}\"\nmetrics_listen = \"{}\"\nstate_dir = {:?}\ncontrol_socket = {:?}\nspace_reserve_bytes = 0\n\
+            "listen = \"{}\"\nmetrics_listen = \"{}\"\nstate_dir = {:?}\naudit_dir = {:?}\nidentity_dir = {:?}\nownership_dir = {:?}\ncontrol_socket = {:?}\nspace_reserve_bytes = 0\n\
              libvirt_uri = \"qemu+unix:///system?socket=/nonexistent/vmdr-test\"\n{}",
             self.address,
             self.metrics,
             self.state(),
+            self.directory.path().join("audit"),
+            self.directory.path().join("identity"),
+            self.ownerships(),
             self.socket(),
             self.config
         );
@@ -142,9 +159,34 @@ impl Daemon {
         panic!("it does not end; log:\n{}", self.log());
     }
 
+    /// Pairs the receiver with another host of this name, which is a directory.
+    pub fn introduce(&self, name: &str) {
+        let (own, other) = (self.directory.path().join("identity"), self.directory.path().join(name));
+        vmdr_trust::introduce((&own, "site-b", &[]), (&other, name, &[])).unwrap();
+    }
+
+    pub fn trust(&self, name: &str) -> Trust {
+        let directory = self.directory.path().join(name);
+        let audit = Audit::open(&directory.join(format!("audit-{}", rand_word())), "agent").unwrap();
+        Trust::open(&directory, audit).unwrap()
+    }
+
     pub async fn agent(&self) -> ReplicationClient<Channel> {
-        let endpoint = Endpoint::from_shared(format!("http://{}", self.address)).unwrap();
-        ReplicationClient::new(endpoint.connect().await.unwrap())
+        self.agent_of(AGENT).await
+    }
+
+    /// A connection of the host of this name.
+    pub async fn agent_of(&self, name: &str) -> ReplicationClient<Channel> {
+        let (trust, address) = (self.trust(name), self.address.to_string());
+        let connector = tower::service_fn(move |_: Uri| {
+            let (trust, address) = (trust.clone(), address.clone());
+            async move {
+                let stream = tokio::net::TcpStream::connect(&address).await?;
+                trust.connect(stream, &address).await.map(TokioIo::new)
+            }
+        });
+        let endpoint = Endpoint::from_static("http://receiver");
+        ReplicationClient::new(endpoint.connect_with_connector(connector).await.unwrap())
     }
 
     pub async fn control(&self) -> ReceiverClient<Channel> {

@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use vmdr_agent::arena_map::ArenaMap;
 use vmdr_agent::encode::{Extras, PartEncoder};
 use vmdr_agent::link::{self, LinkEvent, Target};
+use vmdr_audit::Audit;
 use vmdr_codec::{Disk, Layout, RamBlock};
 use vmdr_proto::PAGE_BYTES;
 use vmdr_proto::replication::ToReceiver;
@@ -31,6 +32,7 @@ use vmdr_tests::guest::GuestSpec;
 use vmdr_tests::rig::At;
 use vmdr_tests::scene::{ANSWER, Scene};
 use vmdr_tests::wait::wait_for;
+use vmdr_trust::Trust;
 
 use crate::figures::{Samples, short};
 use crate::machine::{Machine, Protected, Runs, Spec};
@@ -231,6 +233,7 @@ impl Shipper {
             domain_uuid: uuid::Uuid::new_v4().to_string(),
             domain_name: "bench".to_owned(),
             generation: 1,
+            trust: receiver.agent()?,
             limits: vmdr_agent::limits::Guest::unlimited(),
         };
         runtime.spawn(link::run(target, to, |event| event));
@@ -292,7 +295,7 @@ impl Shipper {
 struct Receiver {
     process: Child,
     address: SocketAddr,
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 impl Receiver {
@@ -302,9 +305,13 @@ impl Receiver {
         let address = TcpListener::bind("127.0.0.1:0").and_then(|at| at.local_addr()).context("find a free port")?;
         let socket = directory.path().join("receiver.sock");
         let config = format!(
-            "listen = \"{address}\"\nmetrics_listen = \"\"\nstate_dir = {:?}\ncontrol_socket = {socket:?}\n",
-            directory.path().join("state")
+            "listen = \"{address}\"\nmetrics_listen = \"\"\nstate_dir = {:?}\naudit_dir = {:?}\nidentity_dir = {:?}\ncontrol_socket = {socket:?}\n",
+            directory.path().join("state"),
+            directory.path().join("audit"),
+            directory.path().join("identity")
         );
+        let (own, agent) = (directory.path().join("identity"), directory.path().join("agent"));
+        vmdr_trust::introduce((&own, "receiver", &[]), (&agent, "agent", &[])).context("pair the two")?;
         let file = directory.path().join("receiver.toml");
         fs::write(&file, config).context("write the receiver's configuration")?;
         let log = directory.path().join("log");
@@ -316,7 +323,7 @@ impl Receiver {
             .stderr(fs::File::create(&log).context("create the receiver's log")?)
             .spawn()
             .context("start vmdr-receiver")?;
-        let mut receiver = Self { process, address, _directory: directory };
+        let mut receiver = Self { process, address, directory };
         wait_for("vmdr-receiver", LIMIT, || {
             if let Some(status) = receiver.process.try_wait().context("look at the receiver")? {
                 bail!("vmdr-receiver ended with {status}: {}", fs::read_to_string(&log).unwrap_or_default());
@@ -324,6 +331,14 @@ impl Receiver {
             Ok(UnixStream::connect(&socket).is_ok().then_some(()))
         })?;
         Ok(receiver)
+    }
+}
+
+impl Receiver {
+    /// Who the agent's code is to it.
+    fn agent(&self) -> Result<Trust> {
+        let audit = Audit::open(&self.directory.path().join("agent-audit"), "agent")?;
+        Ok(Trust::open(&self.directory.path().join("agent"), audit)?)
     }
 }
 

@@ -4,6 +4,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
+use std::process::Output;
 use std::time::{Duration, Instant};
 use vmdr_tests::client::{Pong, WORKLOAD_TCP_PORT};
 use vmdr_tests::daemon;
@@ -26,19 +27,38 @@ impl Stage {
         println!("[{:5.1} s] {text}", self.begun.elapsed().as_secs_f64());
     }
 
-    /// Runs a `vmdr` command at a site as an operator would, showing it and what it prints.
-    fn show(&self, scene: &Scene, at: At, words: &[&str]) -> Result<()> {
-        let prompt = if at == At::A { "site-a#" } else { "site-b#" };
-        println!("\n{prompt} vmdr {}", words.join(" "));
-        let output = daemon::vmdr_output(scene.rig.site(at), COMMAND_SECONDS_MAX, words)?;
-        for stream in [&output.stdout, &output.stderr] {
-            String::from_utf8_lossy(stream).lines().for_each(|line| println!("    {line}"));
-        }
+    /// Makes the two sites known to each other, as an operator does once.
+    fn pair(&self, scene: &Scene) -> Result<()> {
+        let shown = self.show(scene, At::B, &["pair"])?;
+        let token = shown.lines().next().context("no token is shown")?;
+        let words = ["pair", "--with", &At::B.receiver()];
+        println!("site-a# echo {token} | vmdr {}", words.join(" "));
+        let output = daemon::vmdr_typed(scene.rig.site(At::A), &words, token)?;
+        print_indented(&output);
         println!();
         if !output.status.success() {
             bail!("vmdr {} ended with {}", words.join(" "), output.status);
         }
         Ok(())
+    }
+
+    /// Runs a `vmdr` command at a site as an operator would, showing it and what it prints.
+    fn show(&self, scene: &Scene, at: At, words: &[&str]) -> Result<String> {
+        let prompt = if at == At::A { "site-a#" } else { "site-b#" };
+        println!("\n{prompt} vmdr {}", words.join(" "));
+        let output = daemon::vmdr_output(scene.rig.site(at), COMMAND_SECONDS_MAX, words)?;
+        print_indented(&output);
+        println!();
+        if !output.status.success() {
+            bail!("vmdr {} ended with {}", words.join(" "), output.status);
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+}
+
+fn print_indented(output: &Output) {
+    for stream in [&output.stdout, &output.stderr] {
+        String::from_utf8_lossy(stream).lines().for_each(|line| println!("    {line}"));
     }
 }
 
@@ -47,12 +67,14 @@ fn main() -> Result<()> {
     println!("vmdr demo: two sites on this machine, a guest, and the loss of the site it runs at\n");
     stage.say("starting site A and site B, each with a network and a libvirtd of its own, and a guest at A");
     let guest = GuestSpec::linux(GUEST).workload("--ram-mib 48 --pages 100 --interval-ms 50");
-    let mut scene = Scene::new("demo", guest)?;
+    let mut scene = Scene::strangers("demo", guest)?;
     let address = scene.guest.address;
     let client = scene.rig.client().clone();
     let first = client.ping(address, ANSWER)?;
     stage.say(&format!("the guest runs at site A and counts: {}", count(&first)));
 
+    stage.say("the two hosts have never met: one shows a token, on the other it is typed");
+    stage.pair(&scene)?;
     stage.show(&scene, At::A, &["doctor", GUEST])?;
     stage.show(&scene, At::A, &["protect", GUEST, "--interval", "100ms"])?;
     let stream = client.tcp(SocketAddr::from((address, WORKLOAD_TCP_PORT)), ANSWER)?;

@@ -69,7 +69,11 @@ fn files_become_a_standby_on_which_a_resync_goes_on() {
     store.set_frozen(UUID, true).unwrap();
     fs::write(old.join(KEPT), "").unwrap();
     let layout = Layout { ram: Vec::new(), ..guest.layout.clone() };
-    let base = Base { name: "gast", generation: 3, layout: &layout, xml: "<domain/>", cut_unix_ns: 5 };
+    let base = Base { peer: "ab", name: "gast", generation: 3, layout: &layout, xml: "<domain/>", cut_unix_ns: 5 };
+    // It was received when there were no peers yet: any could say that it is its own.
+    let denied = store.seed_from_files(UUID, &base, &mut |_, _| Ok(()));
+    assert!(matches!(denied, Err(StoreError::Refused { .. })), "{denied:?}");
+    store.grant(UUID, "ab", true).unwrap();
     // One that fails changes nothing.
     let failed = store.seed_from_files(UUID, &base, &mut |_, _| Err(std::io::Error::other("unreadable")));
     assert!(matches!(failed, Err(StoreError::Io { .. })), "{failed:?}");
