@@ -403,8 +403,8 @@ impl SimFile {
             state.unreadable.iter().any(within)
         };
         let (first, last) = (written.start / BLOCK_BYTES, written.end.saturating_sub(1) / BLOCK_BYTES);
-        let in_part = (!written.start.is_multiple_of(BLOCK_BYTES) && spoilt(first))
-            || (!written.end.is_multiple_of(BLOCK_BYTES) && spoilt(last));
+        let begins_within = !written.start.is_multiple_of(BLOCK_BYTES) && spoilt(first);
+        let in_part = begins_within || (!written.end.is_multiple_of(BLOCK_BYTES) && spoilt(last));
         if in_part && !written.is_empty() { Err(io::Error::from_raw_os_error(5)) } else { Ok(()) }
     }
 }
