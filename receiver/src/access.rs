@@ -23,7 +23,8 @@ impl Receiver {
         match self.store.access(uuid) {
             Ok(access) if access.allows(&peer.id) => Ok(()),
             // A question without a domain, and a domain of which nothing is here: there is nothing to keep from anybody.
-            Err(StoreError::BadUuid(_) | StoreError::Unknown(_)) => Ok(()),
+            Err(StoreError::Unknown(_)) => Ok(()),
+            Err(StoreError::BadUuid(_)) if uuid.is_empty() => Ok(()),
             Ok(_) => Err(self.deny(peer, act, uuid)),
             // It is not known whose it is.
             Err(error) => Err(store_status(&error)),

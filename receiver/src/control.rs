@@ -488,7 +488,8 @@ impl Service for ControlService {
         let wanted = request.into_inner().domain;
         self.blocking(move |receiver| {
             let domains = if wanted.is_empty() { receiver.store.domains() } else { vec![find(receiver, &wanted)?.1] };
-            let mut notices = receiver.trust.notices();
+            let mut notices = receiver.troubles.clone();
+            notices.extend(receiver.trust.notices());
             notices.extend(access::notices(receiver, &domains));
             let domains = domains.into_iter().map(|d| domain_status(receiver, d)).collect();
             Ok(StatusReply { domains, notices })

@@ -104,6 +104,8 @@ pub struct Receiver {
     pub cold: Cold,
     /// What the last look at the recovery plan has found.
     pub watched: Watched,
+    /// What did not work when it was started, and that it goes on without.
+    pub troubles: Vec<String>,
     sessions: Mutex<HashMap<Uuid, Session>>,
     activations: Mutex<HashMap<Uuid, Arc<tokio::sync::Mutex<()>>>>,
     started: Instant,
@@ -118,9 +120,20 @@ impl Receiver {
         let options = StoreOptions { space_reserve_bytes, retention, ..StoreOptions::default() };
         let store = Store::open(&config.state_dir, options).context("open the state directory")?;
         let ownerships = Ownerships::new(&config.ownership_dir, Path::new(CONFIRMED));
-        let audit = Audit::open(&config.audit_dir, "receiver")?;
-        let trust = Trust::open(&config.identity_dir, audit.clone()).context("this host's identity")?;
+        let mut troubles = Vec::new();
+        let audit = Audit::open(&config.audit_dir, "receiver").or_else(|error| {
+            let trouble =
+                format!("the audit log cannot be written, and what is done is noted in the log only: {error}");
+            instead(&mut troubles, trouble, "audit", |directory| Audit::open(directory, "receiver"))
+        })?;
+        let trust = Trust::open(&config.identity_dir, audit.clone()).or_else(|error| {
+            let trouble =
+                format!("this host's identity cannot be used, and no peer is known until that is put right: {error}");
+            instead(&mut troubles, trouble, "identity", |directory| Trust::open(directory, audit.clone()))
+        });
+        let trust = trust.context("this host's identity")?;
         Ok(Receiver {
+            troubles,
             cold: Cold::new(config.cold.clone()),
             config,
             audit,
@@ -233,6 +246,19 @@ impl Receiver {
         let plan = self.watched.last().map(|last| (last.refusals() as u64, last.unix_seconds));
         Sample { domains: domains.collect(), free_bytes: self.free_bytes().unwrap_or(0), plan }
     }
+}
+
+/// Opens something that is not to keep guests from being activated in an empty directory instead of its own, and says so.
+fn instead<T, E>(
+    troubles: &mut Vec<String>,
+    trouble: String,
+    name: &str,
+    open: impl FnOnce(&Path) -> Result<T, E>,
+) -> Result<T, E> {
+    tracing::error!("{trouble}");
+    troubles.push(trouble);
+    // A name that nobody can have taken before; it is made with a mode that keeps everybody else out.
+    open(&std::env::temp_dir().join(format!("vmdr-{name}-{}", Uuid::new_v4())))
 }
 
 /// Runs a receiver until SIGTERM or SIGINT.

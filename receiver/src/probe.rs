@@ -22,15 +22,13 @@ use crate::activate::{checks, files, record::RecordError};
 use crate::daemon::Receiver;
 use crate::recovery;
 use crate::store::Position;
+use crate::takeover;
 
 /// Answers a probe. Blocks while libvirt and the disk answer. One without a domain asks for versions only.
 pub fn probe(receiver: &Receiver, request: &ProbeRequest) -> Result<ProbeReply, Status> {
     let uuid = match request.domain_uuid.as_str() {
         "" if request.domain_xml.is_empty() => None,
-        uuid => Some(
-            Uuid::parse_str(uuid)
-                .map_err(|_| Status::invalid_argument(format!("{uuid:?} is not the UUID of a domain")))?,
-        ),
+        uuid => Some(takeover::parse(uuid)?),
     };
     let host = LocalHost::connect(&receiver.config.libvirt_uri).map_err(|e| Status::unavailable(e.to_string()))?;
     let mut found = Vec::new();

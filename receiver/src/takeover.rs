@@ -368,6 +368,9 @@ pub fn give_back(receiver: &Arc<Receiver>, request: &GiveBackRequest) -> Result<
     Ok(GiveBackReply { generation })
 }
 
+/// The UUID of a domain as a peer may write it: in 36 characters, as the store takes it. In any other spelling what is asked about
+/// and what the peer's right was looked up for could be two things.
 pub(crate) fn parse(uuid: &str) -> Result<Uuid, Status> {
-    Uuid::parse_str(uuid).map_err(|_| Status::invalid_argument("this is not the UUID of a domain"))
+    let parsed = Uuid::try_parse(uuid).ok().filter(|parsed| uuid.len() == 36 && !parsed.is_nil());
+    parsed.ok_or_else(|| Status::invalid_argument("this is not the UUID of a domain"))
 }

@@ -87,6 +87,20 @@ async fn a_domain_is_its_owners_until_it_is_granted() {
     }
     let point = NamePointRequest { domain_uuid: UUID.to_owned(), name: "x".to_owned(), ..Default::default() };
     assert_eq!(other.name_point(point).await.unwrap_err().code(), Code::PermissionDenied);
+    // Nor under another spelling of the same UUID.
+    for spelt in [UUID.replace('-', ""), format!("{{{UUID}}}"), format!("urn:uuid:{UUID}")] {
+        let refused = |code: Code| matches!(code, Code::PermissionDenied | Code::InvalidArgument);
+        let settle = SettleRequest { domain_uuid: spelt.clone(), domain_name: "x".to_owned(), generation: 9 };
+        let owner = OwnerRequest { domain_uuid: spelt.clone(), plan: true };
+        let probe = ProbeRequest { domain_uuid: spelt.clone(), ..ProbeRequest::default() };
+        for code in [
+            other.settle(settle).await.unwrap_err().code(),
+            other.owner(owner).await.unwrap_err().code(),
+            other.probe(probe).await.unwrap_err().code(),
+        ] {
+            assert!(refused(code), "{spelt}: {code}");
+        }
+    }
     for generation in [0, 1, 9] {
         let (_, answer) = Stream::open(&mut other, UUID, generation).await;
         let Answer::Refused(refused) = answer else { panic!("{answer:?}") };
@@ -124,6 +138,28 @@ async fn a_domain_is_its_owners_until_it_is_granted() {
     recorded(&daemon, &["\"Grant\"", "\"done\"", "\"web\""]).await;
     let points = daemon.control().await.points(DomainRequest { domain: "web".to_owned() }).await.unwrap().into_inner();
     assert_eq!(points.points[0].epoch, 3);
+}
+
+#[tokio::test]
+async fn a_damaged_identity_or_audit_log_keeps_no_guest_from_being_activated() {
+    let mut daemon = Daemon::start().await;
+    drop(seeded(&daemon).await);
+    daemon.kill();
+    let identity = daemon.directory.path().join("identity");
+    std::fs::write(identity.join("ca.pem"), "no key").unwrap();
+    let audit = daemon.directory.path().join("audit");
+    std::fs::remove_dir_all(&audit).unwrap();
+    std::fs::write(&audit, "no directory").unwrap();
+    daemon.start_again().await;
+    let mut control = daemon.control().await;
+    let status = control.status(StatusRequest::default()).await.unwrap().into_inner();
+    for trouble in ["identity cannot be used", "audit log cannot be written"] {
+        assert!(status.notices.iter().any(|notice| notice.contains(trouble)), "{:?}", status.notices);
+    }
+    let points = control.points(DomainRequest { domain: "web".to_owned() }).await.unwrap().into_inner();
+    assert_eq!(points.points[0].epoch, 1);
+    // Nothing of the old identity was replaced.
+    assert_eq!(std::fs::read_to_string(identity.join("ca.pem")).unwrap(), "no key");
 }
 
 #[tokio::test]

@@ -16,6 +16,8 @@ pub const FILE_BYTES_MAX: u64 = 8 << 20;
 pub const FILES_MAX: usize = 32;
 /// Refusals of the same caller for the same reason within this time become one record with a count.
 pub const REPEAT_WINDOW: Duration = Duration::from_secs(10);
+/// Characters that are kept of each part of a refused attempt.
+const REFUSED_CHARS_MAX: usize = 256;
 /// Callers and reasons counted apart; what is more is counted together.
 const REPEATS_MAX: usize = 256;
 /// How often counts that are due are looked for.
@@ -141,9 +143,16 @@ impl Audit {
     /// as [`Audit::record`].
     pub fn refused(&self, entry: Entry) {
         let mut entry = entry.with(Outcome::Refused);
+        // Some of it is as those who were refused would have it.
+        for text in [&mut entry.act, &mut entry.subject, &mut entry.detail] {
+            if let Some((end, _)) = text.char_indices().nth(REFUSED_CHARS_MAX) {
+                text.truncate(end);
+            }
+        }
         let mut repeats = self.inner.repeats();
         if !repeats.contains_key(&entry) && repeats.len() >= REPEATS_MAX {
             "others".clone_into(&mut entry.actor);
+            "several".clone_into(&mut entry.act);
             entry.subject.clear();
             "more callers than are counted apart".clone_into(&mut entry.detail);
         }

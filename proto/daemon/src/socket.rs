@@ -24,6 +24,8 @@ use crate::caller::{Caller, Groups, Role};
 
 /// See the module.
 const MODE: u32 = 0o666;
+/// Of the directory, where there is none yet.
+const DIRECTORY_MODE: u32 = 0o755;
 /// Connections of operators at the same time.
 const OPERATORS_MAX: usize = 64;
 /// Connections of readers.
@@ -37,8 +39,10 @@ const ACCEPT_REST: Duration = Duration::from_millis(200);
 
 /// Listens at `path`. A socket that somebody answers on is left alone (`AddrInUse`); a stale one is replaced.
 pub fn listen(path: &Path) -> io::Result<UnixListener> {
-    if let Some(directory) = path.parent() {
+    if let Some(directory) = path.parent().filter(|directory| !directory.exists()) {
         std::fs::create_dir_all(directory)?;
+        // Whatever the daemon's umask is: who may do what is decided when they have connected.
+        std::fs::set_permissions(directory, std::fs::Permissions::from_mode(DIRECTORY_MODE))?;
     }
     if StdUnixStream::connect(path).is_ok() {
         let message = format!("{}: another daemon answers there", path.display());

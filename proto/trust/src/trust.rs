@@ -358,9 +358,16 @@ impl Trust {
 /// said: one that can get between must not be given what is another's.
 fn expected(peers: &[Peer], address: &str) -> Result<Peer, TrustError> {
     let trusted: Vec<&Peer> = peers.iter().filter(|peer| peer.revoked_unix.is_none()).collect();
-    let known = trusted.iter().find(|peer| peer.addresses.iter().any(|known| known == address));
+    let answers = |peer: &&&Peer| peer.addresses.iter().any(|known| known == address);
+    let known = trusted.iter().find(answers);
+    let revoked: Vec<&Peer> = peers.iter().filter(|peer| peer.revoked_unix.is_some()).collect();
     match (known, trusted.as_slice()) {
         (Some(peer), _) => Ok((*peer).clone()),
+        // Not whoever is left, and may have taken that address.
+        (None, [_, ..]) if let Some(peer) = revoked.iter().find(answers) => Err(TrustError::Refused(format!(
+            "{address} is where {} answered, which is revoked: `vmdr peers at PEER {address}` says who answers there now",
+            peer.shown()
+        ))),
         (None, [peer]) => Ok((*peer).clone()),
         (None, []) => Err(TrustError::Refused("this host is paired with no other: `vmdr pair`".to_owned())),
         (None, several) => {

@@ -46,6 +46,10 @@ pub fn make(
 ) -> Result<Plan, ActivateError> {
     let element = Element::parse(&point.domain_xml).map_err(|e| ActivateError::DomainXml(e.to_string()))?;
     let domain = DomainXml::from_element(&element).map_err(|e| ActivateError::DomainXml(e.to_string()))?;
+    if !point.uuid.eq_ignore_ascii_case(&domain.uuid.to_string()) {
+        let what = format!("it is of {}, and the recovery point is of {}", domain.uuid, point.uuid);
+        return Err(ActivateError::DomainXml(what));
+    }
     let memory = match memory::choose(&domain, &point.ram)? {
         // The standby's image has another block's memory, or less.
         Memory::Mapped(index) if !mappable(point, index) => {
