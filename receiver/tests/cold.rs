@@ -338,6 +338,19 @@ async fn what_is_wrong_with_key_or_objects_is_said_and_nothing_becomes_a_standby
     }
     import(&there, "").await.unwrap();
     guest.assert_stored(&there, "after all that");
+    let noted = std::fs::read_to_string(there.state().join(UUID).join("imported")).unwrap();
+    assert_eq!(noted.trim(), "1-1");
+
+    // A host that knows of a newer generation than the point's.
+    let (records, confirmed) = (storage.path("records"), storage.path("confirmed"));
+    let ownerships = vmdr_daemon::ownership::Ownerships::new(&records, &confirmed);
+    ownerships.transition(UUID, NAME, &vmdr_daemon::ownership::Event::Activating(2), "activated here").unwrap();
+    let config = format!("ownership_dir = {records:?}\n{}", storage.config(""));
+    let there = Daemon::start_with(&config, &[]).await;
+    let error = import(&there, "").await.unwrap_err();
+    assert_eq!(error.code(), Code::FailedPrecondition, "{error:?}");
+    assert!(error.message().contains("generation 2") && error.message().contains(UUID), "{error:?}");
+    assert_eq!(points(&there).await.unwrap_err().code(), Code::NotFound);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -14,6 +14,8 @@ const RAW: u8 = 0;
 const ZSTD: u8 = 1;
 /// The largest chunk object: content that does not compress.
 pub const OBJECT_BYTES_MAX: u64 = CHUNK_BYTES_MAX as u64 + HEADER_BYTES as u64 + 64;
+/// The smallest: the encoding and a byte, and the segment's tag.
+pub const OBJECT_BYTES_MIN: u64 = HEADER_BYTES as u64 + 2 + 16;
 /// The largest chunk that is read, whoever wrote it.
 pub const CHUNK_BYTES_MAX: u32 = 16 * CHUNK_BYTES;
 

@@ -87,13 +87,38 @@ pub enum ColdError {
         domain: String,
     },
     /// Another receiver prunes.
-    #[error("{domain} is being pruned by {owner} since {seconds} s: wait for it, or try again in an hour")]
+    #[error("{domain} is being pruned by {owner} since {seconds} s: wait for it, or try again in two hours")]
     Busy {
         /// The domain.
         domain: String,
         /// Who.
         owner: String,
         /// Since when.
+        seconds: u64,
+    },
+    /// The host that cut a point had its clock ahead.
+    #[error(
+        "{object} was cut {seconds} s ahead of the object storage's time, so no point's age can be told, and nothing is pruned: set \
+         the clock of the host of {domain}; then wait until that time has come and another point was exported, or delete that \
+         object if the point is of no use"
+    )]
+    Clock {
+        /// The domain.
+        domain: String,
+        /// The point's manifest.
+        object: String,
+        /// By so much.
+        seconds: u64,
+    },
+    /// To find out what is needed took too long.
+    #[error(
+        "nothing of {domain} was deleted for want of time: to read what its points need took {seconds} s. Say in `keep` that fewer \
+         points stay, or prune where the object storage is nearer"
+    )]
+    Slow {
+        /// The domain.
+        domain: String,
+        /// So long.
         seconds: u64,
     },
     /// More than this version handles.

@@ -21,8 +21,8 @@ use crate::error::ColdError;
 use crate::limit::Limit;
 use crate::manifest::{Array, ArrayChunks, Guest, Head, Manifest, Name, chunk_count};
 use crate::mark::{Mark, Stage};
-use crate::prune::SWEEP_TIME_MAX;
-use crate::vault::Vault;
+use crate::prune::BROKEN_OFF_AFTER;
+use crate::vault::{StoredChunk, Vault};
 use crate::{CHUNK_BYTES, keys::DataKey};
 
 /// Sealed chunks that wait for an upload.
@@ -99,12 +99,6 @@ pub struct ExportReport {
     pub took: Duration,
 }
 
-/// What the bucket has, as an export may rely on it.
-struct Present {
-    chunks: HashSet<Name>,
-    mark: Option<Mark>,
-}
-
 /// Exports a point. `head` has what identifies it; the rest is filled in.
 pub async fn export(
     vault: &Vault,
@@ -120,7 +114,7 @@ pub async fn export(
     let there = already(vault, &object).await?;
     let present = present(vault).await?;
     if let Some(manifest) = there
-        && manifest.names().all(|name| present.chunks.contains(name))
+        && manifest.names().all(|name| present.contains(name))
     {
         let (head, took) = (manifest.head, begun.elapsed());
         let (base, already) = (None, true);
@@ -140,7 +134,7 @@ pub async fn export(
         guest: guest.clone(),
         base,
         changes,
-        present: present.chunks,
+        present,
         queue,
         counters: counters.clone(),
         ending: options.ending.clone(),
@@ -189,7 +183,7 @@ pub async fn export(
     sent_bytes += content.len() as u64;
     limit.take(content.len() as u64).await;
     vault.check_key().await?;
-    undisturbed(vault, &manifest, present.mark.as_ref()).await?;
+    undisturbed(vault, &manifest).await?;
     if options.ending.load(Ordering::Relaxed) {
         return Err(ColdError::Ended);
     }
@@ -231,19 +225,24 @@ pub(crate) fn now_unix_ns() -> u64 {
 }
 
 /// Which chunks need not be sent. In this order, so that a chunk that is marked in between is found at the end.
-async fn present(vault: &Vault) -> Result<Present, ColdError> {
+async fn present(vault: &Vault) -> Result<HashSet<Name>, ColdError> {
     let mark = vault.mark().await?;
     let chunks = vault.chunks().await?;
     let doomed = doomed(mark.as_ref());
-    let lasting =
-        |(name, written): (Name, u64)| doomed.get(&name).is_none_or(|marked| written > *marked).then_some(name);
-    Ok(Present { chunks: chunks.into_iter().filter_map(lasting).collect(), mark })
+    // One that was broken off or emptied has its name and not its content: it is sent again.
+    let lasting = |(name, chunk): (Name, StoredChunk)| lasting(&name, &chunk, &doomed).then_some(name);
+    Ok(chunks.into_iter().filter_map(lasting).collect())
 }
 
 /// What is going to be deleted, unless it was written after this time.
 fn doomed(mark: Option<&Mark>) -> HashMap<Name, u64> {
     let names = mark.into_iter().flat_map(|mark| mark.doomed.iter().map(|name| (*name, mark.marked_unix_ns)));
     names.collect()
+}
+
+/// Whether a chunk can be what its name says, and is not deleted: a sweep spares what is not older than its mark.
+fn lasting(name: &Name, chunk: &StoredChunk, doomed: &HashMap<Name, u64>) -> bool {
+    chunk.plausible && doomed.get(name).is_none_or(|marked| chunk.written_unix_ns >= *marked)
 }
 
 type Changes = HashMap<Array, HashSet<u64>>;
@@ -279,29 +278,18 @@ async fn base(
     Ok((Some(base), changed))
 }
 
-/// Refuses a manifest some chunk of which may be deleted before it is there, or is already. See [`crate::prune`].
-async fn undisturbed(vault: &Vault, manifest: &Manifest, before: Option<&Mark>) -> Result<(), ColdError> {
+/// Refuses a manifest some chunk of which may be deleted before it is there, or is already. See [`crate::prune`]. It always looks
+/// at the chunks: in a long export a whole prune may have come and gone, of which no mark is left.
+async fn undisturbed(vault: &Vault, manifest: &Manifest) -> Result<(), ColdError> {
     let disturbed = || ColdError::Disturbed { domain: manifest.head.domain.clone() };
     let now = vault.mark().await?;
-    let fresh = |mark: &Mark| now_unix_ns().saturating_sub(mark.written_unix_ns) < 2 * SWEEP_TIME_MAX.as_nanos() as u64;
+    let fresh = |mark: &Mark| now_unix_ns().saturating_sub(mark.written_unix_ns) < BROKEN_OFF_AFTER.as_nanos() as u64;
     if now.as_ref().is_some_and(|mark| mark.stage == Stage::Sweeping && fresh(mark)) {
         return Err(disturbed());
     }
-    let same = |a: &Mark, b: &Mark| a.id == b.id && a.stage == b.stage;
-    let unchanged = match (before, &now) {
-        (None, None) => true,
-        (Some(before), Some(now)) => same(before, now) && now.stage == Stage::Marked,
-        _ => false,
-    };
-    if unchanged {
-        return Ok(());
-    }
     let (doomed, chunks) = (doomed(now.as_ref()), vault.chunks().await?);
-    let lasting = |name: &Name| {
-        let written = chunks.get(name);
-        written.is_some_and(|written| doomed.get(name).is_none_or(|marked| written > marked))
-    };
-    if manifest.names().all(lasting) { Ok(()) } else { Err(disturbed()) }
+    let is_lasting = |name: &Name| chunks.get(name).is_some_and(|chunk| lasting(name, chunk, &doomed));
+    if manifest.names().all(is_lasting) { Ok(()) } else { Err(disturbed()) }
 }
 
 #[derive(Debug, Default)]

@@ -91,8 +91,17 @@ impl Vault {
         self.bucket.put(&name, object.into()).await
     }
 
-    /// Takes the mark away: the prune is over.
-    pub(crate) async fn delete_mark(&self) -> Result<(), ColdError> {
+    /// Whether the mark is the one of this identity still. A sweep that was slow may have been taken for broken off, and
+    /// its mark replaced.
+    pub(crate) async fn is_marked(&self, id: &str) -> Result<bool, ColdError> {
+        Ok(self.mark().await?.is_some_and(|mark| mark.id == id))
+    }
+
+    /// Takes the mark away: the prune is over. Another's that has taken its place stays.
+    pub(crate) async fn delete_mark(&self, id: &str) -> Result<(), ColdError> {
+        if !self.is_marked(id).await? {
+            return Ok(());
+        }
         self.bucket.delete(&self.object(MARK_OBJECT)).await
     }
 }

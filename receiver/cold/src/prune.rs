@@ -10,14 +10,14 @@
 //!    no manifest, and not younger than the mark. A sweep that was broken off is not gone on with: its mark is replaced, and the
 //!    grace begins again.
 //!
-//! An export reads the mark again before it writes its manifest. It gives up while somebody sweeps; and if the mark is not the
-//! one that it began with, it looks whether every chunk of its manifest is there and safe. So of a chunk that a manifest lists:
+//! An export reads the mark again before it writes its manifest. It gives up while somebody sweeps; and it looks whether every
+//! chunk of its manifest is there and safe, whatever the mark: a whole prune may have come and gone since it began. So of a chunk that a manifest lists:
 //! either it was not marked when the export looked last, then a sweep cannot begin before the grace is over, and the manifest is
 //! there by then; or it was marked and sent again, then it is younger than the mark. Sent again in the moment of a sweep, it may
 //! go, and the export sees the sweep, or that it is gone.
 //!
 //! What this takes for granted: an export writes its manifest within the grace after it looked last (a request takes six minutes
-//! at most); a sweep ends when its time is over ([`SWEEP_TIME_MAX`]); an object that is there is not written by somebody who asks for
+//! at most); a sweep ends when its time is over (half an hour to look, half an hour to delete); an object that is there is not written by somebody who asks for
 //! a new one. Whether something is older than something else, and whether the grace is over, is told by the storage's clock alone.
 //! Whether a sweep has been broken off is told by this host's clock against it: they may be half an hour apart.
 
@@ -32,12 +32,16 @@ use crate::error::ColdError;
 use crate::export::now_unix_ns;
 use crate::manifest::{Head, Name};
 use crate::mark::{DOOMED_MAX, Mark, Stage};
-use crate::vault::{StoredPoint, Vault, unix_ns};
+use crate::vault::{StoredChunk, StoredPoint, Vault, unix_ns};
 
-/// The longest that a sweep deletes; the rest is for the next.
-pub const SWEEP_TIME_MAX: Duration = Duration::from_secs(1800);
+/// The longest that a sweep deletes; the rest is for the next. And the longest that it looks what is needed, before.
+const SWEEP_TIME_MAX: Duration = Duration::from_secs(1800);
+/// A sweep that began so long ago has been broken off: looking, deleting, and clocks that differ.
+pub const BROKEN_OFF_AFTER: Duration = Duration::from_secs(3 * 1800);
 /// Deletions at once.
 const DELETES_AT_ONCE: usize = 8;
+/// A cut may be so far ahead of the storage's clock: what clocks that are set differ by, and more.
+const CLOCK_AHEAD_MAX: Duration = Duration::from_secs(3600);
 
 /// One point of every so many nanoseconds is kept for so many.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +61,8 @@ pub struct PruneOptions {
     pub grace: Duration,
     /// Who this is, for other receivers and for the one that goes on after a crash.
     pub owner: String,
+    /// The manifest of a point that has just been exported: it stays, whatever `tiers` say.
+    pub exported: Option<String>,
 }
 
 /// What a prune did.
@@ -72,9 +78,12 @@ pub struct PruneReport {
     pub marked_chunks: u64,
 }
 
-/// Which points stay. `points` are newest first; of each stretch of time of a tier the earliest stays, and the newest always.
-fn kept(points: &[Head], tiers: &[Tier]) -> Vec<bool> {
-    let now = points.first().map_or(0, |newest| newest.cut_unix_ns);
+/// Which points stay. `points` are newest first; of each stretch of time of a tier the earliest stays. Always stay the newest, the
+/// one that was exported last, and the one that `exported` names. `clock_unix_ns` is the storage's time: a cut has the time of the
+/// guest's host, and if that is ahead, what is right must not look old beside it.
+fn kept(points: &[Head], tiers: &[Tier], clock_unix_ns: u64, exported: Option<&str>) -> Vec<bool> {
+    let now = points.first().map_or(0, |newest| newest.cut_unix_ns).min(clock_unix_ns);
+    let last = points.iter().map(|point| point.exported_unix_ns).max().filter(|last| *last > 0);
     let mut taken = HashSet::new();
     let mut kept = vec![false; points.len()];
     for (i, point) in points.iter().enumerate().rev() {
@@ -85,16 +94,34 @@ fn kept(points: &[Head], tiers: &[Tier]) -> Vec<bool> {
                 kept[i] |= taken.insert((tier, stretch));
             }
         }
-        kept[i] |= i == 0 || tiers.is_empty();
+        kept[i] |= i == 0 || tiers.is_empty() || Some(point.exported_unix_ns) == last;
+        kept[i] |= exported.is_some_and(|exported| point.object() == exported);
     }
     kept
+}
+
+/// Refuses to tell the age of points while one has a cut that is still to come.
+fn check_clock(vault: &Vault, points: &[Head], clock_unix_ns: u64) -> Result<(), ColdError> {
+    let Some(newest) = points.first() else { return Ok(()) };
+    let ahead = Duration::from_nanos(newest.cut_unix_ns.saturating_sub(clock_unix_ns));
+    if ahead <= CLOCK_AHEAD_MAX {
+        return Ok(());
+    }
+    Err(ColdError::Clock {
+        domain: vault.uuid().to_string(),
+        object: format!("{}/{}", vault.uuid(), newest.object()),
+        seconds: ahead.as_secs(),
+    })
 }
 
 /// Prunes what a bucket has of a domain.
 pub async fn prune(vault: &Vault, options: &PruneOptions) -> Result<PruneReport, ColdError> {
     let mut report = PruneReport::default();
-    let points = readable(vault).await?;
-    let keep = kept(&points, &options.tiers);
+    let (points, clock_unix_ns) = readable(vault).await?;
+    if !options.tiers.is_empty() {
+        check_clock(vault, &points, clock_unix_ns)?;
+    }
+    let keep = kept(&points, &options.tiers, clock_unix_ns, options.exported.as_deref());
     for (point, keep) in points.iter().zip(keep) {
         if keep {
             report.kept += 1;
@@ -151,10 +178,12 @@ pub async fn prune(vault: &Vault, options: &PruneOptions) -> Result<PruneReport,
     Ok(report)
 }
 
-/// All points, if every one can be read: else it is not known what is needed.
-async fn readable(vault: &Vault) -> Result<Vec<Head>, ColdError> {
+/// All points, if every one can be read: else it is not known what is needed. And when the last of them was written, by the
+/// storage's clock: it has no younger time to tell without being written to.
+async fn readable(vault: &Vault) -> Result<(Vec<Head>, u64), ColdError> {
     let points = vault.points().await?;
-    let readable = |StoredPoint { object, head }| {
+    let clock_unix_ns = points.iter().map(|point| point.written_unix_ns).max().unwrap_or(0);
+    let readable = |StoredPoint { object, head, .. }| {
         head.map_err(|what| ColdError::Damaged {
             what: format!(
                 "{what}; nothing is pruned, because it is not known which chunks it needs: delete it if it is of no use"
@@ -162,7 +191,8 @@ async fn readable(vault: &Vault) -> Result<Vec<Head>, ColdError> {
             object: format!("{}/{object}", vault.uuid()),
         })
     };
-    points.into_iter().map(readable).collect()
+    let points = points.into_iter().map(readable).collect::<Result<_, _>>()?;
+    Ok((points, clock_unix_ns))
 }
 
 /// Who sweeps what a mark lists has made this object: empty, and never replaced.
@@ -173,7 +203,7 @@ fn claim(mark: &str) -> String {
 /// By this host's clock: whether a sweep that was begun then can still be under way, and for how long it is.
 fn under_way(since_unix_ns: u64) -> Result<(), Duration> {
     let age = Duration::from_nanos(now_unix_ns().saturating_sub(since_unix_ns));
-    if age < 2 * SWEEP_TIME_MAX { Err(age) } else { Ok(()) }
+    if age < BROKEN_OFF_AFTER { Err(age) } else { Ok(()) }
 }
 
 fn busy(vault: &Vault, owner: &str, age: Duration) -> ColdError {
@@ -202,8 +232,8 @@ async fn unneeded(vault: &Vault, grace: Duration) -> Result<Vec<Name>, ColdError
     let chunks = vault.chunks().await?;
     let needed = needed(vault).await?;
     let before = now_unix_ns().saturating_sub(grace.as_nanos() as u64);
-    let old = |written: &u64| grace.is_zero() || *written < before;
-    let doomed = chunks.iter().filter(|(name, written)| old(written) && !needed.contains(*name));
+    let old = |chunk: &StoredChunk| grace.is_zero() || chunk.written_unix_ns < before;
+    let doomed = chunks.iter().filter(|(name, chunk)| old(chunk) && !needed.contains(*name));
     Ok(doomed.map(|(name, _)| *name).take(DOOMED_MAX).collect())
 }
 
@@ -241,14 +271,14 @@ async fn sweep(vault: &Vault, mut mark: Mark, options: &PruneOptions) -> Result<
     vault.put_mark(&mark).await?;
     match delete(vault, &mark).await {
         Ok(deleted) => {
-            vault.delete_mark().await?;
+            vault.delete_mark(&mark.id).await?;
             vault.bucket.delete(&claim).await?;
             Ok(Sweep::Done(deleted))
         }
         Err(error) => {
             // Nothing is being deleted any more: exports need not wait until this sweep counts as broken off.
             mark.stage = Stage::Marked;
-            if vault.put_mark(&mark).await.is_ok() {
+            if vault.is_marked(&mark.id).await.unwrap_or(false) && vault.put_mark(&mark).await.is_ok() {
                 let _ = vault.bucket.delete(&claim).await;
             }
             Err(error)
@@ -258,11 +288,17 @@ async fn sweep(vault: &Vault, mut mark: Mark, options: &PruneOptions) -> Result<
 
 /// Deletes the chunks of a mark that nothing needs; returns how many. When this returns nothing is under way any more.
 async fn delete(vault: &Vault, mark: &Mark) -> Result<u64, ColdError> {
-    let begun = Instant::now();
-    let written: HashMap<Name, u64> = vault.chunks().await?;
+    // Others take the sweep for broken off some time from here, so this has its limit, too.
+    let looking = Instant::now();
+    let written: HashMap<Name, StoredChunk> = vault.chunks().await?;
     let needed = needed(vault).await?;
+    if looking.elapsed() > SWEEP_TIME_MAX {
+        return Err(ColdError::Slow { domain: vault.uuid().to_string(), seconds: looking.elapsed().as_secs() });
+    }
+    let begun = Instant::now();
     let goes = |name: &&Name| {
-        !needed.contains(*name) && written.get(*name).is_some_and(|written| *written < mark.marked_unix_ns)
+        let old = |chunk: &StoredChunk| chunk.written_unix_ns < mark.marked_unix_ns;
+        !needed.contains(*name) && written.get(*name).is_some_and(old)
     };
     let doomed: Vec<Name> = mark.doomed.iter().filter(goes).copied().collect();
     let mut deleted = 0;
@@ -309,7 +345,7 @@ mod tests {
         let of = |tiers: &[(u64, u64)]| -> Vec<u64> {
             let tiers: Vec<_> =
                 tiers.iter().map(|(every_ns, for_ns)| Tier { every_ns: *every_ns, for_ns: *for_ns }).collect();
-            let kept = kept(&points, &tiers);
+            let kept = kept(&points, &tiers, u64::MAX, None);
             points.iter().zip(kept).filter(|(_, keep)| *keep).map(|(point, _)| point.cut_unix_ns).collect()
         };
         assert_eq!(of(&[]).len(), 11);
@@ -317,13 +353,35 @@ mod tests {
         assert_eq!(of(&[(0, 20), (25, 100)]), [100, 90, 80, 50, 30, 0]);
         assert_eq!(of(&[(1000, 1000)]), [100, 0]);
         assert_eq!(of(&[(1, 5)]), [100]);
-        assert!(kept(&[], &[]).is_empty());
+        assert!(kept(&[], &[], 0, None).is_empty());
+    }
+
+    #[test]
+    fn a_cut_ahead_of_the_storages_clock_makes_nothing_old() {
+        let points: Vec<Head> = [1000, 50, 40, 10].into_iter().map(head).collect();
+        let tiers = [Tier { every_ns: 0, for_ns: 20 }];
+        assert_eq!(kept(&points, &tiers, 55, None), [true, true, true, false]);
+        // What was just exported stays, however old its cut; and what was exported last.
+        assert_eq!(kept(&points, &tiers, 1000, Some(&points[3].object())), [true, false, false, true]);
+        let mut points = points;
+        points[2].exported_unix_ns = 7;
+        assert_eq!(kept(&points, &tiers, 1000, None), [true, false, true, false]);
+    }
+
+    #[tokio::test]
+    async fn a_mark_that_took_anothers_place_stays() {
+        let (_directory, vault, mark) = marked(2).await;
+        vault.delete_mark("another").await.unwrap();
+        assert_eq!(vault.mark().await.unwrap().unwrap().id, mark.id);
+        vault.delete_mark(&mark.id).await.unwrap();
+        assert!(vault.mark().await.unwrap().is_none());
+        assert!(!vault.is_marked(&mark.id).await.unwrap());
     }
 
     const GRACE: Duration = Duration::from_millis(1);
 
     fn options(owner: &str) -> PruneOptions {
-        PruneOptions { tiers: vec![], grace: GRACE, owner: owner.to_owned() }
+        PruneOptions { tiers: vec![], grace: GRACE, owner: owner.to_owned(), exported: None }
     }
 
     /// A bucket with chunks that nothing needs, and the mark that says so.

@@ -44,6 +44,17 @@ pub struct StoredPoint {
     pub object: String,
     /// What it is, or why that cannot be told.
     pub head: Result<Head, String>,
+    /// When its manifest was written, by the storage's clock (Unix time in ns).
+    pub written_unix_ns: u64,
+}
+
+/// A chunk in a list.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StoredChunk {
+    /// When it was written, by the storage's clock (Unix time in ns).
+    pub written_unix_ns: u64,
+    /// Whether it has a size that a chunk can have.
+    pub plausible: bool,
 }
 
 /// What a bucket has of a domain.
@@ -199,29 +210,34 @@ impl Vault {
 
     /// The points, newest first by the time of their cut. One whose head cannot be read is listed with the reason.
     pub async fn points(&self) -> Result<Vec<StoredPoint>, ColdError> {
-        let mut names = self.point_names().await?;
+        let mut names = self.manifests().await?;
         names.sort_by(|a, b| b.cmp(a));
-        let heads = stream::iter(names).map(|object| async move {
-            let head = self.head(&object).await;
-            match head {
-                Ok(head) => Ok(StoredPoint { object, head: Ok(head) }),
+        let heads = stream::iter(names).map(|(object, written_unix_ns)| async move {
+            let head = match self.head(&object).await {
+                Ok(head) => Ok(head),
                 // One is damaged, the others are as good as they were; a storage that does not answer is another matter.
-                Err(error @ ColdError::Store { .. }) => Err(error),
-                Err(error) => Ok(StoredPoint { object, head: Err(error.to_string()) }),
-            }
+                Err(error @ ColdError::Store { .. }) => return Err(error),
+                Err(error) => Err(error.to_string()),
+            };
+            Ok(StoredPoint { object, head, written_unix_ns })
         });
         heads.buffered(READS_AT_ONCE).try_collect().await
     }
 
     /// The names of the manifests there are.
     pub(crate) async fn point_names(&self) -> Result<Vec<String>, ColdError> {
+        Ok(self.manifests().await?.into_iter().map(|(name, _)| name).collect())
+    }
+
+    /// The same, and when each was written, by the storage's clock (Unix time in ns).
+    async fn manifests(&self) -> Result<Vec<(String, u64)>, ColdError> {
         let mut names = Vec::new();
         self.bucket
-            .list(&self.object("points"), |below, _| {
+            .list(&self.object("points"), |below, meta| {
                 if names.len() == POINTS_READ_MAX {
                     return Err(ColdError::Limit(format!("{} has more than {POINTS_READ_MAX} points", self.uuid)));
                 }
-                names.push(format!("points/{below}"));
+                names.push((format!("points/{below}"), unix_ns(meta)));
                 Ok(())
             })
             .await?;
@@ -282,8 +298,8 @@ impl Vault {
         let sound = meant.iter().position(|stored| stored.head.is_ok()).filter(|at| point.is_some() || *at == 0);
         let found = if meant.is_empty() { None } else { Some(meant.swap_remove(sound.unwrap_or(0))) };
         match found {
-            Some(StoredPoint { object, head: Ok(head) }) => Ok((object, head)),
-            Some(StoredPoint { object, head: Err(what) }) => {
+            Some(StoredPoint { object, head: Ok(head), .. }) => Ok((object, head)),
+            Some(StoredPoint { object, head: Err(what), .. }) => {
                 let advice = "choose another point (`vmdr import --from URL --list`)";
                 Err(ColdError::Damaged { object, what: format!("{what}; {advice}") })
             }
@@ -295,13 +311,14 @@ impl Vault {
         }
     }
 
-    /// The chunks there are, and when each was written (Unix time in ns).
-    pub(crate) async fn chunks(&self) -> Result<HashMap<Name, u64>, ColdError> {
+    /// The chunks there are.
+    pub(crate) async fn chunks(&self) -> Result<HashMap<Name, StoredChunk>, ColdError> {
         let mut found = HashMap::new();
         self.bucket
             .list(&self.object("chunks"), |below, meta| {
                 if let Some(name) = chunk::of_object(below) {
-                    found.insert(name, unix_ns(meta));
+                    let plausible = (chunk::OBJECT_BYTES_MIN..=chunk::OBJECT_BYTES_MAX).contains(&meta.size);
+                    found.insert(name, StoredChunk { written_unix_ns: unix_ns(meta), plausible });
                 }
                 Ok(())
             })

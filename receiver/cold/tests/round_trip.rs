@@ -12,7 +12,10 @@ use common::{PATTERN, Point, UUID, chunk_files, files, keys, local, restored, s3
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use vmdr_cold::keys::MasterKey;
-use vmdr_cold::{Bucket, ColdError, ExportOptions, PruneOptions, PruneReport, Vault, domains, export, prune};
+use vmdr_cold::{
+    Array, Bucket, ColdError, ExportOptions, Head, PruneOptions, PruneReport, Range, Source, SourceError, Vault,
+    domains, export, prune,
+};
 
 /// Three points go there and come back.
 async fn round_trip(bucket: &Bucket) {
@@ -85,7 +88,7 @@ async fn points_come_back_from_an_s3_server() {
 /// Keeps points of the last `minutes` alone.
 fn pruning(minutes: u64, grace: Duration) -> PruneOptions {
     let tiers = vec![vmdr_cold::Tier { every_ns: 0, for_ns: minutes * 60_000_000_000 - 1 }];
-    PruneOptions { tiers, grace, owner: "test".to_owned() }
+    PruneOptions { tiers, grace, owner: "test".to_owned(), exported: None }
 }
 
 #[tokio::test]
@@ -352,6 +355,80 @@ async fn chunks_go_when_no_point_needs_them_and_not_before_the_grace_is_over() {
 }
 
 #[tokio::test]
+async fn a_cut_in_the_time_to_come_stops_pruning_and_no_point_goes() {
+    let directory = tempfile::tempdir().unwrap();
+    let vault = Vault::open_or_begin(&local(directory.path()), UUID, &keys()).await.unwrap();
+    let mut point = Point::new(21);
+    point.export(&vault, None).await.unwrap();
+    // The clock of the guest's host is 30 days ahead, for one export.
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    point.head.epoch = 2;
+    point.head.cut_unix_ns = (now + Duration::from_secs(30 * 24 * 3600)).as_nanos() as u64;
+    point.export(&vault, None).await.unwrap();
+    let error = prune(&vault, &pruning(2, Duration::ZERO)).await.unwrap_err();
+    assert!(matches!(&error, ColdError::Clock { .. }) && error.to_string().contains("clock of the host"), "{error}");
+    assert_eq!(vault.points().await.unwrap().len(), 2);
+    // Where all points stay nobody asks how old they are.
+    let all = prune(&vault, &PruneOptions { tiers: vec![], ..pruning(2, Duration::ZERO) }).await.unwrap();
+    assert_eq!(all.kept, 2);
+}
+
+/// Reads a point when it is told to; says when it is asked first.
+struct Held {
+    reading: Arc<common::Reading>,
+    asked: tokio::sync::mpsc::UnboundedSender<()>,
+    go_on: std::sync::Mutex<std::sync::mpsc::Receiver<()>>,
+}
+
+impl Source for Held {
+    fn read(&self, array: Array, offset: u64, buffer: &mut [u8]) -> Result<(), SourceError> {
+        let _ = self.asked.send(());
+        // Ends at once when the sender is gone.
+        let _ = self.go_on.lock().unwrap().recv_timeout(Duration::from_secs(60));
+        self.reading.read(array, offset, buffer)
+    }
+
+    fn data_from(&self, array: Array, offset: u64) -> Result<u64, SourceError> {
+        self.reading.data_from(array, offset)
+    }
+
+    fn changes(&self, base: &Head) -> Result<Option<Vec<Range>>, SourceError> {
+        self.reading.changes(base)
+    }
+}
+
+#[tokio::test]
+async fn a_whole_prune_within_an_export_is_noticed() {
+    let directory = tempfile::tempdir().unwrap();
+    let vault = Vault::open_or_begin(&local(directory.path()), UUID, &keys()).await.unwrap();
+    let point = Point::new(22);
+    let report = point.export(&vault, None).await.unwrap();
+    // Chunks that nothing lists, and no mark.
+    let manifest = directory.path().join(UUID.to_string()).join(&report.object);
+    std::fs::remove_file(&manifest).unwrap();
+    let (asked, mut is_asked) = tokio::sync::mpsc::unbounded_channel();
+    let (go_on, waits) = std::sync::mpsc::channel();
+    let source = Arc::new(Held { reading: point.reading(), asked, go_on: std::sync::Mutex::new(waits) });
+    let options = ExportOptions::default();
+    let exporting = export(&vault, point.head.clone(), point.guest.clone(), source, &options, &|_| ());
+    let pruning = async {
+        is_asked.recv().await.unwrap();
+        let options = PruneOptions { tiers: vec![], ..pruning(1, Duration::from_millis(1)) };
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert_eq!(prune(&vault, &options).await.unwrap().marked_chunks, 7);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert_eq!(prune(&vault, &options).await.unwrap().deleted_chunks, 7);
+        drop(go_on);
+    };
+    let (exported, ()) = tokio::join!(exporting, pruning);
+    let error = exported.unwrap_err();
+    assert!(matches!(&error, ColdError::Disturbed { .. }), "{error}");
+    assert!(!manifest.exists() && vault.points().await.unwrap().is_empty());
+    assert_eq!(point.export(&vault, None).await.unwrap().sent_chunks, 7);
+    point.assert_restored(&vault, vault.manifest(&report.object).await.unwrap()).await;
+}
+
+#[tokio::test]
 async fn exports_and_prunes_at_the_same_time_lose_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let bucket = local(directory.path());
@@ -419,6 +496,12 @@ async fn a_point_that_lost_something_is_mended_by_exporting_it_again() {
     let chunks = chunk_files(directory.path());
     std::fs::remove_file(&chunks[0]).unwrap();
     std::fs::remove_file(&chunks[3]).unwrap();
+    let again = point.export(&vault, None).await.unwrap();
+    assert_eq!((again.already, again.sent_chunks), (false, 2), "{again:?}");
+    point.assert_restored(&vault, vault.manifest(&report.object).await.unwrap()).await;
+    // What an upload left that was cut short at once has its name and nothing else.
+    std::fs::write(&chunks[1], b"").unwrap();
+    std::fs::write(&chunks[2], [0; 20]).unwrap();
     let again = point.export(&vault, None).await.unwrap();
     assert_eq!((again.already, again.sent_chunks), (false, 2), "{again:?}");
     point.assert_restored(&vault, vault.manifest(&report.object).await.unwrap()).await;

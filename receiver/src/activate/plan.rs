@@ -13,7 +13,11 @@ use super::host::Host;
 use super::memory::{self, Memory};
 use super::xml::{self, PlacedDisk, Placement, RAM_BACKEND, Transformed};
 use super::{ActivateError, Settings};
-use crate::store::RecoveryPoint;
+use crate::store::{IMPORTED_FILE, RecoveryPoint};
+
+/// By so much the generation of a standby is raised that was imported. The bucket does not say which one the guest has elsewhere by
+/// now: after one step more both would have the same, and neither would refuse the other.
+const IMPORTED_LEAD: u64 = 1000;
 
 /// The file with the UEFI variables.
 const VARIABLES: &str = "variables.fd";
@@ -102,6 +106,13 @@ pub fn make(
             "expect about a second per GiB until the guest runs",
         ));
     }
+    if is_imported(&settings.state_directory.join(&point.uuid)) {
+        found.push(findings::warning(
+            "ownership",
+            "the standby was imported: object storage does not know who owns the guest, or where it runs",
+            "see to it that it runs nowhere else",
+        ));
+    }
     if memory == Memory::Off {
         found.push(findings::warning(
             "memory",
@@ -114,6 +125,16 @@ pub fn make(
         None => checks::qemu_owner(&host.capabilities()?, &domain.virt_type),
     };
     Ok(Plan { domain, memory, transformed, disks, variables, findings: found, qemu_owner })
+}
+
+/// Whether the standby of this domain's directory was imported. If that cannot be told it counts as imported.
+fn is_imported(domain_directory: &Path) -> bool {
+    domain_directory.join(IMPORTED_FILE).try_exists().unwrap_or(true)
+}
+
+/// The generation that an activation raises to, where `stored` is in force.
+pub fn next_generation(domain_directory: &Path, stored: u64) -> u64 {
+    stored.saturating_add(if is_imported(domain_directory) { IMPORTED_LEAD } else { 1 })
 }
 
 /// Whether an older point's main memory can be mapped from the standby's image.
@@ -134,7 +155,8 @@ pub fn steps(plan: &Plan, point: &RecoveryPoint, stored: u64, raised: Option<u64
     let mut steps = vec![match raised.filter(|r| *r <= stored) {
         Some(raised) => format!("keep the generation of {name} at {raised}: its old host is refused (fenced) already"),
         None => {
-            let next = stored.saturating_add(1);
+            // A standby's directory is in its domain's.
+            let next = next_generation(point.dir.parent().unwrap_or(&point.dir), stored);
             format!("raise the generation of {name} to {next}: from then on its old host is refused (fenced)")
         }
     }];

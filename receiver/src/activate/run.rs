@@ -126,7 +126,7 @@ impl Activation<'_> {
         progress("fence the old host");
         let generation = match generation {
             Some(generation) => generation,
-            None => self.standby.generation()? + 1,
+            None => plan::next_generation(&self.standby.directory(), self.standby.generation()?),
         };
         if last_attempt == 0 {
             active.write(self.uuid, self.name, &Step::Planned { generation })?;

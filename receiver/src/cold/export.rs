@@ -7,6 +7,8 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tonic::Status;
@@ -18,12 +20,15 @@ use vmdr_cold::{
 
 use crate::control::store_status;
 use crate::daemon::Receiver;
-use crate::store::{Array, EXPORTED_FILE, PointId, PointReader};
+use crate::store::{Array, EXPORTED_FILE, OWNER_FILE, PointId, PointReader};
 
 use super::status;
 
 /// The longest record read.
 const RECORD_BYTES_MAX: u64 = 64 << 10;
+
+/// Between two looks at whether an export has to end.
+const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 
 /// What was last exported.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -181,8 +186,9 @@ async fn try_run(
     if wanted.prune {
         let options = PruneOptions {
             tiers: cold.config.tiers().map_err(Status::failed_precondition)?,
-            grace: std::time::Duration::from_secs(cold.config.grace_seconds),
-            owner: owner(receiver.store.dir()),
+            grace: Duration::from_secs(cold.config.grace_seconds),
+            owner: owner(receiver.store.dir())?,
+            exported: done.exported.as_ref().map(|report| report.object.clone()),
         };
         done.pruned = Some(vmdr_cold::prune(&vault, &options).await.map_err(opened)?);
     }
@@ -203,10 +209,39 @@ async fn check_there(bucket: &Bucket, uuid: Uuid, name: &str, directory: &Path) 
     )))
 }
 
-/// Who this is, to other receivers: one process at a time has a state directory.
-fn owner(state_directory: &Path) -> String {
+/// Who this is, to other receivers: one process at a time has a state directory. Two hosts that were made from one image have the
+/// same name and path; what is random is told apart, if the image was made before the first prune. It is kept, because a prune
+/// that a crash broke off is gone on with by the same one.
+fn owner(state_directory: &Path) -> Result<String, Status> {
+    let path = state_directory.join(OWNER_FILE);
+    let failed = |error: std::io::Error| Status::internal(format!("{}: {error}", path.display()));
     let host = rustix::system::uname();
-    format!("{}:{}", host.nodename().to_string_lossy(), state_directory.display())
+    let named = |id: Uuid| format!("{}:{id}", host.nodename().to_string_lossy());
+    match std::fs::read_to_string(&path) {
+        Ok(text) => {
+            let what = || format!("{} is damaged: it is no UUID; remove it", path.display());
+            return Uuid::parse_str(text.trim()).map(named).map_err(|_| Status::data_loss(what()));
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(failed(error)),
+    }
+    // Two prunes of other domains may begin at once: the one that is there first stays.
+    let id = Uuid::new_v4();
+    let new = state_directory.join(format!("{OWNER_FILE}.{id}"));
+    let written = std::fs::File::create_new(&new).and_then(|mut file| {
+        file.write_all(format!("{id}\n").as_bytes())?;
+        file.sync_all()?;
+        std::fs::hard_link(&new, &path)
+    });
+    let _ = std::fs::remove_file(&new);
+    match written {
+        Ok(()) => {
+            std::fs::File::open(state_directory).and_then(|directory| directory.sync_all()).map_err(failed)?;
+            Ok(named(id))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => owner(state_directory),
+        Err(error) => Err(failed(error)),
+    }
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Status> + Send + 'static) -> Result<T, Status> {
@@ -264,11 +299,32 @@ async fn export(
         parallel: config.parallel,
         bytes_per_second: config.bytes_per_second,
         base,
-        ending: receiver.cold.ending.clone(),
+        ending: Arc::default(),
     };
-    let source = Arc::new(Stored(reader));
-    let exported = vmdr_cold::export(vault, head, guest, source, &options, progress).await;
-    let report = exported.map_err(|error| status(&error))?;
+    let source = Arc::new(Stored(Arc::clone(&reader)));
+    let mut why = None;
+    let report = {
+        let exporting = vmdr_cold::export(vault, head, guest, source, &options, progress);
+        tokio::pin!(exporting);
+        let mut look = tokio::time::interval(LOOK_INTERVAL);
+        loop {
+            tokio::select! {
+                exported = &mut exporting => break exported,
+                _ = look.tick() => {
+                    why = why.or_else(|| reader.in_the_way());
+                    if why.is_some() || receiver.cold.ending.load(Ordering::Relaxed) {
+                        options.ending.store(true, Ordering::Relaxed);
+                    }
+                }
+            }
+        }
+    };
+    let report = report.map_err(|error| match (&error, why) {
+        (ColdError::Ended, Some(why)) => Status::resource_exhausted(format!(
+            "the export was ended: {why}. What was sent is not sent again: run it again for the newest point, or raise the budget"
+        )),
+        _ => status(&error),
+    })?;
     // Not after the domain was forgotten, or lost epochs, while it was exported.
     if record(&directory).is_some_and(|record| record.life == life) && !report.already {
         let done = Record {
@@ -283,4 +339,20 @@ async fn export(
         }
     }
     Ok(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_owner_stays_the_same_and_is_another_for_each_state_directory() {
+        let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let first = owner(one.path()).unwrap();
+        assert_eq!(owner(one.path()).unwrap(), first);
+        assert_ne!(owner(other.path()).unwrap(), first);
+        assert_eq!(std::fs::read_dir(one.path()).unwrap().count(), 1);
+        std::fs::write(one.path().join(OWNER_FILE), "rubbish").unwrap();
+        assert!(owner(one.path()).unwrap_err().message().contains("no UUID"));
+    }
 }

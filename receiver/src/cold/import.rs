@@ -4,6 +4,7 @@
 //! of it is there. Broken off, it leaves nothing that could be activated, and what it left is removed when it is begun again.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -11,13 +12,16 @@ use bytes::Bytes;
 use tonic::Status;
 use uuid::Uuid;
 use vmdr_codec::{Digest, Encoder, PAGE_BYTES};
-use vmdr_cold::{Array, Manifest, Piece, Restore, Vault, restore};
+use vmdr_cold::{Array, Head, Manifest, Piece, Restore, Vault, restore};
 
 use crate::control::store_status;
 use crate::daemon::Receiver;
-use crate::store::{DomainSummary, Ingest, Kind, PartHead, PartTail, Store, StoreError};
+use crate::store::{DomainSummary, IMPORTED_FILE, Ingest, Kind, PartHead, PartTail, Store, StoreError};
 
 use super::status;
+
+/// Bytes that are written between two looks at the free space.
+const LOOK_BYTES: u64 = 64 << 20;
 
 /// Refuses where there is something that would be overwritten.
 pub fn check_free(store: &Store, uuid: Uuid) -> Result<(), Status> {
@@ -41,6 +45,78 @@ pub fn check_free(store: &Store, uuid: Uuid) -> Result<(), Status> {
     Ok(())
 }
 
+/// Refuses a point of before what this host knows: it owned the guest, or was fenced, in a newer generation.
+pub fn check_owner(receiver: &Receiver, head: &Head) -> Result<(), Status> {
+    let record = receiver.ownerships.get(&head.uuid.to_string()).map_err(|e| Status::internal(e.to_string()))?;
+    let Some(record) = record.filter(|record| record.generation > head.generation) else { return Ok(()) };
+    Err(Status::failed_precondition(format!(
+        "point {} of {} is of generation {}, but this host knows of generation {} ({}): the guest has run since, or runs, where that \
+         one is owned. Import a newer point; or at another receiver; or, if the guest runs nowhere and what it did since is to be \
+         given up, remove {}/{}.json first",
+        head.point(),
+        head.domain,
+        head.generation,
+        record.generation,
+        record.describe(),
+        receiver.ownerships.directories().0.display(),
+        head.uuid,
+    )))
+}
+
+/// Space that an import has been promised and has not used yet.
+struct Promise<'a> {
+    of: &'a Receiver,
+    left_bytes: u64,
+    /// Written since the last look.
+    since_look: u64,
+}
+
+impl<'a> Promise<'a> {
+    /// Refuses if it does not fit beside what other imports are going to write.
+    fn new(of: &'a Receiver, needed_bytes: u64) -> Result<Self, Status> {
+        let promised = of.cold.promised.fetch_add(needed_bytes, Ordering::SeqCst);
+        let promise = Promise { of, left_bytes: needed_bytes, since_look: 0 };
+        let usable = free_bytes(of)?.saturating_sub(of.config.space_floor_bytes()).saturating_sub(promised);
+        if needed_bytes <= usable {
+            return Ok(promise);
+        }
+        Err(Status::resource_exhausted(format!(
+            "the standby would take up to {needed_bytes} bytes, {usable} can be used ({promised} are for other imports): make room in \
+             the state directory"
+        )))
+    }
+
+    /// So many bytes are written; from time to time it is looked whether others need the rest.
+    fn used(&mut self, bytes: u64) -> Result<(), Status> {
+        let used = bytes.min(self.left_bytes);
+        self.left_bytes -= used;
+        self.of.cold.promised.fetch_sub(used, Ordering::SeqCst);
+        self.since_look += bytes;
+        if self.since_look < LOOK_BYTES {
+            return Ok(());
+        }
+        self.since_look = 0;
+        let (free, floor) = (free_bytes(self.of)?, self.of.config.space_floor_bytes());
+        if free < floor {
+            return Err(Status::resource_exhausted(format!(
+                "{free} bytes are free in the state directory, and with less than {floor} recovery points of other guests would be given \
+                 up: the import was ended, make room and run it again"
+            )));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Promise<'_> {
+    fn drop(&mut self) {
+        self.of.cold.promised.fetch_sub(self.left_bytes, Ordering::SeqCst);
+    }
+}
+
+fn free_bytes(receiver: &Receiver) -> Result<u64, Status> {
+    receiver.free_bytes().map_err(|e| Status::internal(format!("measure the free space: {e}")))
+}
+
 /// Imports a point. Returns how many bytes its chunks had.
 pub async fn run(
     receiver: &Arc<Receiver>,
@@ -54,11 +130,17 @@ pub async fn run(
     let importing = tokio::task::spawn_blocking(move || {
         let uuid = manifest.head.uuid;
         check_free(&of.store, uuid)?;
-        check_space(&of, &manifest)?;
+        check_owner(&of, &manifest.head)?;
+        let needed = (manifest.names().count() as u64).saturating_mul(u64::from(manifest.head.chunk_bytes));
+        let mut promise = Promise::new(&of, needed)?;
         let id = uuid.to_string();
         let known = || of.store.domains().into_iter().find(|domain| domain.uuid == id);
         let was_there = known().is_some();
-        let done = write(&of, &manifest, pieces, &progress);
+        let done = write(&of, &manifest, pieces, &mut promise, &progress);
+        if done.is_err() {
+            // What comes to this domain now is not imported. Where it stays, a generation is raised by more than it must be.
+            let _ = std::fs::remove_file(of.domain_directory(uuid).join(IMPORTED_FILE));
+        }
         // An agent that came in between has a standby here by now, or makes one.
         let left_over = || known().is_some_and(|domain| !domain.receiving && domain.position.epoch == 0);
         if done.is_err()
@@ -73,24 +155,20 @@ pub async fn run(
     importing.await.map_err(|e| Status::internal(e.to_string()))?
 }
 
-fn check_space(receiver: &Receiver, manifest: &Manifest) -> Result<(), Status> {
-    let chunk_bytes = u64::from(manifest.head.chunk_bytes);
-    let needed = (manifest.names().count() as u64).saturating_mul(chunk_bytes);
-    let free = receiver.free_bytes().map_err(|e| Status::internal(format!("measure the free space: {e}")))?;
-    let usable = free.saturating_sub(receiver.config.space_reserve_bytes);
-    if needed > usable {
-        let what = format!(
-            "the standby would take up to {needed} bytes, {usable} can be used: make room in the state directory"
-        );
-        return Err(Status::resource_exhausted(what));
-    }
-    Ok(())
+/// Notes that the standby was imported: an activation raises its generation far above what it was.
+fn note(directory: &Path, head: &Head) -> Result<(), Status> {
+    let path = directory.join(IMPORTED_FILE);
+    let written = std::fs::write(&path, format!("{}\n", head.point()))
+        .and_then(|()| std::fs::File::open(&path)?.sync_all())
+        .and_then(|()| std::fs::File::open(directory)?.sync_all());
+    written.map_err(|error| Status::internal(format!("{}: {error}", path.display())))
 }
 
 fn write(
     receiver: &Receiver,
     manifest: &Manifest,
     pieces: Restore,
+    promise: &mut Promise<'_>,
     progress: &dyn Fn(u64, u64),
 ) -> Result<u64, Status> {
     let (head, guest) = (&manifest.head, &manifest.guest);
@@ -99,6 +177,8 @@ fn write(
     let mut ingest = receiver.store.open_stream(&id, &head.domain, head.generation).map_err(failed)?;
     let part = PartHead { generation: head.generation, epoch: head.epoch, part: 0, kind: Kind::Seed };
     ingest.begin(part).map_err(failed)?;
+    // Before there is anything to activate.
+    note(&receiver.domain_directory(head.uuid), head)?;
     let mut out = Out { ingest, encoder: Encoder::new(), digest: Digest::new(), chunks: 0, bytes: 0 };
     let codec = |error: vmdr_codec::CodecError| Status::data_loss(format!("point {} of {id}: {error}", head.point()));
     out.encoder.layout(&guest.layout).map_err(codec)?;
@@ -131,6 +211,7 @@ fn write(
         }
         read_bytes += bytes.len() as u64;
         out.pass().map_err(failed)?;
+        promise.used(bytes.len() as u64)?;
         progress(before.get(&array).copied().unwrap_or(0) + offset + bytes.len() as u64, sum);
     }
     if !guest.device_state.is_empty() {

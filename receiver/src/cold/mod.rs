@@ -14,7 +14,7 @@ pub mod schedule;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::Deserialize;
@@ -160,15 +160,23 @@ pub struct Cold {
     /// The configuration.
     pub config: ColdConfig,
     /// Set when the receiver ends.
-    ending: Arc<AtomicBool>,
+    ending: AtomicBool,
     busy: Mutex<HashMap<Uuid, Arc<tokio::sync::Mutex<()>>>>,
     exported: Mutex<HashMap<Uuid, Exported>>,
+    /// Bytes that imports under way are still going to write.
+    promised: AtomicU64,
 }
 
 impl Cold {
     /// With this configuration.
     pub fn new(config: ColdConfig) -> Self {
-        Self { config, ending: Arc::default(), busy: Mutex::default(), exported: Mutex::default() }
+        Self {
+            config,
+            ending: AtomicBool::new(false),
+            busy: Mutex::default(),
+            exported: Mutex::default(),
+            promised: AtomicU64::new(0),
+        }
     }
 
     /// Breaks off what is under way.
@@ -221,10 +229,10 @@ pub(crate) fn status(error: &ColdError) -> Status {
     match error {
         ColdError::NoDomain { .. } | ColdError::NoPoint { .. } => Status::not_found(message),
         ColdError::Location { .. } => Status::invalid_argument(message),
-        ColdError::Key { .. } | ColdError::Busy { .. } | ColdError::Disturbed { .. } => {
+        ColdError::Key { .. } | ColdError::Busy { .. } | ColdError::Disturbed { .. } | ColdError::Clock { .. } => {
             Status::failed_precondition(message)
         }
-        ColdError::Store { .. } | ColdError::Ended => Status::unavailable(message),
+        ColdError::Store { .. } | ColdError::Slow { .. } | ColdError::Ended => Status::unavailable(message),
         ColdError::Missing { .. } | ColdError::Damaged { .. } => Status::data_loss(message),
         ColdError::Version { .. } | ColdError::Limit(_) | ColdError::Source(_) => Status::internal(message),
     }

@@ -110,7 +110,7 @@ async fn listed(bucket: &Bucket, uuid: Uuid, keys: &[MasterKey]) -> Result<wire:
     Ok(wire::ColdDomain { uuid: uuid.to_string(), name, points, error: String::new() })
 }
 
-fn point(StoredPoint { object, head }: StoredPoint) -> wire::ColdPoint {
+fn point(StoredPoint { object, head, .. }: StoredPoint) -> wire::ColdPoint {
     match head {
         Ok(head) => wire::ColdPoint {
             id: head.point(),
@@ -155,7 +155,7 @@ async fn find(bucket: &Bucket, wanted: &str, keys: &[MasterKey]) -> Result<Vault
             Some(head) if head.domain == wanted => found.push(vault),
             Some(_) => {}
             None => {
-                let damaged = points.into_iter().find_map(|StoredPoint { object, head }| {
+                let damaged = points.into_iter().find_map(|StoredPoint { object, head, .. }| {
                     Some(ColdError::Damaged { object: format!("{uuid}/{object}"), what: head.err()? })
                 });
                 closed = closed.or(damaged);
@@ -209,6 +209,7 @@ async fn try_import(
     let (object, _) = vault.find(point).await.map_err(|e| status(&e))?;
     let manifest = vault.manifest(&object).await.map_err(|e| status(&e))?;
     let head: Head = manifest.head.clone();
+    import::check_owner(receiver, &head)?;
     let tell = answers.clone();
     let progress = move |done, total| {
         let (step, unit) = ("import".to_owned(), "bytes".to_owned());

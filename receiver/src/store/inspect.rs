@@ -21,7 +21,6 @@ use vmdr_journal::{
 };
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::EXPORTED_FILE;
 use super::apply::same_files;
 use super::catalog::{Chain, PointId};
 use super::domain::standby_dir;
@@ -29,6 +28,7 @@ use super::flaws::{self, Flaw};
 use super::recover::Replay;
 use super::standby::{self, image_path};
 use super::sums::{self, Sums};
+use super::{EXPORTED_FILE, IMPORTED_FILE, OWNER_FILE};
 
 /// Bytes of an image read at once.
 const READ_BYTES: usize = 1 << 20;
@@ -147,7 +147,7 @@ pub fn inspect(dir: &Path, wanted: &Wanted) -> std::io::Result<Report> {
         let path = dir.join(&name);
         let uuid = Uuid::try_parse(&name).ok().filter(|uuid| uuid.to_string() == name);
         let Some(uuid) = uuid else {
-            if name != "lock" {
+            if !["lock", OWNER_FILE].contains(&&*name) {
                 report.strange.push(path);
             }
             continue;
@@ -284,6 +284,7 @@ impl<'a> Looked<'a> {
                     }
                 }
                 "drill" => self.file(&path, "drills: how they went, and what there is of one"),
+                IMPORTED_FILE => self.file(&path, "which point of object storage the standby was made from"),
                 EXPORTED_FILE => self.file(&path, "which point was last sent to object storage"),
                 "active" => self.file(&path, "an activation: its record and overlays"),
                 _ if name.starts_with("damaged-standby.") => {

@@ -77,6 +77,10 @@ pub use wire::{part_head, part_tail};
 pub const KEPT: &str = "kept";
 /// Which point was last sent to object storage. It is removed when epochs are lost: their numbers then come again.
 pub(crate) const EXPORTED_FILE: &str = "exported";
+/// Who this receiver is to others that prune the same object storage; in the state directory.
+pub(crate) const OWNER_FILE: &str = "cold-owner";
+/// The standby came from object storage, where nobody knows which generation the guest has elsewhere.
+pub(crate) const IMPORTED_FILE: &str = "imported";
 /// Prefix of a domain's directory while it is being removed.
 const FORGOTTEN: &str = ".forgotten-";
 
@@ -256,7 +260,7 @@ impl Store {
                 if let Err(error) = store.open_slot(uuid, &mut state, None) {
                     tracing::error!(domain = %uuid, %error, "the domain cannot be opened");
                 }
-            } else if name != "lock" {
+            } else if !["lock", OWNER_FILE].contains(&&*name) {
                 tracing::warn!(%name, dir = %dir.display(), "this is not of vmdr and is left alone");
             }
         }

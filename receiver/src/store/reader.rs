@@ -28,6 +28,7 @@ use super::domain::Domain;
 use super::flaws::Flaw;
 use super::images::read_units;
 use super::points::{DiskImage, RamImage, RecoveryPoint};
+use super::retention;
 use super::standby::{self, image_path};
 use super::sums::Sums;
 
@@ -136,6 +137,20 @@ impl Patches {
 }
 
 impl PointReader {
+    /// Why this ought to be ended soon, if so: what it reads cannot be given up, and the history has nearly all of its
+    /// budget, beyond which epochs are refused.
+    pub fn in_the_way(&self) -> Option<String> {
+        let policy = self.domain.retention();
+        let used = self.domain.catalog().history_bytes();
+        retention::pressing(used, &policy).then(|| {
+            format!(
+                "the history has {} MiB of its budget of {} MiB, and holds what is being read: beyond it epochs are refused",
+                used >> 20,
+                policy.budget_bytes >> 20
+            )
+        })
+    }
+
     /// `tolerant`: also one that is known to be damaged, as far as it can be read.
     pub(super) fn open(domain: Arc<Domain>, id: Option<PointId>, tolerant: bool) -> Result<Self, StoreError> {
         if id.is_none_or(|id| domain.catalog().find(id).is_none()) {

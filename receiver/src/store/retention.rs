@@ -25,6 +25,8 @@ const NAMING_NS: u64 = 60_000_000_000;
 pub const ALARM_PERCENT: u64 = 80;
 /// Of the budget, the part that is left in use when points had to go, in percent.
 const ROOM_PERCENT: u64 = 95;
+/// The part from which on long reads end themselves: points have been given up before, if they could.
+const PRESSING_PERCENT: u64 = 98;
 
 /// How long which points are kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -157,6 +159,11 @@ pub fn give_up(points: &[Held]) -> Option<Step> {
 /// Whether points have to go: the history has outgrown its budget.
 pub fn over(used_bytes: u64, policy: &Retention) -> bool {
     used_bytes > policy.budget_bytes / 100 * ROOM_PERCENT
+}
+
+/// Whether points that may go have gone, and it is not enough: what is read or pinned is in the way.
+pub fn pressing(used_bytes: u64, policy: &Retention) -> bool {
+    used_bytes > policy.budget_bytes / 100 * PRESSING_PERCENT
 }
 
 /// Whether the operator should know that soon points will have to go.
@@ -337,5 +344,6 @@ mod tests {
         assert_eq!(give_up(&[]), None);
         let policy = Retention { budget_bytes: 1000, tiers: Vec::new() };
         assert!(over(951, &policy) && !over(950, &policy) && alarming(801, &policy) && !alarming(800, &policy));
+        assert!(pressing(981, &policy) && !pressing(980, &policy));
     }
 }
