@@ -57,10 +57,12 @@ pub fn isolate(root: &mut Element, identity: &Identity) -> Result<Isolated, Vec<
     domain_xml::remove_own_qmp_socket(root);
     arguments(root, &mut refused);
     rename(root, identity);
-    for (event, action) in [("on_crash", "destroy"), ("on_lockfailure", "poweroff")] {
-        if let Some(element) = root.find_mut(event) {
-            element.set_text(action);
-        }
+    // A copy that resets has not come up.
+    for event in ["on_crash", "on_reboot"] {
+        root.ensure(event).set_text("destroy");
+    }
+    if let Some(element) = root.find_mut("on_lockfailure") {
+        element.set_text("poweroff");
     }
     let mut isolated = Isolated::default();
     let mut networks: Vec<(String, String)> = Vec::new();
@@ -193,12 +195,12 @@ fn line(line: &mut Element, refused: &mut Vec<String>) {
 }
 
 fn screen(graphics: &mut Element) {
-    for name in ["port", "tlsPort", "websocket", "socket", "sharePolicy", "defaultMode"] {
+    for name in ["port", "tlsPort", "websocket", "socket", "sharePolicy", "defaultMode", "autoport", "listen"] {
         graphics.remove_attribute(name);
     }
-    graphics.set_attribute("autoport", "yes");
-    graphics.set_attribute("listen", "127.0.0.1");
     graphics.remove_where(|e| matches!(e.name.as_str(), "listen" | "channel" | "gl"));
+    // libvirt makes up a path; a port could be one that the guest of an activation needs.
+    graphics.push(Element::new("listen").with_attribute("type", "socket"));
 }
 
 fn mute(audio: &mut Element) {
@@ -248,6 +250,7 @@ mod tests {
         assert_eq!(root.text_at("name").as_deref(), Some("web1-drill-0a0b0c"));
         assert_eq!(root.text_at("uuid"), Some(Uuid::from_u128(9).to_string()));
         assert_eq!(root.text_at("on_crash").as_deref(), Some("destroy"));
+        assert_eq!(root.text_at("on_reboot").as_deref(), Some("destroy"));
         assert_eq!(root.find_all("sysinfo/system/entry").len(), 1, "its serial number stays");
         assert_eq!(domain_xml::qemu_arguments(&root), ["-smbios".to_owned(), format!("type=1,uuid={OLD}")]);
     }
@@ -302,7 +305,8 @@ mod tests {
         assert_eq!((sources.len(), sources[0].attribute("file")), (1, Some("/iso")));
         let screens = root.find_all("devices/graphics");
         assert_eq!((screens.len(), screens[0].attribute("port")), (1, None));
-        assert_eq!(screens[0].attribute("listen"), Some("127.0.0.1"));
+        assert_eq!((screens[0].attribute("listen"), screens[0].attribute("autoport")), (None, None));
+        assert_eq!((screens[0].elements().count(), screens[0].attribute_at("listen", "type")), (1, Some("socket")));
     }
 
     #[test]

@@ -18,8 +18,9 @@ use rustix::process::{Pid, setpriority_process};
 use uuid::Uuid;
 use vmdr_daemon::durable;
 use vmdr_hypervisor::libvirt::DomainState;
+use vmdr_hypervisor::xml::Element;
 
-use super::checks::{Check, Subject};
+use super::checks::{self, Check, Subject};
 use super::isolate::{Identity, isolate};
 use super::net::{self, Probe};
 use super::record::{self, Book, Current, Outcome, Report};
@@ -28,7 +29,7 @@ use crate::activate::host::{Host, LocalHost};
 use crate::activate::memory::Memory;
 use crate::activate::plan::{self, Plan};
 use crate::activate::run::{make_files, unix_ns};
-use crate::activate::{files, findings};
+use crate::activate::{ActivateError, files, findings};
 use crate::daemon::Receiver;
 use crate::store::{DomainSummary, PointId, PointReader, RecoveryPoint};
 
@@ -39,7 +40,9 @@ const RUNNING_WAIT_MAX: Duration = Duration::from_secs(120);
 /// Between two questions to libvirt.
 const POLL: Duration = Duration::from_millis(50);
 /// How long an activation waits for the drill to be gone. Then it begins all the same.
-const MAKE_WAY_MAX: Duration = Duration::from_secs(10);
+pub const MAKE_WAY_MAX: Duration = Duration::from_secs(10);
+/// The same for a hand-over: its guest is paused meanwhile.
+pub const HAND_OVER_WAIT_MAX: Duration = Duration::from_secs(3);
 /// How long a drill that is ended may take to be gone.
 const END_MAX: Duration = Duration::from_secs(50);
 /// How much the copy gives way to everything else on this host: steps of nice(2).
@@ -85,14 +88,18 @@ impl Drill {
         let uuid = Uuid::parse_str(&summary.uuid).map_err(|e| DrillError::Refused(format!("{}: {e}", summary.uuid)))?;
         let name = &summary.name;
         let refused = |what: String| Err(DrillError::Refused(what));
-        let lock = receiver.activation_lock(uuid);
-        let Ok(_no_activation) = lock.try_lock() else {
-            return refused(format!("{name} is being activated or forgotten"));
+        let claim = {
+            let lock = receiver.activation_lock(uuid);
+            let Ok(_no_activation) = lock.try_lock() else {
+                return Err(DrillError::Stopped(format!("{name} is being activated or forgotten")));
+            };
+            if summary.frozen {
+                return refused(format!("{name} was activated here: it is no rehearsal any more"));
+            }
+            receiver.drills.claim(uuid)
         };
-        if summary.frozen {
-            return refused(format!("{name} was activated here: it is no rehearsal any more"));
-        }
-        let Some(claim) = receiver.drills.claim(uuid) else {
+        // An activation that comes from here on finds the claim, has it end, and waits only so long.
+        let Some(claim) = claim else {
             return refused(format!("a drill of {name} is under way; `vmdr drill {name} --end` ends it"));
         };
         let directory = receiver.domain_directory(uuid);
@@ -129,6 +136,7 @@ impl Drill {
         };
         let copy_name = format!("{short}-drill-{id}");
         let current = Current { id, copy_name, copy_uuid: Uuid::new_v4(), bridges: Vec::new(), kept: false, report };
+        claim.control.go_on()?;
         book.current = Some(current.clone());
         book.write(&directory)?;
         let (receiver, name) = (Arc::clone(receiver), name.clone());
@@ -207,11 +215,14 @@ impl Drill {
             name: self.current.copy_name.clone(),
             uuid: self.current.copy_uuid,
         };
+        let answered;
         let point = {
             let reader = self.reader.take().ok_or_else(|| DrillError::Stopped("it has no point".to_owned()))?;
             let standby = Arc::clone(&reader).recovery_point();
             let mut plan = plan::make(&standby, &attempt, &settings, &host)?;
             self.refuse(&plan, &host)?;
+            let original = Element::parse(&standby.domain_xml);
+            answered = checks::answered(&original.map_err(|error| ActivateError::DomainXml(error.to_string()))?);
             let isolated = isolate(&mut plan.transformed.restore, &identity).map_err(|what| {
                 let what = what.join(", ");
                 DrillError::Refused(format!("{} cannot be cut off from the outside: {what}", self.name))
@@ -272,6 +283,7 @@ impl Drill {
             macs: &isolated.macs,
             directory: &directory,
             control: &self.claim.control,
+            answered: &answered,
             limit: self.asked.limit,
             run: self.asked.run,
             guard: &guard,
@@ -304,7 +316,10 @@ impl Drill {
             let state = host.guest(identity.uuid)?.map_or(DomainState::ShutOff, |guest| guest.state);
             match state {
                 DomainState::Running | DomainState::Blocked => return Ok(()),
-                DomainState::Paused if Instant::now() < deadline => self.claim.control.rest(POLL)?,
+                DomainState::Paused if Instant::now() < deadline => {
+                    room(&self.receiver)?;
+                    self.claim.control.rest(POLL)?;
+                }
                 other => {
                     return Err(DrillError::Refused(format!("{} is {other} instead of running", identity.name)));
                 }
@@ -377,6 +392,8 @@ fn make_room(
 fn give_way(host: &LocalHost, uuid: &Uuid) {
     let Ok(pid) = host.connection().domain_by_uuid(uuid).and_then(|domain| domain.qemu_pid()) else { return };
     let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return };
+    // If memory gets scarce, the copy is the first to go.
+    let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), "1000");
     let threads = threads.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
     for thread in threads.filter_map(Pid::from_raw) {
         // One that has ended needs no time.
@@ -390,8 +407,7 @@ fn tear_down(receiver: &Receiver, domain_directory: &Path, drill: &Current) -> R
     let network = net::remove(&drill.bridges);
     // As long as QEMU may have them open its files stay.
     domain?;
-    files::remove_directory(&record::directory(domain_directory).join(&drill.id))
-        .map_err(crate::activate::ActivateError::from)?;
+    files::remove_directory(&record::directory(domain_directory).join(&drill.id)).map_err(ActivateError::from)?;
     // Made by libvirt, for this copy alone.
     let _ = std::fs::remove_file(Path::new(QEMU_LOGS).join(format!("{}.log", drill.copy_name)));
     Ok(network?)
@@ -453,24 +469,48 @@ pub fn end(receiver: &Arc<Receiver>, uuid: Uuid, why: &str) -> Result<Option<Rep
     Ok(Some(report))
 }
 
-/// An activation goes first: what there is of a drill of the domain goes, and if it does not go in time, the activation goes on.
-pub fn make_way(receiver: &Arc<Receiver>, uuid: Uuid, progress: &mut dyn FnMut(&str)) {
+/// What there is of a domain's drill: under way, kept, or left over.
+fn is_there(receiver: &Receiver, uuid: Uuid) -> bool {
     let nothing = || matches!(Book::read(&receiver.domain_directory(uuid)), Ok(book) if book.current.is_none());
-    if receiver.drills.of(uuid).is_none() && nothing() {
+    receiver.drills.of(uuid).is_some() || !nothing()
+}
+
+/// An activation goes first: all drills here end, kept or not, and none begins by itself for a while. That of the domain is
+/// waited for; if it does not go within `limit`, the activation goes on.
+pub fn make_way(receiver: &Arc<Receiver>, uuid: Uuid, limit: Duration, progress: &mut dyn FnMut(&str)) {
+    let why = format!("{uuid} is activated");
+    receiver.drills.pause();
+    receiver.drills.end_all(&why);
+    let mut all: Vec<Uuid> = receiver.store.uuids().iter().filter_map(|uuid| Uuid::parse_str(uuid).ok()).collect();
+    all.retain(|of| is_there(receiver, *of));
+    if all.is_empty() {
         return;
     }
-    progress("end the drill of it");
+    // Its own is the first to be removed.
+    all.sort_by_key(|of| *of != uuid);
+    let waits = all.first() == Some(&uuid);
+    progress(if waits { "end the drill of it" } else { "end the drills of others" });
     let (done, is_done) = sync_channel(1);
     let of = Arc::clone(receiver);
-    let spawned = std::thread::Builder::new().name("end-drill".to_owned()).spawn(move || {
-        // Nobody waits any more: that was said already.
-        let _ = done.send(end(&of, uuid, "the domain is activated"));
+    let spawned = std::thread::Builder::new().name("end-drills".to_owned()).spawn(move || {
+        for domain in all {
+            let ended = end(&of, domain, &why);
+            if domain == uuid {
+                // Nobody waits any more: that was said already.
+                let _ = done.send(ended);
+            } else if let Err(error) = ended {
+                tracing::warn!(%domain, %error, "a drill is not removed yet");
+            }
+        }
     });
     if let Err(error) = spawned {
-        tracing::warn!(domain = %uuid, %error, "a drill of it is not ended");
+        tracing::warn!(domain = %uuid, %error, "drills are not ended");
         return;
     }
-    match is_done.recv_timeout(MAKE_WAY_MAX) {
+    if !waits {
+        return;
+    }
+    match is_done.recv_timeout(limit) {
         Ok(Ok(_)) => {}
         Ok(Err(error)) => tracing::warn!(domain = %uuid, %error, "a drill of it is not removed yet"),
         Err(_) => tracing::warn!(domain = %uuid, "a drill of it is still being removed; the activation goes on"),

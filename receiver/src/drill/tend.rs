@@ -72,7 +72,7 @@ fn look(receiver: &Arc<Receiver>, uuid: Uuid, scheduled: &mut Option<JoinHandle<
             }
         }
         None => {
-            if scheduled.as_ref().is_some_and(|drill| !drill.is_finished()) {
+            if receiver.drills.is_paused() || scheduled.as_ref().is_some_and(|drill| !drill.is_finished()) {
                 return Ok(());
             }
             let id = uuid.to_string();
