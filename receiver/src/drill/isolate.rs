@@ -26,6 +26,43 @@ const INSIDE: [&str; 12] = [
     "crypto",
     "redirfilter",
 ];
+/// What a definition has beside devices, and the copy too: what the machine is, and what it gets of this host.
+const MACHINE: [&str; 32] = [
+    "name",
+    "uuid",
+    "genid",
+    "maxMemory",
+    "memory",
+    "currentMemory",
+    "memoryBacking",
+    "memtune",
+    "blkiotune",
+    "numatune",
+    "vcpu",
+    "vcpus",
+    "iothreads",
+    "iothreadids",
+    "defaultiothread",
+    "cputune",
+    "throttlegroups",
+    "sysinfo",
+    "os",
+    "features",
+    "cpu",
+    "clock",
+    "on_poweroff",
+    "on_reboot",
+    "on_crash",
+    "on_lockfailure",
+    "pm",
+    "perf",
+    "devices",
+    "qemu:commandline",
+    "qemu:capabilities",
+    "qemu:deprecation",
+];
+/// What is said of the domain, or ties it to others on this host: the copy goes without it.
+const LEFT_OUT: [&str; 5] = ["title", "description", "metadata", "resource", "seclabel"];
 /// QEMU's own options that reach nothing.
 const OPTIONS: [&str; 7] = ["-cpu", "-global", "-machine", "-smbios", "-rtc", "-accel", "-icount"];
 /// What a network card is to the guest; the rest is where its frames go.
@@ -57,6 +94,13 @@ pub fn isolate(root: &mut Element, identity: &Identity) -> Result<Isolated, Vec<
     domain_xml::remove_own_qmp_socket(root);
     arguments(root, &mut refused);
     rename(root, identity);
+    root.remove_where(|e| LEFT_OUT.contains(&e.name.as_str()));
+    for element in root.elements().filter(|e| !MACHINE.contains(&e.name.as_str())) {
+        refused.push(format!("<{}>", element.name));
+    }
+    if !root.find_all("qemu:commandline/qemu:env").is_empty() {
+        refused.push("an environment variable of QEMU's".to_owned());
+    }
     // A copy that resets has not come up.
     for event in ["on_crash", "on_reboot"] {
         root.ensure(event).set_text("destroy");
@@ -79,6 +123,10 @@ pub fn isolate(root: &mut Element, identity: &Identity) -> Result<Isolated, Vec<
                 "redirdev" | "smartcard" => allow(device, "", "type", &["spicevmc"], &mut refused),
                 "audio" => mute(device),
                 other if INSIDE.contains(&other) => {
+                    if other == "watchdog" && device.attribute("action") == Some("dump") {
+                        // Into a file of this host's, as large as the guest's RAM.
+                        device.set_attribute("action", "poweroff");
+                    }
                     if matches!(device.attribute("type"), Some("passthrough" | "evdev")) {
                         refused.push(format!("a device of the host ({other})"));
                     }
@@ -256,6 +304,17 @@ mod tests {
     }
 
     #[test]
+    fn nothing_ties_it_to_this_host() {
+        let ties = "<metadata><x/></metadata><title>t</title><resource><partition>/p</partition></resource>\
+                    <seclabel type='static'/></domain>";
+        let text = domain("<watchdog model='itco' action='dump'/>").replace("</domain>", ties);
+        let mut root = Element::parse(&text).unwrap();
+        isolate(&mut root, &identity()).unwrap();
+        assert!(LEFT_OUT.iter().all(|name| root.find(name).is_none()));
+        assert_eq!(root.attribute_at("devices/watchdog", "action"), Some("poweroff"));
+    }
+
+    #[test]
     fn cards_keep_what_the_guest_sees_and_end_at_bridges_of_the_drill() {
         let card = |kind: &str, source: &str, mac: u8| {
             format!(
@@ -331,6 +390,15 @@ mod tests {
             let mut root = Element::parse(&domain(devices)).unwrap();
             let refused = isolate(&mut root, &identity()).unwrap_err();
             assert!(refused.len() == 1 && refused[0].contains(what), "{devices}: {refused:?}");
+        }
+        for (element, what) in [
+            ("<qemu:override/>", "<qemu:override>"),
+            ("<qemu:commandline><qemu:env name='A' value='b'/></qemu:commandline>", "environment"),
+            ("<launchSecurity type='sev'/>", "<launchSecurity>"),
+        ] {
+            let text = domain("").replace("</devices>", &format!("</devices>{element}"));
+            let refused = isolate(&mut Element::parse(&text).unwrap(), &identity()).unwrap_err();
+            assert!(refused.len() == 1 && refused[0].contains(what), "{element}: {refused:?}");
         }
         let mut root = Element::parse(&domain("")).unwrap();
         domain_xml::add_qemu_arguments(&mut root, &["-cpu", "max", "-netdev", "user,id=n", "-object", "rng-egd,id=r"]);

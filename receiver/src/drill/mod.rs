@@ -18,6 +18,7 @@ pub mod copy;
 pub mod isolate;
 mod namespace;
 pub mod net;
+pub mod process;
 pub mod record;
 pub mod run;
 pub mod tend;

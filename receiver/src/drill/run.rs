@@ -23,6 +23,7 @@ use vmdr_hypervisor::xml::Element;
 use super::checks::{self, Check, Subject};
 use super::isolate::{Identity, isolate};
 use super::net::{self, Probe};
+use super::process::Process;
 use super::record::{self, Book, Current, Outcome, Report};
 use super::{Claim, DrillError, copy};
 use crate::activate::host::{Host, LocalHost};
@@ -31,10 +32,8 @@ use crate::activate::plan::{self, Plan};
 use crate::activate::run::{make_files, unix_ns};
 use crate::activate::{ActivateError, files, findings};
 use crate::daemon::Receiver;
-use crate::store::{DomainSummary, PointId, PointReader, RecoveryPoint};
+use crate::store::{self, DomainSummary, PointId, PointReader, RecoveryPoint};
 
-/// What a drill leaves free beside what the configuration reserves: replication never has less because of it.
-const MARGIN_BYTES: u64 = 64 << 20;
 /// How long the copy may take from "libvirt has restored it" to running.
 const RUNNING_WAIT_MAX: Duration = Duration::from_secs(120);
 /// Between two questions to libvirt.
@@ -47,6 +46,8 @@ pub const HAND_OVER_WAIT_MAX: Duration = Duration::from_secs(3);
 const END_MAX: Duration = Duration::from_secs(50);
 /// How much the copy gives way to everything else on this host: steps of nice(2).
 const NICE: i32 = 10;
+/// How long a QEMU may take to be gone after it was killed.
+const KILL_MAX: Duration = Duration::from_secs(5);
 /// As much of a domain's name is in that of its copy.
 const NAME_CHARS_MAX: usize = 100;
 /// Where libvirt keeps what its QEMUs say.
@@ -117,25 +118,16 @@ impl Drill {
             None => {}
         }
         let reader = Arc::new(receiver.store.read_point(&summary.uuid, asked.point)?);
-        let id = Uuid::new_v4().simple().to_string()[..6].to_owned();
+        let id = record::new_id();
         let short: String = name.chars().map(|c| if c == '/' { '_' } else { c }).take(NAME_CHARS_MAX).collect();
         let report = Report {
-            id: id.clone(),
             point: reader.id().to_string(),
             cut_unix_ns: reader.cut_unix_ns(),
-            outcome: Outcome::UnderWay,
-            error: String::new(),
-            scheduled: asked.scheduled,
-            started_unix_ns: unix_ns(SystemTime::now()),
-            ended_unix_ns: 0,
-            copy_seconds: 0.0,
-            rto_seconds: None,
-            copied_bytes: 0,
-            shared_bytes: 0,
-            checks: Vec::new(),
+            ..Report::begun(id.clone(), asked.scheduled, unix_ns(SystemTime::now()))
         };
         let copy_name = format!("{short}-drill-{id}");
-        let current = Current { id, copy_name, copy_uuid: Uuid::new_v4(), bridges: Vec::new(), kept: false, report };
+        let current =
+            Current { id, copy_name, copy_uuid: Uuid::new_v4(), bridges: Vec::new(), qemu: None, kept: false, report };
         claim.control.go_on()?;
         book.current = Some(current.clone());
         book.write(&directory)?;
@@ -234,9 +226,17 @@ impl Drill {
             let clone = make_room(&receiver, &reader, &standby, &plan, &directory)?;
             progress("copy the recovery point");
             let begun = Instant::now();
+            let id = self.uuid.to_string();
+            let alarmed = receiver.store.strain(&id, false).is_some();
             let mut pace = Pace { due: None, per_second: receiver.config.drill.copy_bytes_per_second };
             let mut turn = |bytes: u64| {
                 guard()?;
+                // The point pins the history.
+                if let Some(why) = receiver.store.strain(&id, alarmed) {
+                    return Err(DrillError::Stopped(format!(
+                        "its point keeps the history from being thinned out: {why}"
+                    )));
+                }
                 control.rest(pace.rest(bytes))
             };
             let (point, cost) = copy::copy(&reader, &directory, clone, &mut turn)?;
@@ -268,7 +268,12 @@ impl Drill {
         })?;
         self.wait_running(&host, &identity)?;
         self.current.report.rto_seconds = Some(requested.elapsed().as_secs_f64());
-        give_way(&host, &identity.uuid);
+        let qemu = host.connection().domain_by_uuid(&identity.uuid).and_then(|domain| domain.qemu_pid());
+        if let Ok(pid) = qemu {
+            give_way(pid);
+            self.current.qemu = i32::try_from(pid).ok().and_then(Process::of);
+            self.note()?;
+        }
         let environment = vec![
             ("VMDR_DRILL_ID", identity.id.clone()),
             ("VMDR_DRILL_DOMAIN", self.name.clone()),
@@ -346,7 +351,7 @@ impl Pace {
 
 /// What must stay free.
 fn floor_bytes(receiver: &Receiver) -> u64 {
-    receiver.config.space_reserve_bytes.saturating_add(MARGIN_BYTES)
+    store::floor_bytes(receiver.config.space_reserve_bytes)
 }
 
 /// Whether a drill may go on here.
@@ -389,8 +394,7 @@ fn make_room(
 }
 
 /// The copy takes processor time that nobody else wants.
-fn give_way(host: &LocalHost, uuid: &Uuid) {
-    let Ok(pid) = host.connection().domain_by_uuid(uuid).and_then(|domain| domain.qemu_pid()) else { return };
+fn give_way(pid: u32) {
     let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return };
     // If memory gets scarce, the copy is the first to go.
     let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), "1000");
@@ -413,7 +417,16 @@ fn tear_down(receiver: &Receiver, domain_directory: &Path, drill: &Current) -> R
     Ok(network?)
 }
 
+/// By libvirt; where that fails, the process is ended without it.
 fn remove_domain(receiver: &Receiver, drill: &Current) -> Result<(), DrillError> {
+    let Err(error) = destroy(receiver, drill) else { return Ok(()) };
+    let Some(qemu) = &drill.qemu else { return Err(error) };
+    tracing::warn!(drill = drill.id, %error, pid = qemu.pid, "libvirt does not end a drill's copy: its QEMU is killed");
+    qemu.kill(KILL_MAX)
+        .map_err(DrillError::io("end the QEMU of the copy, of", Path::new(&format!("/proc/{}", qemu.pid))))
+}
+
+fn destroy(receiver: &Receiver, drill: &Current) -> Result<(), DrillError> {
     let host = LocalHost::connect(&receiver.config.libvirt_uri)?;
     let domain = match host.connection().domain_by_uuid(&drill.copy_uuid) {
         Err(error) if error.is_no_such_domain() => return Ok(()),
@@ -539,6 +552,7 @@ mod tests {
             copy_name: "x".to_owned(),
             copy_uuid: Uuid::from_u128(1),
             bridges: Vec::new(),
+            qemu: None,
             kept,
             report,
         };
