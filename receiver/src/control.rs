@@ -330,7 +330,7 @@ pub(crate) fn activate_in(
             return Err(Status::aborted(message));
         }
     }
-    drill::run::make_way(receiver, uuid, progress);
+    drill::run::make_way(receiver, uuid, drill::run::MAKE_WAY_MAX, progress);
     let chosen = history::choose(store, &id, request)?;
     let host = connect(receiver)?;
     let standby =

@@ -37,6 +37,7 @@ use crate::activate::record::Step;
 use crate::activate::run::unix_ns;
 use crate::control;
 use crate::daemon::Receiver;
+use crate::drill;
 use crate::store::{Ingest, StoreError};
 
 const FILE: &str = "takeover.json";
@@ -107,6 +108,9 @@ pub fn take(
         failed: String::new(),
         back: String::new(),
     };
+    // While the guest is still the sender's: what comes afterwards has nothing to wait for.
+    let mut said = |step: &str| tracing::info!(domain = %uuid, step, "hand-over");
+    drill::run::make_way(receiver, uuid, drill::run::HAND_OVER_WAIT_MAX, &mut said);
     write(receiver, uuid, &takeover).map_err(internal)?;
     ingest.hand_over(asked.epoch, asked.generation).map_err(|error| match error {
         StoreError::Refused { .. } | StoreError::Superseded(_) => {

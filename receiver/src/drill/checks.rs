@@ -3,7 +3,7 @@
 //! | check | passes when |
 //! | --- | --- |
 //! | `runs` | for some seconds the copy runs, its vCPUs get and use time, and no I/O of its disks fails; always made |
-//! | `heartbeat` | the guest's tools answer, or its QEMU guest agent; made where the guest has the channel's port open |
+//! | `heartbeat` | the guest's tools answer, or its QEMU guest agent; made where the guest has, or had at the cut, the channel's port open |
 //! | `tcp:PORT`, `tcp:ADDRESS:PORT` | a TCP connection from beside the guest is accepted |
 //! | `cmd:COMMAND` | a shell's command ends with 0; it runs beside the guest, in a network with nothing else in it |
 //!
@@ -22,7 +22,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 use serde_json::Value;
 use uuid::Uuid;
 use vmdr_guest_channel::{Decoder, Frame, Hello, Message, PORT};
@@ -40,6 +40,10 @@ pub const CHECKS_MAX: usize = 16;
 const COMMAND_BYTES_MAX: usize = 4096;
 /// Between two looks, and two tries.
 const LOOK: Duration = Duration::from_millis(250);
+/// The same, while a command runs.
+const COMMAND_LOOK: Duration = Duration::from_millis(20);
+/// The largest file that a command may write, its output included.
+const FILE_BYTES_MAX: u64 = 16 << 20;
 /// How long the guest's end of a channel may take to be seen.
 const OPEN_MAX: Duration = Duration::from_secs(5);
 /// How long one try of a connection may take.
@@ -126,12 +130,21 @@ pub struct Subject<'a> {
     pub directory: &'a Path,
     /// Whether to go on.
     pub control: &'a Arc<Control>,
+    /// The channels whose port the definition says was open.
+    pub answered: &'a [&'static str],
     /// How long a check may take.
     pub limit: Duration,
     /// How long it has to run.
     pub run: Duration,
     /// Whether there is room to go on.
     pub guard: &'a dyn Fn() -> Result<(), DrillError>,
+}
+
+/// The names of the channels to which, by its definition, the guest's end was open.
+pub fn answered(domain: &Element) -> Vec<&'static str> {
+    let open =
+        |name: &&str| channel(domain, name).is_some_and(|of| of.attribute_at("target", "state") == Some("connected"));
+    [PORT, GUEST_AGENT_CHANNEL].into_iter().filter(open).collect()
 }
 
 /// What a try of a check found: passed, not yet, or for good.
@@ -222,16 +235,19 @@ impl Subject<'_> {
     }
 
     /// The channels whose port the guest has open: somebody is to answer there. QEMU says so only once the guest runs, so a
-    /// guest that has such a channel is given some time.
+    /// guest that has such a channel is given some time. Where somebody answered before, somebody is to answer in any case.
     fn open_ports(&self) -> Result<Vec<Port>, DrillError> {
         let until = Instant::now() + OPEN_MAX;
         loop {
             let Ok(xml) = self.domain().and_then(|domain| domain.live_xml()) else { return Ok(Vec::new()) };
             let there = [PORT, GUEST_AGENT_CHANNEL].map(|name| channel(&xml, name));
             let is_open = |of: &&Element| of.attribute_at("target", "state") == Some("connected");
-            let [tools, agent] = there.map(|of| of.filter(is_open));
-            let all = there.iter().flatten().count() == [tools, agent].iter().flatten().count();
+            let all = there.iter().flatten().all(|of| is_open(&of));
             if all || Instant::now() >= until {
+                let counts = |of: &&Element| {
+                    is_open(of) || of.attribute_at("target", "name").is_some_and(|n| self.answered.contains(&n))
+                };
+                let [tools, agent] = there.map(|of| of.filter(counts));
                 let tools = tools.and_then(|of| of.attribute_at("source", "path")).map(|path| Port::Tools(path.into()));
                 return Ok(tools.into_iter().chain(agent.map(|_| Port::Agent)).collect());
             }
@@ -251,6 +267,27 @@ impl Subject<'_> {
                 Ok(_) => Found::Passed("its QEMU guest agent answers".to_owned()),
                 Err(error) => Found::NotYet(error.to_string()),
             },
+        })
+    }
+
+    /// Runs a command beside the guest, as long as there is room. Nothing: it was killed at its limit.
+    fn guarded(&self, shell: Command) -> Result<std::io::Result<Option<std::process::ExitStatus>>, DrillError> {
+        let stop = Arc::new(Control::default());
+        let (probe, limit, of) = (self.probe, self.limit, Arc::clone(&stop));
+        std::thread::scope(|threads| {
+            let runs = threads.spawn(move || probe.run(move || wait(shell, &of, limit)));
+            let mut refused = None;
+            while !runs.is_finished() {
+                if refused.is_none()
+                    && let Err(error) = (self.guard)()
+                {
+                    stop.end(&error.to_string());
+                    refused = Some(error);
+                }
+                std::thread::sleep(COMMAND_LOOK);
+            }
+            let ended = runs.join().map_err(|_| super::net::NetError::Ended)??;
+            refused.map_or(Ok(ended), Err)
         })
     }
 
@@ -296,12 +333,9 @@ impl Subject<'_> {
         let said = self.directory.join("check.out");
         let out = File::create(&said).map_err(DrillError::io("create", &said))?;
         let errors = out.try_clone().map_err(DrillError::io("open", &said))?;
-        let mut shell = Command::new("sh");
-        shell.arg("-c").arg(command).envs(environment).stdin(Stdio::null()).stdout(out).stderr(errors);
-        // So that all of it can be ended.
-        shell.process_group(0);
-        let (control, limit) = (Arc::clone(self.control), self.limit);
-        let ended = self.probe.run(move || wait(shell, &control, limit))?;
+        let mut shell = shell(command);
+        shell.envs(environment).stdin(Stdio::null()).stdout(out).stderr(errors);
+        let ended = self.guarded(shell)?;
         let mut last = Vec::new();
         let read = File::open(&said).and_then(|file| file.take(SAID_BYTES_MAX).read_to_end(&mut last));
         read.map_err(DrillError::io("read", &said))?;
@@ -318,23 +352,39 @@ impl Subject<'_> {
     }
 }
 
+/// A shell with a command, in a process group of its own, so that all of it can be ended. No file that it writes gets larger than
+/// [`FILE_BYTES_MAX`].
+fn shell(command: &str) -> Command {
+    let mut shell = Command::new("sh");
+    // In units of 512 bytes.
+    let limited = format!("ulimit -f {} && exec sh -c \"$1\"", FILE_BYTES_MAX / 512);
+    shell.arg("-c").arg(limited).arg("sh").arg(command).process_group(0);
+    shell
+}
+
 /// Who is to answer.
 enum Port {
     Tools(PathBuf),
     Agent,
 }
 
-/// Runs it to its end; nothing: it was killed.
+/// Runs it to its end, and ends what it has started and left; nothing: it was killed.
 fn wait(mut shell: Command, control: &Control, limit: Duration) -> std::io::Result<Option<std::process::ExitStatus>> {
     let mut child = shell.spawn()?;
+    let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
     let until = Instant::now() + limit;
     loop {
-        if let Some(status) = child.try_wait()? {
-            return Ok(Some(status));
+        // It stays a zombie, so that its number is nobody else's while its group is ended.
+        let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        if let Some(group) = group
+            && waitid(WaitId::Pid(group), look)?.is_some()
+        {
+            // There may be nobody else in it.
+            let _ = kill_process_group(group, Signal::KILL);
+            return child.wait().map(Some);
         }
         if Instant::now() >= until || control.rest(Duration::from_millis(20)).is_err() {
-            if let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
-                // It may have ended by now.
+            if let Some(group) = group {
                 let _ = kill_process_group(group, Signal::KILL);
             }
             child.wait()?;
@@ -437,17 +487,45 @@ mod tests {
     #[test]
     fn a_command_ends_in_any_case() {
         let control = Arc::new(Control::default());
-        let shell = |command: &str| {
-            let mut shell = Command::new("sh");
-            shell.arg("-c").arg(command).process_group(0);
-            shell
-        };
         let limit = Duration::from_secs(60);
         assert!(wait(shell("true"), &control, limit).unwrap().unwrap().success());
         assert_eq!(wait(shell("exit 7"), &control, limit).unwrap().unwrap().code(), Some(7));
         assert!(wait(shell("sleep 600 & sleep 600"), &control, Duration::from_millis(100)).unwrap().is_none());
         control.end("enough");
         assert!(wait(shell("sleep 600"), &control, limit).unwrap().is_none());
+    }
+
+    #[test]
+    fn what_a_command_leaves_ends_with_it_and_writes_no_more_than_it_may() {
+        let control = Arc::new(Control::default());
+        let dir = tempfile::tempdir().unwrap();
+        let (pid, large) = (dir.path().join("pid"), dir.path().join("large"));
+        let command = format!("sleep 600 & echo $! > {}", pid.display());
+        let limit = Duration::from_secs(60);
+        assert!(wait(shell(&command), &control, limit).unwrap().unwrap().success());
+        let left = std::fs::read_to_string(&pid).unwrap();
+        let until = Instant::now() + limit;
+        let runs = || {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", left.trim())).unwrap_or_default();
+            !stat.is_empty() && !stat.contains(") Z ")
+        };
+        while runs() {
+            assert!(Instant::now() < until, "{left} runs on");
+            std::thread::sleep(LOOK);
+        }
+        let command = format!("exec dd if=/dev/zero bs=1048576 count=64 of={}", large.display());
+        assert!(!wait(shell(&command), &control, limit).unwrap().unwrap().success());
+        assert_eq!(large.metadata().unwrap().len(), FILE_BYTES_MAX);
+    }
+
+    #[test]
+    fn where_somebody_answered_at_the_cut_is_in_the_definition() {
+        let domain = |state: &str| {
+            let channel = format!("<channel><target name='{GUEST_AGENT_CHANNEL}' state='{state}'/></channel>");
+            Element::parse(&format!("<domain><devices>{channel}</devices></domain>")).unwrap()
+        };
+        assert_eq!(answered(&domain("connected")), [GUEST_AGENT_CHANNEL]);
+        assert!(answered(&domain("disconnected")).is_empty());
     }
 
     #[test]

@@ -26,6 +26,43 @@ const INSIDE: [&str; 12] = [
     "crypto",
     "redirfilter",
 ];
+/// What a definition has beside devices, and the copy too: what the machine is, and what it gets of this host.
+const MACHINE: [&str; 32] = [
+    "name",
+    "uuid",
+    "genid",
+    "maxMemory",
+    "memory",
+    "currentMemory",
+    "memoryBacking",
+    "memtune",
+    "blkiotune",
+    "numatune",
+    "vcpu",
+    "vcpus",
+    "iothreads",
+    "iothreadids",
+    "defaultiothread",
+    "cputune",
+    "throttlegroups",
+    "sysinfo",
+    "os",
+    "features",
+    "cpu",
+    "clock",
+    "on_poweroff",
+    "on_reboot",
+    "on_crash",
+    "on_lockfailure",
+    "pm",
+    "perf",
+    "devices",
+    "qemu:commandline",
+    "qemu:capabilities",
+    "qemu:deprecation",
+];
+/// What is said of the domain, or ties it to others on this host: the copy goes without it.
+const LEFT_OUT: [&str; 5] = ["title", "description", "metadata", "resource", "seclabel"];
 /// QEMU's own options that reach nothing.
 const OPTIONS: [&str; 7] = ["-cpu", "-global", "-machine", "-smbios", "-rtc", "-accel", "-icount"];
 /// What a network card is to the guest; the rest is where its frames go.
@@ -57,10 +94,19 @@ pub fn isolate(root: &mut Element, identity: &Identity) -> Result<Isolated, Vec<
     domain_xml::remove_own_qmp_socket(root);
     arguments(root, &mut refused);
     rename(root, identity);
-    for (event, action) in [("on_crash", "destroy"), ("on_lockfailure", "poweroff")] {
-        if let Some(element) = root.find_mut(event) {
-            element.set_text(action);
-        }
+    root.remove_where(|e| LEFT_OUT.contains(&e.name.as_str()));
+    for element in root.elements().filter(|e| !MACHINE.contains(&e.name.as_str())) {
+        refused.push(format!("<{}>", element.name));
+    }
+    if !root.find_all("qemu:commandline/qemu:env").is_empty() {
+        refused.push("an environment variable of QEMU's".to_owned());
+    }
+    // A copy that resets has not come up.
+    for event in ["on_crash", "on_reboot"] {
+        root.ensure(event).set_text("destroy");
+    }
+    if let Some(element) = root.find_mut("on_lockfailure") {
+        element.set_text("poweroff");
     }
     let mut isolated = Isolated::default();
     let mut networks: Vec<(String, String)> = Vec::new();
@@ -77,6 +123,10 @@ pub fn isolate(root: &mut Element, identity: &Identity) -> Result<Isolated, Vec<
                 "redirdev" | "smartcard" => allow(device, "", "type", &["spicevmc"], &mut refused),
                 "audio" => mute(device),
                 other if INSIDE.contains(&other) => {
+                    if other == "watchdog" && device.attribute("action") == Some("dump") {
+                        // Into a file of this host's, as large as the guest's RAM.
+                        device.set_attribute("action", "poweroff");
+                    }
                     if matches!(device.attribute("type"), Some("passthrough" | "evdev")) {
                         refused.push(format!("a device of the host ({other})"));
                     }
@@ -193,12 +243,12 @@ fn line(line: &mut Element, refused: &mut Vec<String>) {
 }
 
 fn screen(graphics: &mut Element) {
-    for name in ["port", "tlsPort", "websocket", "socket", "sharePolicy", "defaultMode"] {
+    for name in ["port", "tlsPort", "websocket", "socket", "sharePolicy", "defaultMode", "autoport", "listen"] {
         graphics.remove_attribute(name);
     }
-    graphics.set_attribute("autoport", "yes");
-    graphics.set_attribute("listen", "127.0.0.1");
     graphics.remove_where(|e| matches!(e.name.as_str(), "listen" | "channel" | "gl"));
+    // libvirt makes up a path; a port could be one that the guest of an activation needs.
+    graphics.push(Element::new("listen").with_attribute("type", "socket"));
 }
 
 fn mute(audio: &mut Element) {
@@ -248,8 +298,20 @@ mod tests {
         assert_eq!(root.text_at("name").as_deref(), Some("web1-drill-0a0b0c"));
         assert_eq!(root.text_at("uuid"), Some(Uuid::from_u128(9).to_string()));
         assert_eq!(root.text_at("on_crash").as_deref(), Some("destroy"));
+        assert_eq!(root.text_at("on_reboot").as_deref(), Some("destroy"));
         assert_eq!(root.find_all("sysinfo/system/entry").len(), 1, "its serial number stays");
         assert_eq!(domain_xml::qemu_arguments(&root), ["-smbios".to_owned(), format!("type=1,uuid={OLD}")]);
+    }
+
+    #[test]
+    fn nothing_ties_it_to_this_host() {
+        let ties = "<metadata><x/></metadata><title>t</title><resource><partition>/p</partition></resource>\
+                    <seclabel type='static'/></domain>";
+        let text = domain("<watchdog model='itco' action='dump'/>").replace("</domain>", ties);
+        let mut root = Element::parse(&text).unwrap();
+        isolate(&mut root, &identity()).unwrap();
+        assert!(LEFT_OUT.iter().all(|name| root.find(name).is_none()));
+        assert_eq!(root.attribute_at("devices/watchdog", "action"), Some("poweroff"));
     }
 
     #[test]
@@ -302,7 +364,8 @@ mod tests {
         assert_eq!((sources.len(), sources[0].attribute("file")), (1, Some("/iso")));
         let screens = root.find_all("devices/graphics");
         assert_eq!((screens.len(), screens[0].attribute("port")), (1, None));
-        assert_eq!(screens[0].attribute("listen"), Some("127.0.0.1"));
+        assert_eq!((screens[0].attribute("listen"), screens[0].attribute("autoport")), (None, None));
+        assert_eq!((screens[0].elements().count(), screens[0].attribute_at("listen", "type")), (1, Some("socket")));
     }
 
     #[test]
@@ -327,6 +390,15 @@ mod tests {
             let mut root = Element::parse(&domain(devices)).unwrap();
             let refused = isolate(&mut root, &identity()).unwrap_err();
             assert!(refused.len() == 1 && refused[0].contains(what), "{devices}: {refused:?}");
+        }
+        for (element, what) in [
+            ("<qemu:override/>", "<qemu:override>"),
+            ("<qemu:commandline><qemu:env name='A' value='b'/></qemu:commandline>", "environment"),
+            ("<launchSecurity type='sev'/>", "<launchSecurity>"),
+        ] {
+            let text = domain("").replace("</devices>", &format!("</devices>{element}"));
+            let refused = isolate(&mut Element::parse(&text).unwrap(), &identity()).unwrap_err();
+            assert!(refused.len() == 1 && refused[0].contains(what), "{element}: {refused:?}");
         }
         let mut root = Element::parse(&domain("")).unwrap();
         domain_xml::add_qemu_arguments(&mut root, &["-cpu", "max", "-netdev", "user,id=n", "-object", "rng-egd,id=r"]);

@@ -7,7 +7,7 @@
 //!   applied meanwhile.
 //! - **Nothing stays**, unless it is asked for: what a drill makes is in its book ([`record`]) before it is made, and is removed by
 //!   it, by the activation that comes in between, or after a restart of the receiver.
-//! - **An activation goes first**: it ends the drill of its domain, and does not fail because of it.
+//! - **An activation goes first**: it ends all drills, of its domain and of others, and does not fail because of them.
 //! - It fits: the file system keeps what the configuration reserves, and replication never has less because of a drill.
 //!
 //! [`run`] is a drill from its beginning to its end, [`checks`] what has to be true of the copy, [`tend`] looks after what is due
@@ -18,6 +18,7 @@ pub mod copy;
 pub mod isolate;
 mod namespace;
 pub mod net;
+pub mod process;
 pub mod record;
 pub mod run;
 pub mod tend;
@@ -151,10 +152,14 @@ impl Control {
     }
 }
 
+/// How long after an activation or a hand-over no drill begins by itself: there is other work to be done here.
+const PAUSE: Duration = Duration::from_secs(3600);
+
 /// The drills that are under way: at most one of each domain.
 #[derive(Debug, Default)]
 pub struct Drills {
     under_way: Mutex<HashMap<Uuid, Arc<Control>>>,
+    paused_until: Mutex<Option<Instant>>,
 }
 
 impl Drills {
@@ -165,6 +170,24 @@ impl Drills {
     /// The drill of a domain, if one is under way, or is being removed.
     pub fn of(&self, uuid: Uuid) -> Option<Arc<Control>> {
         self.under_way().get(&uuid).cloned()
+    }
+
+    /// Has all of them end.
+    pub fn end_all(&self, why: &str) {
+        for control in self.under_way().values() {
+            control.end(why);
+        }
+    }
+
+    /// For an hour no drill begins by itself.
+    pub fn pause(&self) {
+        *self.paused_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + PAUSE);
+    }
+
+    /// Whether drills do not begin by themselves now.
+    pub fn is_paused(&self) -> bool {
+        let until = *self.paused_until.lock().unwrap_or_else(PoisonError::into_inner);
+        until.is_some_and(|until| Instant::now() < until)
     }
 
     /// Takes the domain's place, if it is free.
@@ -216,7 +239,10 @@ mod tests {
             drop(claim);
             stopped.to_string()
         });
-        seen.end("the domain is activated");
+        assert!(!drills.is_paused());
+        drills.pause();
+        assert!(drills.is_paused());
+        drills.end_all("the domain is activated");
         seen.end("something else");
         assert!(seen.wait(Duration::from_secs(30)));
         assert_eq!(worker.join().unwrap(), "the domain is activated");

@@ -2,7 +2,7 @@
 //!
 //! For each network that the guest is in there is a bridge with the copy's tap device and one end of a pair of devices whose
 //! other end is in the [`Probe`]'s namespace: no uplink, no address of the host, no IPv6 of the host. So what the copy sends
-//! ends there. The copy announces itself when it is resumed, as every migrated guest does; that is how its address is learnt.
+//! ends there: this host neither answers at such a bridge nor forwards what comes from it. The copy announces itself when it is resumed, as every migrated guest does; that is how its address is learnt.
 
 use std::io;
 use std::net::Ipv4Addr;
@@ -51,12 +51,21 @@ fn ip(words: &[&str]) -> Result<(), NetError> {
 }
 
 fn setting(path: &str, value: &str) -> Result<(), NetError> {
-    match std::fs::write(path, value) {
+    std::fs::write(path, value).map_err(|source| NetError::Io { what: format!("write {path}"), source })
+}
+
+fn without_ipv6(device: &str) -> Result<(), NetError> {
+    match setting(&format!("/proc/sys/net/ipv6/conf/{device}/disable_ipv6"), "1") {
         // A kernel without IPv6.
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other.map_err(|source| NetError::Io { what: format!("write {path}"), source }),
+        Err(NetError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
     }
 }
+
+/// What this host does with IPv4 that comes from a bridge of a drill. An address of any of its interfaces is otherwise one at
+/// which it answers on all of them, and a hypervisor often forwards. The bridge has no address and no route leads to it, so a
+/// reverse path never does: `rp_filter` drops everything that has a source.
+const MUTE: [(&str, &str); 3] = [("arp_ignore", "8"), ("rp_filter", "1"), ("forwarding", "0")];
 
 /// The names of a drill's bridges.
 pub fn bridge_names(id: &str, count: usize) -> Vec<String> {
@@ -71,8 +80,11 @@ fn probe_of(bridge: &str) -> String {
 pub fn create(bridges: &[String]) -> Result<(), NetError> {
     for bridge in bridges {
         ip(&["link", "add", "name", bridge, "type", "bridge"])?;
-        // Nobody on this host talks to the copy: not even by the address that IPv6 makes up.
-        setting(&format!("/proc/sys/net/ipv6/conf/{bridge}/disable_ipv6"), "1")?;
+        // Nobody on this host talks to the copy: not even by the address that IPv6 makes up. Before there is anybody to talk to.
+        without_ipv6(bridge)?;
+        for (name, value) in MUTE {
+            setting(&format!("/proc/sys/net/ipv4/conf/{bridge}/{name}"), value)?;
+        }
         ip(&["link", "set", bridge, "up"])?;
     }
     Ok(())
@@ -129,7 +141,7 @@ impl Probe {
         for (number, bridge) in bridges.iter().enumerate() {
             let (own, peer) = (probe_of(bridge), format!("{PROBE}{number}"));
             ip(&["link", "add", "name", &own, "type", "veth", "peer", "name", &peer, "netns", &namespace])?;
-            setting(&format!("/proc/sys/net/ipv6/conf/{own}/disable_ipv6"), "1")?;
+            without_ipv6(&own)?;
             ip(&["link", "set", &own, "master", bridge, "up"])?;
             probe.run(move || {
                 // Who announces an address is remembered, whether it is a neighbour's or not.
@@ -240,6 +252,50 @@ mod tests {
         let macs = ["52:54:00:4E:00:0A".to_owned()];
         assert_eq!(neighbours(table, &macs), [(1, Ipv4Addr::new(10, 78, 0, 10))]);
         assert_eq!(neighbours("", &macs), []);
+    }
+
+    #[test]
+    fn this_host_does_not_answer_at_a_bridge_of_a_drill() {
+        let id = uuid::Uuid::new_v4().simple().to_string()[..6].to_owned();
+        // In a network of its own: it forwards.
+        let host = std::thread::spawn(move || {
+            namespace::leave_network().unwrap();
+            let gateway = Ipv4Addr::new(10, 78, 0, 1);
+            ip(&["link", "add", "name", "vmbr0", "type", "bridge"]).unwrap();
+            ip(&["address", "add", "10.78.0.1/24", "dev", "vmbr0"]).unwrap();
+            ip(&["link", "set", "vmbr0", "up"]).unwrap();
+            setting("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
+            let bridges = bridge_names(&id, 1);
+            create(&bridges).unwrap();
+            let probe = Probe::start(&bridges).unwrap();
+            probe.settle_beside(0, Ipv4Addr::new(10, 78, 0, 10), 0).unwrap();
+            // Whether there is an answer to "who has the gateway's address".
+            let answered = || {
+                let table = probe.run(move || {
+                    let one = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+                    for _ in 0..10 {
+                        // That nobody is there is an error later.
+                        let _ = one.send_to(b"x", (gateway, 9));
+                        std::thread::sleep(std::time::Duration::from_millis(50));
+                    }
+                    std::fs::read_to_string("/proc/thread-self/net/arp").unwrap()
+                });
+                let table = table.unwrap();
+                let line = table.lines().find(|line| line.starts_with("10.78.0.1 ")).unwrap_or_default().to_owned();
+                !line.is_empty() && !line.contains("00:00:00:00:00:00")
+            };
+            assert!(!answered());
+            let settings = format!("/proc/sys/net/ipv4/conf/{}", bridges[0]);
+            assert_eq!(std::fs::read_to_string(format!("{settings}/forwarding")).unwrap().trim(), "0");
+            // It would be heard.
+            for (name, _) in MUTE {
+                setting(&format!("{settings}/{name}"), "0").unwrap();
+                setting(&format!("/proc/sys/net/ipv4/conf/all/{name}"), if name == "forwarding" { "1" } else { "0" })
+                    .unwrap();
+            }
+            assert!(answered());
+        });
+        host.join().unwrap();
     }
 
     #[test]

@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use vmdr_daemon::durable;
 
+use super::process::Process;
+
 /// What a reader of the book must understand.
 ///
 /// Version history, one sentence each:
@@ -89,6 +91,34 @@ pub struct Report {
     pub checks: Vec<Checked>,
 }
 
+/// An identity for a drill.
+pub fn new_id() -> String {
+    let mut id = Uuid::new_v4().simple().to_string();
+    id.truncate(6);
+    id
+}
+
+impl Report {
+    /// Of a drill that begins.
+    pub fn begun(id: String, scheduled: bool, started_unix_ns: u64) -> Self {
+        Report {
+            id,
+            point: String::new(),
+            cut_unix_ns: 0,
+            outcome: Outcome::UnderWay,
+            error: String::new(),
+            scheduled,
+            started_unix_ns,
+            ended_unix_ns: 0,
+            copy_seconds: 0.0,
+            rto_seconds: None,
+            copied_bytes: 0,
+            shared_bytes: 0,
+            checks: Vec::new(),
+        }
+    }
+}
+
 /// What there is of a drill that has to be removed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -101,6 +131,9 @@ pub struct Current {
     pub copy_uuid: Uuid,
     /// Its bridges.
     pub bridges: Vec<String>,
+    /// Its QEMU, for the case that libvirt does not answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qemu: Option<Process>,
     /// It is over, and its copy runs on until it is ended.
     pub kept: bool,
     /// How it goes.
@@ -226,11 +259,13 @@ pub(super) mod tests {
             copy_name: "web1-drill-0a0b0c".to_owned(),
             copy_uuid: Uuid::from_u128(7),
             bridges: vec!["vmdr-d0a0b0c0".to_owned()],
+            qemu: None,
             kept: false,
             report: Report { outcome: Outcome::UnderWay, ..report("0a0b0c") },
         };
         book.current = Some(current.clone());
         book.write(dir.path()).unwrap();
+        assert!(!std::fs::read_to_string(directory(dir.path()).join(FILE)).unwrap().contains("qemu"), "as before");
         let mut read = Book::read(dir.path()).unwrap();
         assert_eq!((read.current.as_ref(), read.newest().unwrap().outcome), (Some(&current), Outcome::UnderWay));
         for n in 0..REPORTS_MAX + 3 {

@@ -18,32 +18,36 @@ use rustix::process::{Pid, setpriority_process};
 use uuid::Uuid;
 use vmdr_daemon::durable;
 use vmdr_hypervisor::libvirt::DomainState;
+use vmdr_hypervisor::xml::Element;
 
-use super::checks::{Check, Subject};
+use super::checks::{self, Check, Subject};
 use super::isolate::{Identity, isolate};
 use super::net::{self, Probe};
+use super::process::Process;
 use super::record::{self, Book, Current, Outcome, Report};
 use super::{Claim, DrillError, copy};
 use crate::activate::host::{Host, LocalHost};
 use crate::activate::memory::Memory;
 use crate::activate::plan::{self, Plan};
 use crate::activate::run::{make_files, unix_ns};
-use crate::activate::{files, findings};
+use crate::activate::{ActivateError, files, findings};
 use crate::daemon::Receiver;
-use crate::store::{DomainSummary, PointId, PointReader, RecoveryPoint};
+use crate::store::{self, DomainSummary, PointId, PointReader, RecoveryPoint};
 
-/// What a drill leaves free beside what the configuration reserves: replication never has less because of it.
-const MARGIN_BYTES: u64 = 64 << 20;
 /// How long the copy may take from "libvirt has restored it" to running.
 const RUNNING_WAIT_MAX: Duration = Duration::from_secs(120);
 /// Between two questions to libvirt.
 const POLL: Duration = Duration::from_millis(50);
 /// How long an activation waits for the drill to be gone. Then it begins all the same.
-const MAKE_WAY_MAX: Duration = Duration::from_secs(10);
+pub const MAKE_WAY_MAX: Duration = Duration::from_secs(10);
+/// The same for a hand-over: its guest is paused meanwhile.
+pub const HAND_OVER_WAIT_MAX: Duration = Duration::from_secs(3);
 /// How long a drill that is ended may take to be gone.
 const END_MAX: Duration = Duration::from_secs(50);
 /// How much the copy gives way to everything else on this host: steps of nice(2).
 const NICE: i32 = 10;
+/// How long a QEMU may take to be gone after it was killed.
+const KILL_MAX: Duration = Duration::from_secs(5);
 /// As much of a domain's name is in that of its copy.
 const NAME_CHARS_MAX: usize = 100;
 /// Where libvirt keeps what its QEMUs say.
@@ -85,14 +89,18 @@ impl Drill {
         let uuid = Uuid::parse_str(&summary.uuid).map_err(|e| DrillError::Refused(format!("{}: {e}", summary.uuid)))?;
         let name = &summary.name;
         let refused = |what: String| Err(DrillError::Refused(what));
-        let lock = receiver.activation_lock(uuid);
-        let Ok(_no_activation) = lock.try_lock() else {
-            return refused(format!("{name} is being activated or forgotten"));
+        let claim = {
+            let lock = receiver.activation_lock(uuid);
+            let Ok(_no_activation) = lock.try_lock() else {
+                return Err(DrillError::Stopped(format!("{name} is being activated or forgotten")));
+            };
+            if summary.frozen {
+                return refused(format!("{name} was activated here: it is no rehearsal any more"));
+            }
+            receiver.drills.claim(uuid)
         };
-        if summary.frozen {
-            return refused(format!("{name} was activated here: it is no rehearsal any more"));
-        }
-        let Some(claim) = receiver.drills.claim(uuid) else {
+        // An activation that comes from here on finds the claim, has it end, and waits only so long.
+        let Some(claim) = claim else {
             return refused(format!("a drill of {name} is under way; `vmdr drill {name} --end` ends it"));
         };
         let directory = receiver.domain_directory(uuid);
@@ -110,25 +118,17 @@ impl Drill {
             None => {}
         }
         let reader = Arc::new(receiver.store.read_point(&summary.uuid, asked.point)?);
-        let id = Uuid::new_v4().simple().to_string()[..6].to_owned();
+        let id = record::new_id();
         let short: String = name.chars().map(|c| if c == '/' { '_' } else { c }).take(NAME_CHARS_MAX).collect();
         let report = Report {
-            id: id.clone(),
             point: reader.id().to_string(),
             cut_unix_ns: reader.cut_unix_ns(),
-            outcome: Outcome::UnderWay,
-            error: String::new(),
-            scheduled: asked.scheduled,
-            started_unix_ns: unix_ns(SystemTime::now()),
-            ended_unix_ns: 0,
-            copy_seconds: 0.0,
-            rto_seconds: None,
-            copied_bytes: 0,
-            shared_bytes: 0,
-            checks: Vec::new(),
+            ..Report::begun(id.clone(), asked.scheduled, unix_ns(SystemTime::now()))
         };
         let copy_name = format!("{short}-drill-{id}");
-        let current = Current { id, copy_name, copy_uuid: Uuid::new_v4(), bridges: Vec::new(), kept: false, report };
+        let current =
+            Current { id, copy_name, copy_uuid: Uuid::new_v4(), bridges: Vec::new(), qemu: None, kept: false, report };
+        claim.control.go_on()?;
         book.current = Some(current.clone());
         book.write(&directory)?;
         let (receiver, name) = (Arc::clone(receiver), name.clone());
@@ -207,11 +207,14 @@ impl Drill {
             name: self.current.copy_name.clone(),
             uuid: self.current.copy_uuid,
         };
+        let answered;
         let point = {
             let reader = self.reader.take().ok_or_else(|| DrillError::Stopped("it has no point".to_owned()))?;
             let standby = Arc::clone(&reader).recovery_point();
             let mut plan = plan::make(&standby, &attempt, &settings, &host)?;
             self.refuse(&plan, &host)?;
+            let original = Element::parse(&standby.domain_xml);
+            answered = checks::answered(&original.map_err(|error| ActivateError::DomainXml(error.to_string()))?);
             let isolated = isolate(&mut plan.transformed.restore, &identity).map_err(|what| {
                 let what = what.join(", ");
                 DrillError::Refused(format!("{} cannot be cut off from the outside: {what}", self.name))
@@ -223,9 +226,17 @@ impl Drill {
             let clone = make_room(&receiver, &reader, &standby, &plan, &directory)?;
             progress("copy the recovery point");
             let begun = Instant::now();
+            let id = self.uuid.to_string();
+            let alarmed = receiver.store.strain(&id, false).is_some();
             let mut pace = Pace { due: None, per_second: receiver.config.drill.copy_bytes_per_second };
             let mut turn = |bytes: u64| {
                 guard()?;
+                // The point pins the history.
+                if let Some(why) = receiver.store.strain(&id, alarmed) {
+                    return Err(DrillError::Stopped(format!(
+                        "its point keeps the history from being thinned out: {why}"
+                    )));
+                }
                 control.rest(pace.rest(bytes))
             };
             let (point, cost) = copy::copy(&reader, &directory, clone, &mut turn)?;
@@ -257,7 +268,12 @@ impl Drill {
         })?;
         self.wait_running(&host, &identity)?;
         self.current.report.rto_seconds = Some(requested.elapsed().as_secs_f64());
-        give_way(&host, &identity.uuid);
+        let qemu = host.connection().domain_by_uuid(&identity.uuid).and_then(|domain| domain.qemu_pid());
+        if let Ok(pid) = qemu {
+            give_way(pid);
+            self.current.qemu = i32::try_from(pid).ok().and_then(Process::of);
+            self.note()?;
+        }
         let environment = vec![
             ("VMDR_DRILL_ID", identity.id.clone()),
             ("VMDR_DRILL_DOMAIN", self.name.clone()),
@@ -272,6 +288,7 @@ impl Drill {
             macs: &isolated.macs,
             directory: &directory,
             control: &self.claim.control,
+            answered: &answered,
             limit: self.asked.limit,
             run: self.asked.run,
             guard: &guard,
@@ -304,7 +321,10 @@ impl Drill {
             let state = host.guest(identity.uuid)?.map_or(DomainState::ShutOff, |guest| guest.state);
             match state {
                 DomainState::Running | DomainState::Blocked => return Ok(()),
-                DomainState::Paused if Instant::now() < deadline => self.claim.control.rest(POLL)?,
+                DomainState::Paused if Instant::now() < deadline => {
+                    room(&self.receiver)?;
+                    self.claim.control.rest(POLL)?;
+                }
                 other => {
                     return Err(DrillError::Refused(format!("{} is {other} instead of running", identity.name)));
                 }
@@ -331,7 +351,7 @@ impl Pace {
 
 /// What must stay free.
 fn floor_bytes(receiver: &Receiver) -> u64 {
-    receiver.config.space_reserve_bytes.saturating_add(MARGIN_BYTES)
+    store::floor_bytes(receiver.config.space_reserve_bytes)
 }
 
 /// Whether a drill may go on here.
@@ -374,9 +394,10 @@ fn make_room(
 }
 
 /// The copy takes processor time that nobody else wants.
-fn give_way(host: &LocalHost, uuid: &Uuid) {
-    let Ok(pid) = host.connection().domain_by_uuid(uuid).and_then(|domain| domain.qemu_pid()) else { return };
+fn give_way(pid: u32) {
     let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return };
+    // If memory gets scarce, the copy is the first to go.
+    let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), "1000");
     let threads = threads.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
     for thread in threads.filter_map(Pid::from_raw) {
         // One that has ended needs no time.
@@ -390,14 +411,22 @@ fn tear_down(receiver: &Receiver, domain_directory: &Path, drill: &Current) -> R
     let network = net::remove(&drill.bridges);
     // As long as QEMU may have them open its files stay.
     domain?;
-    files::remove_directory(&record::directory(domain_directory).join(&drill.id))
-        .map_err(crate::activate::ActivateError::from)?;
+    files::remove_directory(&record::directory(domain_directory).join(&drill.id)).map_err(ActivateError::from)?;
     // Made by libvirt, for this copy alone.
     let _ = std::fs::remove_file(Path::new(QEMU_LOGS).join(format!("{}.log", drill.copy_name)));
     Ok(network?)
 }
 
+/// By libvirt; where that fails, the process is ended without it.
 fn remove_domain(receiver: &Receiver, drill: &Current) -> Result<(), DrillError> {
+    let Err(error) = destroy(receiver, drill) else { return Ok(()) };
+    let Some(qemu) = &drill.qemu else { return Err(error) };
+    tracing::warn!(drill = drill.id, %error, pid = qemu.pid, "libvirt does not end a drill's copy: its QEMU is killed");
+    qemu.kill(KILL_MAX)
+        .map_err(DrillError::io("end the QEMU of the copy, of", Path::new(&format!("/proc/{}", qemu.pid))))
+}
+
+fn destroy(receiver: &Receiver, drill: &Current) -> Result<(), DrillError> {
     let host = LocalHost::connect(&receiver.config.libvirt_uri)?;
     let domain = match host.connection().domain_by_uuid(&drill.copy_uuid) {
         Err(error) if error.is_no_such_domain() => return Ok(()),
@@ -453,24 +482,48 @@ pub fn end(receiver: &Arc<Receiver>, uuid: Uuid, why: &str) -> Result<Option<Rep
     Ok(Some(report))
 }
 
-/// An activation goes first: what there is of a drill of the domain goes, and if it does not go in time, the activation goes on.
-pub fn make_way(receiver: &Arc<Receiver>, uuid: Uuid, progress: &mut dyn FnMut(&str)) {
+/// What there is of a domain's drill: under way, kept, or left over.
+fn is_there(receiver: &Receiver, uuid: Uuid) -> bool {
     let nothing = || matches!(Book::read(&receiver.domain_directory(uuid)), Ok(book) if book.current.is_none());
-    if receiver.drills.of(uuid).is_none() && nothing() {
+    receiver.drills.of(uuid).is_some() || !nothing()
+}
+
+/// An activation goes first: all drills here end, kept or not, and none begins by itself for a while. That of the domain is
+/// waited for; if it does not go within `limit`, the activation goes on.
+pub fn make_way(receiver: &Arc<Receiver>, uuid: Uuid, limit: Duration, progress: &mut dyn FnMut(&str)) {
+    let why = format!("{uuid} is activated");
+    receiver.drills.pause();
+    receiver.drills.end_all(&why);
+    let mut all: Vec<Uuid> = receiver.store.uuids().iter().filter_map(|uuid| Uuid::parse_str(uuid).ok()).collect();
+    all.retain(|of| is_there(receiver, *of));
+    if all.is_empty() {
         return;
     }
-    progress("end the drill of it");
+    // Its own is the first to be removed.
+    all.sort_by_key(|of| *of != uuid);
+    let waits = all.first() == Some(&uuid);
+    progress(if waits { "end the drill of it" } else { "end the drills of others" });
     let (done, is_done) = sync_channel(1);
     let of = Arc::clone(receiver);
-    let spawned = std::thread::Builder::new().name("end-drill".to_owned()).spawn(move || {
-        // Nobody waits any more: that was said already.
-        let _ = done.send(end(&of, uuid, "the domain is activated"));
+    let spawned = std::thread::Builder::new().name("end-drills".to_owned()).spawn(move || {
+        for domain in all {
+            let ended = end(&of, domain, &why);
+            if domain == uuid {
+                // Nobody waits any more: that was said already.
+                let _ = done.send(ended);
+            } else if let Err(error) = ended {
+                tracing::warn!(%domain, %error, "a drill is not removed yet");
+            }
+        }
     });
     if let Err(error) = spawned {
-        tracing::warn!(domain = %uuid, %error, "a drill of it is not ended");
+        tracing::warn!(domain = %uuid, %error, "drills are not ended");
         return;
     }
-    match is_done.recv_timeout(MAKE_WAY_MAX) {
+    if !waits {
+        return;
+    }
+    match is_done.recv_timeout(limit) {
         Ok(Ok(_)) => {}
         Ok(Err(error)) => tracing::warn!(domain = %uuid, %error, "a drill of it is not removed yet"),
         Err(_) => tracing::warn!(domain = %uuid, "a drill of it is still being removed; the activation goes on"),
@@ -499,6 +552,7 @@ mod tests {
             copy_name: "x".to_owned(),
             copy_uuid: Uuid::from_u128(1),
             bridges: Vec::new(),
+            qemu: None,
             kept,
             report,
         };

@@ -3,13 +3,14 @@
 //! One thread for all domains. One drill at a time is begun on schedule.
 
 use std::collections::HashMap;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use uuid::Uuid;
 
-use super::record::Book;
+use super::record::{self, Book, Outcome, Report};
 use super::run::{self, Asked, Drill};
 use super::{DrillError, checks};
 use crate::activate::host::{Host, LocalHost};
@@ -21,6 +22,9 @@ use crate::store::DomainSummary;
 const LOOK: Duration = Duration::from_secs(2);
 /// How long a domain is left alone of which something could not be done.
 const REST: Duration = Duration::from_secs(30);
+
+/// After one that was ended the next drill on schedule comes so soon, or at its turn, if that is sooner.
+const AGAIN: Duration = Duration::from_secs(3600);
 
 /// Starts the thread. It ends with the receiver.
 pub fn start(receiver: &Arc<Receiver>) -> std::io::Result<()> {
@@ -38,7 +42,9 @@ fn watch(of: &Weak<Receiver>) {
         let now = Instant::now();
         rest.retain(|_, until| *until > now);
         for uuid in receiver.store.uuids().iter().filter_map(|uuid| Uuid::parse_str(uuid).ok()) {
-            if rest.contains_key(&uuid) || receiver.drills.of(uuid).is_some() {
+            // Where there is no room, what is kept goes in any case.
+            let rests = rest.contains_key(&uuid) && run::room(&receiver).is_ok();
+            if rests || receiver.drills.of(uuid).is_some() {
                 continue;
             }
             if let Err(error) = look(&receiver, uuid, &mut scheduled) {
@@ -72,7 +78,7 @@ fn look(receiver: &Arc<Receiver>, uuid: Uuid, scheduled: &mut Option<JoinHandle<
             }
         }
         None => {
-            if scheduled.as_ref().is_some_and(|drill| !drill.is_finished()) {
+            if receiver.drills.is_paused() || scheduled.as_ref().is_some_and(|drill| !drill.is_finished()) {
                 return Ok(());
             }
             let id = uuid.to_string();
@@ -82,7 +88,15 @@ fn look(receiver: &Arc<Receiver>, uuid: Uuid, scheduled: &mut Option<JoinHandle<
             }
             let summary = receiver.store.domains().into_iter().find(|domain| domain.uuid == id);
             if let Some(summary) = summary.filter(is_usable) {
-                *scheduled = Some(begin(receiver, &summary)?);
+                match begin(receiver, &summary) {
+                    Ok(thread) => *scheduled = Some(thread),
+                    // Something else goes first.
+                    Err(DrillError::Stopped(_)) => {}
+                    Err(error) => {
+                        could_not(receiver, uuid, &error)?;
+                        return Err(error);
+                    }
+                }
             }
         }
     }
@@ -94,10 +108,30 @@ fn is_usable(summary: &DomainSummary) -> bool {
     !summary.frozen && summary.position.epoch > 0 && summary.trouble.is_none()
 }
 
-/// Whether the last drill began so long ago; also where there was none.
+/// Whether the last drill began so long ago; also where there was none. One that was ended shows nothing: the next is due soon.
 fn is_over(every: Duration, book: &Book, now_unix_ns: u64) -> bool {
-    let last = book.reports.iter().map(|report| report.started_unix_ns).max();
-    last.is_none_or(|last| u128::from(now_unix_ns.saturating_sub(last)) >= every.as_nanos())
+    let is_old = |counts: fn(&Report) -> bool, time: Duration| {
+        let last = book.reports.iter().filter(|report| counts(report)).map(|report| report.started_unix_ns).max();
+        last.is_none_or(|last| u128::from(now_unix_ns.saturating_sub(last)) >= time.as_nanos())
+    };
+    is_old(|report| report.outcome != Outcome::Ended, every) && is_old(|_| true, every.min(AGAIN))
+}
+
+/// A drill on schedule could not begin: that is not to look like one that passed. Its next turn is the next try.
+fn could_not(receiver: &Receiver, uuid: Uuid, error: &DrillError) -> Result<(), DrillError> {
+    let Some(_claim) = receiver.drills.claim(uuid) else { return Ok(()) };
+    let directory = receiver.domain_directory(uuid);
+    let mut book = Book::read(&directory)?;
+    if book.current.is_some() {
+        return Ok(());
+    }
+    let now = unix_ns(SystemTime::now());
+    let report = Report::begun(record::new_id(), true, now);
+    book.close(Report { outcome: Outcome::Failed, error: error.to_string(), ended_unix_ns: now, ..report });
+    book.write(&directory)?;
+    receiver.metrics.drills.fetch_add(1, Ordering::Relaxed);
+    receiver.metrics.drill_failures.fetch_add(1, Ordering::Relaxed);
+    Ok(())
 }
 
 fn begin(receiver: &Arc<Receiver>, summary: &DomainSummary) -> Result<JoinHandle<()>, DrillError> {
@@ -120,7 +154,6 @@ fn begin(receiver: &Arc<Receiver>, summary: &DomainSummary) -> Result<JoinHandle
 
 #[cfg(test)]
 mod tests {
-    use super::super::record::Report;
     use super::super::record::tests::report;
     use super::*;
 
@@ -133,5 +166,9 @@ mod tests {
         assert!(!is_over(hour, &book, 7_000_000_000_001));
         assert!(!is_over(hour, &book, 5), "the clock was set back");
         assert!(is_over(hour, &book, 7_000_000_000_000 + 3_600_000_000_000));
+        let day = 24 * hour;
+        book.close(Report { started_unix_ns: 7_000_000_000_000, outcome: Outcome::Ended, ..report("a") });
+        assert!(!is_over(day, &book, 7_000_000_000_001), "not again at once");
+        assert!(is_over(day, &book, 7_000_000_000_000 + 3_600_000_000_000), "it showed nothing");
     }
 }

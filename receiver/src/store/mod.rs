@@ -69,6 +69,7 @@ pub use ingest::Ingest;
 pub use points::{DiskImage, GivenUp, Point, RamImage, RecoveryPoint, Verified, VerifiedImage};
 pub use reader::{Change, PointReader};
 pub use retention::Retention;
+pub use thin::floor_bytes;
 pub use verify::{Progress, Scope, Verdict, Verification};
 pub use vmdr_journal::{Array, Kind, PartHead, PartTail, Tier};
 pub use wire::{part_head, part_tail};
@@ -428,6 +429,14 @@ impl Store {
     /// The name of a domain that is in order, when last heard of.
     pub fn name(&self, uuid: &str) -> Option<String> {
         Some(self.working(uuid)?.shared().name.clone())
+    }
+
+    /// Why a long read of a domain's history, which keeps it from being thinned out, should end: nothing more is accepted, or soon
+    /// will not be. `alarmed`: the latter was so before the read began, which then is not the reason.
+    pub fn strain(&self, uuid: &str, alarmed: bool) -> Option<String> {
+        let domain = self.working(uuid)?;
+        let shared = domain.shared();
+        shared.over_budget.clone().or_else(|| shared.alarm.clone().filter(|_| !alarmed))
     }
 
     /// When a point of a domain was last found to be sound, and what is to be read because something is damaged of which it is

@@ -24,6 +24,9 @@ const MERGE_BYTES_MAX: u64 = 256 << 20;
 /// Standbys that seeds have replaced, at most. Each takes as much space as the guest.
 const CHAINS_MAX: usize = 8;
 
+/// What others leave free beside what is too little for the history: they look only now and then.
+const MARGIN_BYTES: u64 = 64 << 20;
+
 /// Whether somebody else needs this standby's directory, or may: one that cannot be read is not removed.
 pub(super) fn is_kept(disk: &dyn Disk, standby: &Path) -> bool {
     match disk.list(standby) {
@@ -86,7 +89,7 @@ impl Domain {
 
     /// With less free space than this the oldest points go.
     fn low_bytes(&self) -> u64 {
-        self.options.space_reserve_bytes.saturating_mul(2)
+        low_bytes(self.options.space_reserve_bytes)
     }
 
     /// Whether history may have to go although nothing is applied: others use the same disk.
@@ -414,6 +417,15 @@ impl Domain {
     }
 }
 
+fn low_bytes(space_reserve_bytes: u64) -> u64 {
+    space_reserve_bytes.saturating_mul(2)
+}
+
+/// What everything that is not replication leaves free: with less, it would cost the oldest points.
+pub fn floor_bytes(space_reserve_bytes: u64) -> u64 {
+    low_bytes(space_reserve_bytes).saturating_add(MARGIN_BYTES)
+}
+
 /// A merge of more than so many bytes becomes one of the two neighbours that are least to write again.
 fn bounded(step: Step, sets: &[Set], bytes_max: u64) -> Step {
     let Step::Merge(from, count) = step else { return step };
@@ -446,6 +458,12 @@ impl Catalog {
 mod tests {
     use super::*;
     use vmdr_journal::PointTail;
+
+    #[test]
+    fn others_end_before_points_are_given_up() {
+        assert!(floor_bytes(0) > low_bytes(0) && floor_bytes(1 << 30) > low_bytes(1 << 30));
+        assert_eq!(floor_bytes(u64::MAX), u64::MAX);
+    }
 
     #[test]
     fn large_sets_become_one_two_at_a_time() {
