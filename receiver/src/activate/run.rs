@@ -34,7 +34,7 @@ use super::record::{ActiveDirectory, PointId, Pristine, Record, Step};
 use super::save_image::{self, Block, Content};
 use super::xml::RAM_BACKEND;
 use super::{ActivateError, Settings};
-use crate::store::{Array, PointId as StoredPoint, RecoveryPoint};
+use crate::store::{Array, IMPORTED_FILE, PointId as StoredPoint, RecoveryPoint};
 
 /// How long a guest may take from "libvirt has restored it" to running. libvirt answers when it runs, so this is only
 /// waited for after an interrupted activation, whose restore may still be at work on a slow disk.
@@ -136,6 +136,8 @@ impl Activation<'_> {
         let point = self.standby.recovery_point(self.point)?;
         let id = point_id(&point);
         active.write(self.uuid, self.name, &Step::Fenced { generation, point: id, attempt: last_attempt })?;
+        // From here on the generation is this site's own. Where it cannot be removed, the next one is raised by more than it must be.
+        let _ = std::fs::remove_file(self.standby.directory().join(IMPORTED_FILE));
 
         progress("prepare disks and memory");
         let plan = plan::make(&point, &active.attempt(attempt), self.settings, self.host)?;

@@ -197,12 +197,13 @@ fn a_guest_is_brought_up_and_reported() {
 #[test]
 fn an_imported_standby_is_raised_far_above_what_its_point_had() {
     let f = fixture();
-    std::fs::write(f.standby.directory.join(crate::store::IMPORTED_FILE), "1-7\n").unwrap();
+    std::fs::write(f.standby.directory.join(IMPORTED_FILE), "1-7\n").unwrap();
     let plan = plan::make(&f.standby.point, &f.active().attempt(1), &f.settings, &f.host).unwrap();
     assert!(plan.findings.iter().any(|finding| finding.subject == "ownership"), "{:?}", plan.findings);
     assert_eq!(f.run().unwrap().generation, 1001);
     assert_eq!(f.run().unwrap().generation, 1001, "once");
-    f.assert_running_once();
+    assert!(!f.standby.directory.join(IMPORTED_FILE).exists());
+    assert_eq!(f.restores(), 1);
 }
 
 #[test]
