@@ -242,7 +242,7 @@ impl Subject<'_> {
             let Ok(xml) = self.domain().and_then(|domain| domain.live_xml()) else { return Ok(Vec::new()) };
             let there = [PORT, GUEST_AGENT_CHANNEL].map(|name| channel(&xml, name));
             let is_open = |of: &&Element| of.attribute_at("target", "state") == Some("connected");
-            let all = there.iter().flatten().all(|of| is_open(&of));
+            let all = there.iter().flatten().all(is_open);
             if all || Instant::now() >= until {
                 let counts = |of: &&Element| {
                     is_open(of) || of.attribute_at("target", "name").is_some_and(|n| self.answered.contains(&n))
