@@ -393,10 +393,11 @@ mod tests {
         }
         for (element, what) in [
             ("<qemu:override/>", "<qemu:override>"),
-            ("<qemu:commandline><qemu:env name='A' value='b'/></qemu:commandline>", "environment"),
+            ("<qemu:env name='A' value='b'/>", "environment"),
             ("<launchSecurity type='sev'/>", "<launchSecurity>"),
         ] {
-            let text = domain("").replace("</devices>", &format!("</devices>{element}"));
+            let place = if what == "environment" { "<qemu:commandline>" } else { "</devices>" };
+            let text = domain("").replace(place, &format!("{place}{element}"));
             let refused = isolate(&mut Element::parse(&text).unwrap(), &identity()).unwrap_err();
             assert!(refused.len() == 1 && refused[0].contains(what), "{element}: {refused:?}");
         }
