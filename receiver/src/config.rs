@@ -16,8 +16,6 @@ use crate::drill::checks;
 use crate::history;
 use crate::store::{Retention, StoreOptions};
 
-/// What the store needs between two looks at the free space.
-const SPACE_MARGIN_BYTES: u64 = 64 << 20;
 /// Where the configuration is, unless given on the command line.
 pub const CONFIG_FILE: &str = "/etc/vmdr/receiver.toml";
 /// TCP port of the metrics, unless configured otherwise.
@@ -303,7 +301,7 @@ fn address_or_nothing<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Socke
 impl Config {
     /// Bytes that whatever can wait leaves free: below twice the reserve the store gives up its oldest recovery points for space.
     pub fn space_floor_bytes(&self) -> u64 {
-        self.space_reserve_bytes.saturating_mul(2).saturating_add(SPACE_MARGIN_BYTES)
+        crate::store::floor_bytes(self.space_reserve_bytes)
     }
 
     /// Reads a file. Without one at the place where it is by default, the defaults hold.

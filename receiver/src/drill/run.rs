@@ -349,18 +349,13 @@ impl Pace {
     }
 }
 
-/// What must stay free.
-fn floor_bytes(receiver: &Receiver) -> u64 {
-    store::floor_bytes(receiver.config.space_reserve_bytes)
-}
-
 /// Whether a drill may go on here.
 pub fn room(receiver: &Receiver) -> Result<(), DrillError> {
     if receiver.is_ending() {
         return Err(DrillError::Stopped("the receiver was ended".to_owned()));
     }
     let free = receiver.free_bytes().map_err(DrillError::io("look at", &receiver.config.state_dir))?;
-    let floor = floor_bytes(receiver);
+    let floor = receiver.config.space_floor_bytes();
     if free < floor {
         return Err(DrillError::Space { needed_bytes: 0, free_bytes: free, reserve_bytes: floor });
     }
@@ -386,7 +381,7 @@ fn make_room(
     let carried: u64 = carried.map(|(_, block)| block.used_bytes).sum();
     let needed = (if clone.is_some() { cloned } else { copied }).saturating_add(carried);
     let free = receiver.free_bytes().map_err(DrillError::io("look at", directory))?;
-    let floor = floor_bytes(receiver);
+    let floor = receiver.config.space_floor_bytes();
     if free < needed.saturating_add(floor) {
         return Err(DrillError::Space { needed_bytes: needed, free_bytes: free, reserve_bytes: floor });
     }
