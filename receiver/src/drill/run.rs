@@ -32,7 +32,7 @@ use crate::activate::plan::{self, Plan};
 use crate::activate::run::{make_files, unix_ns};
 use crate::activate::{ActivateError, files, findings};
 use crate::daemon::Receiver;
-use crate::store::{self, DomainSummary, PointId, PointReader, RecoveryPoint};
+use crate::store::{DomainSummary, PointId, PointReader, RecoveryPoint};
 
 /// How long the copy may take from "libvirt has restored it" to running.
 const RUNNING_WAIT_MAX: Duration = Duration::from_secs(120);
