@@ -313,7 +313,7 @@ pub(crate) fn activate_in(
     requested: (Instant, u64),
     progress: &mut dyn FnMut(&str),
 ) -> Result<ActivationReport, Status> {
-    let (uuid, summary) = find(receiver, &request.domain)?;
+    let (uuid, mut summary) = find(receiver, &request.domain)?;
     let (store, id) = (&receiver.store, uuid.to_string());
     let lock = receiver.activation_lock(uuid);
     let _one_at_a_time = match lock.try_lock() {
@@ -330,14 +330,22 @@ pub(crate) fn activate_in(
             return Err(Status::aborted(message));
         }
     }
+    if summary.name.is_empty() {
+        // It was busy, or could not be opened, when it was looked for; the recovery plan goes by names.
+        summary.name = store.recovery_point(&id).map_err(|e| store_status(&e))?.name;
+    }
     drill::run::make_way(receiver, uuid, drill::run::MAKE_WAY_MAX, progress);
     let chosen = history::choose(store, &id, request)?;
     let host = connect(receiver)?;
     let standby =
         StoredStandby { store, uuid, ownerships: &receiver.ownerships, name: &summary.name, damaged: request.damaged };
     let settings = receiver.settings(&summary.name, uuid);
+    if let (Some(_), Some(wrong)) = (only, settings.mapping.trouble.first()) {
+        // It has been handed over, and waits for this host: until the plan is in order again.
+        return Err(Status::unavailable(format!("{}: {}", wrong.subject, wrong.fact)));
+    }
     let (applied, ran_before) =
-        apply_before(receiver, request, (&settings, &host), (uuid, &summary.name), chosen, progress)?;
+        apply_before(receiver, request, only, (&settings, &host), (uuid, &summary.name), chosen, progress)?;
     let activation = Activation {
         uuid,
         name: &summary.name,
@@ -404,6 +412,7 @@ pub(crate) fn activate_in(
 fn apply_before<'a>(
     receiver: &Receiver,
     request: &ActivateRequest,
+    only: Option<u64>,
     (settings, host): (&'a Settings, &LocalHost),
     (uuid, name): (Uuid, &'a str),
     chosen: Option<StoredPoint>,
@@ -423,13 +432,18 @@ fn apply_before<'a>(
     let mut ran = Vec::new();
     if !recovery.before.is_empty() {
         let wanted = make_plan(receiver, request)?;
-        if findings::refusals(&wanted.findings).next().is_some() {
-            // The activation looks again, and says it in its own words.
-            return Ok((Some(applied), Vec::new()));
+        let reasons: Vec<String> = findings::refusals(&wanted.findings).map(|found| found.fact.clone()).collect();
+        if !reasons.is_empty() {
+            // Not left to the activation, which looks again: what has gone away by then must not leave the plan out.
+            let refused = ActivateError::Refused { name: name.to_owned(), reasons: reasons.join(" | ") };
+            return Err(activate_status(&refused));
         }
         let id = StoredPoint { generation: point.generation, epoch: point.epoch };
         let outcome = applied.before(&id.to_string(), progress);
-        if let Some(failed) = outcome.failed {
+        if let (Some(failed), Some(_)) = (&outcome.failed, only) {
+            // The guest is this host's already and stands still: it runs nowhere else.
+            tracing::error!(%uuid, "{failed}; it was handed over, and is activated all the same");
+        } else if let Some(failed) = outcome.failed {
             return Err(Status::failed_precondition(format!(
                 "{name} was not activated, nothing was changed: {failed}"
             )));

@@ -265,15 +265,21 @@ fn instead<T, E>(
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("watch for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("watch for SIGINT")?;
+    let groups = Groups::named(config.operator_group.as_deref(), config.reader_group.as_deref());
     let receiver = tokio::task::spawn_blocking(move || Receiver::open(config)).await.context("open the store")??;
+    let mut receiver = receiver;
+    let groups = groups.or_else(|error| {
+        // Whoever tells of groups may be at the site that is lost.
+        let trouble = format!("operator_group or reader_group is not known, and only root may ask anything: {error}");
+        tracing::error!("{trouble}");
+        receiver.troubles.push(trouble);
+        Groups::named(None, None)
+    })?;
     let receiver = Arc::new(receiver);
     verify::start(&receiver).context("start the thread that verifies")?;
     recovery::watch::start(&receiver).context("start the thread that looks at the recovery plan")?;
     drill::tend::start(&receiver).context("start the thread that looks after drills")?;
 
-    let of = &receiver.config;
-    let groups = Groups::named(of.operator_group.as_deref(), of.reader_group.as_deref());
-    let groups = groups.context("operator_group and reader_group of the configuration")?;
     let listener = listen(receiver.config.listen).await?;
     let address = listener.local_addr().context("ask for the address listened on")?;
     let metrics = match receiver.config.metrics_listen {

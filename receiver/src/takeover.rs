@@ -111,6 +111,11 @@ pub fn take(
     // While the guest is still the sender's: what comes afterwards has nothing to wait for.
     let mut said = |step: &str| tracing::info!(domain = %uuid, step, "hand-over");
     drill::run::make_way(receiver, uuid, drill::run::HAND_OVER_WAIT_MAX, &mut said);
+    // A recovery plan that cannot be applied is found out while the guest runs where it is.
+    let name = receiver.store.recovery_point(&uuid.to_string()).map(|point| point.name).unwrap_or_default();
+    if let Some(wrong) = receiver.settings(&name, uuid).mapping.trouble.first() {
+        return Err(not_taken(format!("{}: {}; {}", wrong.subject, wrong.fact, wrong.remedy)));
+    }
     write(receiver, uuid, &takeover).map_err(internal)?;
     ingest.hand_over(asked.epoch, asked.generation).map_err(|error| match error {
         StoreError::Refused { .. } | StoreError::Superseded(_) => {

@@ -35,8 +35,8 @@ pub struct Guard {
     readable: Arc<[&'static str]>,
 }
 
-/// Methods of an operator that are not recorded, because they read the record.
-const QUIET: [&str; 2] = ["Audit", "VerifyAudit"];
+/// Methods of an operator that are not recorded, because they read the record, or only look, at a text that is long.
+const QUIET: [&str; 3] = ["Audit", "VerifyAudit", "CheckPlan"];
 
 impl Guard {
     /// `readable`: names of methods that change nothing and show nothing secret.

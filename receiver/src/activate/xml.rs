@@ -88,7 +88,7 @@ pub fn transform(source: &str, placement: &Placement<'_>, host: &dyn Host) -> Re
     for device in root.find_all_mut("devices").into_iter().flat_map(Element::elements_mut) {
         match device.name.as_str() {
             "disk" => place_disk(device, placement, host, &mut findings)?,
-            "interface" => place_nic(device, placement.nics),
+            "interface" => place_nic(device, placement.nics, host),
             "graphics" => listen_here(device, host, &mut findings),
             _ => {}
         }
@@ -217,7 +217,7 @@ fn place_variables(root: &mut Element, file: &Path) -> Result<(), TransformError
 }
 
 /// Model, address and MAC stay: the guest sees the NIC it had. Where the plan has placed it, it says all about the port.
-fn place_nic(interface: &mut Element, mapping: &Mapping) {
+fn place_nic(interface: &mut Element, mapping: &Mapping, host: &dyn Host) {
     let kind = interface.attribute("type").unwrap_or_default().to_owned();
     let mac = interface.attribute_at("mac", "address").map(str::to_owned);
     let placed = mapping.place(&kind, mac.as_deref(), source_of(interface).unwrap_or_default());
@@ -228,9 +228,13 @@ fn place_nic(interface: &mut Element, mapping: &Mapping) {
         return;
     }
     if placed.kind != kind {
-        // Of another kind of port: the profile of a switch, the device of a macvtap.
-        interface.remove_where(|e| matches!(e.name.as_str(), "virtualport" | "target"));
+        // Of another kind of port: the profile of a switch, the device of a macvtap, who sets up a tap.
+        interface.remove_where(|e| matches!(e.name.as_str(), "virtualport" | "target" | "script" | "backend"));
         interface.set_attribute("type", placed.kind.clone());
+    }
+    if host.exists(&Path::new("/sys/class/net").join(&placed.source).join("bridge")) {
+        // A bridge of the kernel's takes no profile of another switch.
+        interface.remove_where(|e| e.name == "virtualport");
     }
     interface.remove_where(|e| matches!(e.name.as_str(), "source" | "vlan"));
     interface.push(Element::new("source").with_attribute(&placed.kind, placed.source.clone()));

@@ -116,6 +116,8 @@ impl Applied<'_> {
         {
             tracing::warn!(domain = self.name, %error, "take the note back that hooks are to be run");
         }
+        // Made for the note; one with anything in it stays.
+        let _ = std::fs::remove_dir(self.active.path());
     }
 
     /// What comes after the guest's resume. Nothing here takes the guest back: what fails is told.

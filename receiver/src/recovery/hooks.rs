@@ -18,6 +18,8 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 const SAID_BYTES_MAX: usize = 4096;
 /// Between two looks at it.
 const LOOK: Duration = Duration::from_millis(10);
+/// How long one that was killed is waited for.
+const KILLED: Duration = Duration::from_secs(2);
 /// How long its last words are waited for once it has ended: whoever it left behind may hold the pipe open.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 
@@ -107,7 +109,11 @@ fn end(child: &mut Child) {
         // It may have ended just now.
         let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
     }
-    let _ = child.wait();
+    // One that hangs in the kernel ends when that lets it go: nobody waits for it.
+    let end = Instant::now() + KILLED;
+    while matches!(child.try_wait(), Ok(None)) && Instant::now() < end {
+        std::thread::sleep(LOOK);
+    }
 }
 
 /// What it says, as far as it is kept.
