@@ -342,11 +342,9 @@ async fn what_is_wrong_with_key_or_objects_is_said_and_nothing_becomes_a_standby
     assert_eq!(noted.trim(), "1-1");
 
     // A host that knows of a newer generation than the point's.
-    let (records, confirmed) = (storage.path("records"), storage.path("confirmed"));
-    let ownerships = vmdr_daemon::ownership::Ownerships::new(&records, &confirmed);
+    let there = Daemon::start_with(&storage.config(""), &[]).await;
+    let ownerships = vmdr_daemon::ownership::Ownerships::new(&there.ownerships(), &storage.path("confirmed"));
     ownerships.transition(UUID, NAME, &vmdr_daemon::ownership::Event::Activating(2), "activated here").unwrap();
-    let config = format!("ownership_dir = {records:?}\n{}", storage.config(""));
-    let there = Daemon::start_with(&config, &[]).await;
     let error = import(&there, "").await.unwrap_err();
     assert_eq!(error.code(), Code::FailedPrecondition, "{error:?}");
     assert!(error.message().contains("generation 2") && error.message().contains(UUID), "{error:?}");
@@ -440,19 +438,36 @@ fn block(path: &Path, aside: &Path) {
     rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
 }
 
+/// An import by a fresh receiver that has begun to write and waits for a chunk; and that chunk. Names of chunks say nothing of
+/// what is in them: with the one that is read first nothing is written yet.
+async fn stuck_import(storage: &Storage) -> (Daemon, Streaming<Progress>, PathBuf) {
+    for blocked in storage.chunks() {
+        block(&blocked, &storage.path("aside"));
+        let there = Daemon::start_with(&storage.config("parallel = 1\n"), &[]).await;
+        let request = ImportRequest { domain: NAME.to_owned(), ..ImportRequest::default() };
+        let stuck = there.control().await.import(request).await.unwrap().into_inner();
+        let begun = || files(&there.state()).iter().any(|path| path.to_string_lossy().ends_with(".img"));
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while !begun() && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        if begun() {
+            return (there, stuck, blocked);
+        }
+        drop(there);
+        std::fs::remove_file(&blocked).unwrap();
+        std::fs::rename(storage.path("aside"), &blocked).unwrap();
+    }
+    panic!("no import has begun to write");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_import_that_is_broken_off_leaves_nothing_to_activate_and_is_run_again() {
     let storage = Storage::new();
     let here = Daemon::start_with(&storage.config(""), &[]).await;
     let (guest, _stream) = seeded(&here).await;
     export(&here, "").await.unwrap();
-    let blocked = storage.chunks()[9].clone();
-    block(&blocked, &storage.path("aside"));
-    let mut there = Daemon::start_with(&storage.config("parallel = 1\n"), &[]).await;
-    let request = ImportRequest { domain: NAME.to_owned(), ..ImportRequest::default() };
-    let stuck = there.control().await.import(request.clone()).await.unwrap().into_inner();
-    let begun = async || files(&there.state()).iter().any(|path| path.to_string_lossy().ends_with(".img"));
-    until("begun", begun).await;
+    let (mut there, stuck, blocked) = stuck_import(&storage).await;
     // Meanwhile: not twice, and there is nothing yet.
     assert_eq!(import(&there, "").await.unwrap_err().code(), Code::AlreadyExists);
     assert_eq!(points(&there).await.unwrap_or_default(), Vec::<String>::new());
@@ -466,10 +481,7 @@ async fn an_import_that_is_broken_off_leaves_nothing_to_activate_and_is_run_agai
     guest.assert_stored(&there, "imported in the second go");
 
     // An agent that comes within an import takes the domain over; what it sends is not removed with the import.
-    block(&blocked, &storage.path("aside"));
-    let there = Daemon::start_with(&storage.config("parallel = 1\n"), &[]).await;
-    let stuck = there.control().await.import(request).await.unwrap().into_inner();
-    until("begun", async || files(&there.state()).iter().any(|path| path.to_string_lossy().ends_with(".img"))).await;
+    let (there, stuck, blocked) = stuck_import(&storage).await;
     // It is nobody's, though: the operator says that this peer may.
     let grant = GrantRequest { domain: UUID.to_owned(), peer: common::AGENT.to_owned(), withdraw: false };
     there.control().await.grant(grant).await.unwrap();
