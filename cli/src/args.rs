@@ -382,15 +382,8 @@ pub enum Command {
         /// Wait until everything received is applied, and for the guest to run
         #[arg(long)]
         wait: bool,
-        /// At this point: GENERATION-EPOCH, or a name that it was given
-        #[arg(long, value_name = "ID", value_parser = point)]
-        point: Option<String>,
-        /// At the newest point that is not younger than this time (RFC 3339)
-        #[arg(long, value_name = "TIME", value_parser = instant, conflicts_with_all = ["point", "before"])]
-        at: Option<u64>,
-        /// At the newest point that is at least so old
-        #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, conflicts_with = "point")]
-        before: Option<Duration>,
+        #[command(flatten)]
+        which: Which,
         /// Also at a point that is known to be damaged, as it is
         #[arg(long)]
         damaged: bool,
@@ -407,15 +400,8 @@ pub enum Command {
     Drill {
         /// Name or UUID
         domain: Domain,
-        /// At this point: GENERATION-EPOCH, or a name that it was given
-        #[arg(long, value_name = "ID", value_parser = point)]
-        point: Option<String>,
-        /// At the newest point that is not younger than this time (RFC 3339)
-        #[arg(long, value_name = "TIME", value_parser = instant, conflicts_with_all = ["point", "before"])]
-        at: Option<u64>,
-        /// At the newest point that is at least so old
-        #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, conflicts_with = "point")]
-        before: Option<Duration>,
+        #[command(flatten)]
+        which: Which,
         /// Leave the copy running until `--end`
         #[arg(long)]
         keep: bool,
@@ -547,6 +533,20 @@ pub enum Command {
         /// Which shell
         shell: clap_complete::Shell,
     },
+}
+
+/// Which recovery point; nothing given: the newest.
+#[derive(Debug, Default, Args)]
+pub struct Which {
+    /// At this point: GENERATION-EPOCH, or a name that it was given
+    #[arg(long, value_name = "ID", value_parser = point)]
+    pub point: Option<String>,
+    /// At the newest point that is not younger than this time (RFC 3339)
+    #[arg(id = "at", long, value_name = "TIME", value_parser = instant, conflicts_with_all = ["point", "before"])]
+    pub at_unix_ns: Option<u64>,
+    /// At the newest point that is at least so old
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, conflicts_with = "point")]
+    pub before: Option<Duration>,
 }
 
 /// What to do with a recovery plan.

@@ -1,21 +1,21 @@
 //! Commands to the receiver: `activate`, `forget`.
 
 use std::io::Write;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use vmdr_proto::control::{
     ActivateRequest, ActivationPlan, ActivationReport, DomainRequest, GivenUp, Mapped, Point, StatusRequest,
 };
 
 use super::{Out, findings_table, refused};
-use crate::args::{Common, Domain};
+use crate::args::{Common, Domain, Which};
 use crate::client::{self, Daemon, answer};
 use crate::failure::Failure;
 use crate::style::Tone;
 use crate::{confirm, json, progress, text};
 
 /// The options of `activate`.
-pub struct Activate {
+pub struct Activate<'a> {
     /// Only show the plan.
     pub dry_run: bool,
     /// Do not ask.
@@ -23,19 +23,8 @@ pub struct Activate {
     /// Wait for everything.
     pub wait: bool,
     /// At which point.
-    pub which: Which,
-}
-
-/// Which recovery point; nothing given: the newest.
-#[derive(Default)]
-pub struct Which {
-    /// Its identity or name.
-    pub point: Option<String>,
-    /// The newest that is not younger.
-    pub at_unix_ns: Option<u64>,
-    /// The newest that is at least so old.
-    pub before: Option<Duration>,
-    /// Also one that is known to be damaged.
+    pub which: &'a Which,
+    /// Also at one that is known to be damaged.
     pub damaged: bool,
 }
 
@@ -50,7 +39,7 @@ impl Which {
 }
 
 /// Shows the plan, asks, activates, reports.
-pub async fn activate(common: &Common, out: Out, domain: &Domain, options: Activate) -> Result<(), Failure> {
+pub async fn activate(common: &Common, out: Out, domain: &Domain, options: Activate<'_>) -> Result<(), Failure> {
     if !options.dry_run {
         confirm::possible("activate", options.yes)?;
     }
@@ -61,7 +50,7 @@ pub async fn activate(common: &Common, out: Out, domain: &Domain, options: Activ
         wait: options.wait,
         point: options.which.point.clone().unwrap_or_default(),
         at_unix_ns: options.which.at()?,
-        damaged: options.which.damaged,
+        damaged: options.damaged,
     };
     let plan = answer(Daemon::Receiver, "activate", receiver.plan_activation(request.clone())).await?;
     let refused = refused(&plan.findings);

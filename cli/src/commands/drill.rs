@@ -5,17 +5,16 @@ use std::time::Duration;
 use vmdr_proto::control::{DomainRequest, DrillReport, DrillRequest};
 
 use super::Out;
-use super::backup_side::Which;
-use crate::args::{Common, Domain};
+use crate::args::{Common, Domain, Which};
 use crate::client::{self, Daemon, answer};
 use crate::failure::Failure;
 use crate::style::Tone;
 use crate::{json, progress, text};
 
 /// The options of `drill`.
-pub struct Drill {
+pub struct Drill<'a> {
     /// At which point.
-    pub which: Which,
+    pub which: &'a Which,
     /// The copy runs on.
     pub keep: bool,
     /// Wait for the end.
@@ -27,7 +26,7 @@ pub struct Drill {
 }
 
 /// Begins a drill; shows how it went.
-pub async fn drill(common: &Common, out: Out, domain: &Domain, options: Drill) -> Result<(), Failure> {
+pub async fn drill(common: &Common, out: Out, domain: &Domain, options: Drill<'_>) -> Result<(), Failure> {
     // A part of a second counts as one.
     let run_seconds = options.run.map_or(0, |run| u32::try_from(run.as_millis().div_ceil(1000)).unwrap_or(u32::MAX));
     let request = DrillRequest {

@@ -64,15 +64,12 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
             verify::verify(common, out, domain, point.as_deref(), *all, *wait).await
         }
         Command::Inspect { arguments } => Err(verify::inspect(arguments, out.is_json())),
-        Command::Activate { domain, dry_run, yes, wait, point, at, before, damaged } => {
-            let which =
-                backup_side::Which { point: point.clone(), at_unix_ns: *at, before: *before, damaged: *damaged };
-            let options = backup_side::Activate { dry_run: *dry_run, yes: *yes, wait: *wait, which };
+        Command::Activate { domain, dry_run, yes, wait, which, damaged } => {
+            let options = backup_side::Activate { dry_run: *dry_run, yes: *yes, wait: *wait, which, damaged: *damaged };
             backup_side::activate(common, out, domain, options).await
         }
         Command::Drill { domain, end: true, .. } => drill::end(common, out, domain).await,
-        Command::Drill { domain, point, at, before, keep, wait, checks, run, end: false } => {
-            let which = backup_side::Which { point: point.clone(), at_unix_ns: *at, before: *before, damaged: false };
+        Command::Drill { domain, which, keep, wait, checks, run, end: false } => {
             let options = drill::Drill { which, keep: *keep, wait: *wait, checks: checks.clone(), run: *run };
             drill::drill(common, out, domain, options).await
         }
