@@ -109,6 +109,17 @@ pub(crate) fn find(receiver: &Receiver, wanted: &str) -> Result<(Uuid, DomainSum
     Ok((uuid, summary))
 }
 
+/// The same, with the name that it has for sure: a domain that is busy when it is looked for, or could not be opened, is listed
+/// without one, and the recovery plan goes by names.
+pub(crate) fn find_named(receiver: &Receiver, wanted: &str) -> Result<(Uuid, String), Status> {
+    let (uuid, summary) = find(receiver, wanted)?;
+    if !summary.name.is_empty() {
+        return Ok((uuid, summary.name));
+    }
+    let point = receiver.store.recovery_point(&summary.uuid).map_err(|e| store_status(&e))?;
+    Ok((uuid, point.name))
+}
+
 fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
     let uuid = Uuid::parse_str(&domain.uuid).unwrap_or_default();
     let now = receiver.seconds();
@@ -252,20 +263,29 @@ pub(crate) fn hypervisor_status(error: vmdr_hypervisor::Error) -> Status {
 }
 
 pub(crate) fn make_plan(receiver: &Receiver, request: &ActivateRequest) -> Result<ActivationPlan, Status> {
-    let (uuid, summary) = find(receiver, &request.domain)?;
+    let (uuid, name) = find_named(receiver, &request.domain)?;
+    let chosen = history::choose(&receiver.store, &uuid.to_string(), request)?;
+    let settings = receiver.settings(&name, uuid);
+    plan_with(receiver, (uuid, &name), (chosen, request.damaged), (&settings, &connect(receiver)?))
+}
+
+/// The plan for one of a domain's points; `damaged`: also for one that is known to be.
+fn plan_with(
+    receiver: &Receiver,
+    (uuid, name): (Uuid, &str),
+    (chosen, damaged): (Option<StoredPoint>, bool),
+    (settings, host): (&Settings, &LocalHost),
+) -> Result<ActivationPlan, Status> {
     let (store, id) = (&receiver.store, uuid.to_string());
-    let chosen = history::choose(store, &id, request)?;
-    let standby =
-        StoredStandby { store, uuid, ownerships: &receiver.ownerships, name: &summary.name, damaged: request.damaged };
+    let standby = StoredStandby { store, uuid, ownerships: &receiver.ownerships, name, damaged };
     let active = receiver.active_directory(uuid);
     let record = active.read(uuid).map_err(|e| Status::internal(e.to_string()))?;
-    let host = connect(receiver)?;
     let runs = host.guest(uuid).map_err(hypervisor_status)?.is_some_and(|g| g.state.is_active());
     if let Some(Step::Running { point, .. }) = record.as_ref().map(|r| &r.step)
         && !runs
     {
         let error = ActivateError::HasRun {
-            name: summary.name,
+            name: name.to_owned(),
             point: format!("{}-{}", point.generation, point.epoch),
             directory: active.path().to_owned(),
         };
@@ -275,8 +295,7 @@ pub(crate) fn make_plan(receiver: &Receiver, request: &ActivateRequest) -> Resul
     let next = record.as_ref().map_or(1, |r| r.step.last_attempt() + 1);
     let stored = standby.generation().map_err(|e| activate_status(&e))?;
     let raised = record.map(|r| r.step.generation());
-    let settings = receiver.settings(&summary.name, uuid);
-    let plan = plan::make(&point, &active.attempt(next), &settings, &host).map_err(|e| activate_status(&e))?;
+    let plan = plan::make(&point, &active.attempt(next), settings, host).map_err(|e| activate_status(&e))?;
     let mut steps = plan::steps(&plan, &point, stored, raised);
     if let Some(recovery) = &settings.mapping.plan {
         let run = |hook: &vmdr_plan::Hook| format!("run {}", hook.argv.value.join(" "));
@@ -284,7 +303,7 @@ pub(crate) fn make_plan(receiver: &Receiver, request: &ActivateRequest) -> Resul
         steps.extend(recovery.after.iter().map(run));
     }
     Ok(ActivationPlan {
-        name: summary.name,
+        name: name.to_owned(),
         uuid: uuid.to_string(),
         point: Some(history::find(store, &id, StoredPoint { generation: point.generation, epoch: point.epoch })?),
         given_up: chosen.and_then(|chosen| given_up(store, &id, chosen)),
@@ -313,7 +332,7 @@ pub(crate) fn activate_in(
     requested: (Instant, u64),
     progress: &mut dyn FnMut(&str),
 ) -> Result<ActivationReport, Status> {
-    let (uuid, mut summary) = find(receiver, &request.domain)?;
+    let (uuid, name) = find_named(receiver, &request.domain)?;
     let (store, id) = (&receiver.store, uuid.to_string());
     let lock = receiver.activation_lock(uuid);
     let _one_at_a_time = match lock.try_lock() {
@@ -326,29 +345,25 @@ pub(crate) fn activate_in(
     if let Some(only) = only {
         let generation = store.position(&id).map_err(|e| store_status(&e))?.generation;
         if generation != only {
-            let message = format!("domain {} is in generation {generation} by now, not {only}", summary.name);
+            let message = format!("domain {name} is in generation {generation} by now, not {only}");
             return Err(Status::aborted(message));
         }
-    }
-    if summary.name.is_empty() {
-        // It was busy, or could not be opened, when it was looked for; the recovery plan goes by names.
-        summary.name = store.recovery_point(&id).map_err(|e| store_status(&e))?.name;
     }
     drill::run::make_way(receiver, uuid, drill::run::MAKE_WAY_MAX, progress);
     let chosen = history::choose(store, &id, request)?;
     let host = connect(receiver)?;
     let standby =
-        StoredStandby { store, uuid, ownerships: &receiver.ownerships, name: &summary.name, damaged: request.damaged };
-    let settings = receiver.settings(&summary.name, uuid);
+        StoredStandby { store, uuid, ownerships: &receiver.ownerships, name: &name, damaged: request.damaged };
+    let settings = receiver.settings(&name, uuid);
     if let (Some(_), Some(wrong)) = (only, settings.mapping.trouble.first()) {
         // It has been handed over, and waits for this host: until the plan is in order again.
         return Err(Status::unavailable(format!("{}: {}", wrong.subject, wrong.fact)));
     }
     let (applied, ran_before) =
-        apply_before(receiver, request, only, (&settings, &host), (uuid, &summary.name), chosen, progress)?;
+        apply_before(receiver, request, only, (&settings, &host), (uuid, &name), chosen, progress)?;
     let activation = Activation {
         uuid,
-        name: &summary.name,
+        name: &name,
         standby: &standby,
         host: &host,
         settings: &settings,
@@ -431,7 +446,7 @@ fn apply_before<'a>(
     }
     let mut ran = Vec::new();
     if !recovery.before.is_empty() {
-        let wanted = make_plan(receiver, request)?;
+        let wanted = plan_with(receiver, (uuid, name), (chosen, request.damaged), (settings, host))?;
         let reasons: Vec<String> = findings::refusals(&wanted.findings).map(|found| found.fact.clone()).collect();
         if !reasons.is_empty() {
             // Not left to the activation, which looks again: what has gone away by then must not leave the plan out.

@@ -266,8 +266,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("watch for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("watch for SIGINT")?;
     let groups = Groups::named(config.operator_group.as_deref(), config.reader_group.as_deref());
-    let receiver = tokio::task::spawn_blocking(move || Receiver::open(config)).await.context("open the store")??;
-    let mut receiver = receiver;
+    let mut receiver =
+        tokio::task::spawn_blocking(move || Receiver::open(config)).await.context("open the store")??;
     let groups = groups.or_else(|error| {
         // Whoever tells of groups may be at the site that is lost.
         let trouble = format!("operator_group or reader_group is not known, and only root may ask anything: {error}");

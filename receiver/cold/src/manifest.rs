@@ -74,7 +74,7 @@ pub enum Array {
 }
 
 /// What a point is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Head {
     /// The domain's name.
     pub domain: String,

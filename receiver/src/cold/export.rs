@@ -282,12 +282,8 @@ async fn export(
         epoch: reader.id().epoch,
         cut_unix_ns: reader.cut_unix_ns(),
         application: reader.application(),
-        exported_unix_ns: 0,
-        exporter: String::new(),
-        chunk_bytes: 0,
-        ram_bytes: 0,
-        disk_bytes: 0,
-        chunks: 0,
+        // What is exported says the rest.
+        ..Head::default()
     };
     let guest = Guest {
         layout: reader.layout().clone(),

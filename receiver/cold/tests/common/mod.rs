@@ -150,12 +150,8 @@ pub fn head(epoch: u64) -> Head {
         epoch,
         cut_unix_ns: 1_700_000_000_000_000_000 + epoch * 60_000_000_000,
         application: epoch.is_multiple_of(2),
-        exported_unix_ns: 0,
-        exporter: String::new(),
-        chunk_bytes: 0,
-        ram_bytes: 0,
-        disk_bytes: 0,
-        chunks: 0,
+        // What is exported says the rest.
+        ..Head::default()
     }
 }
 
