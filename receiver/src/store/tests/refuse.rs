@@ -340,3 +340,31 @@ fn a_part_with_layout_after_layout_or_chunks_without_end() {
     delta(&mut host, 2).send(&mut ingest).unwrap();
     host.guest.assert_stored(&store, 2, "after the refusals");
 }
+
+#[test]
+fn a_disk_that_is_as_long_as_can_be_for_an_epoch_holds_up_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    // In one batch: no file system has a file of that length.
+    let store = Store::open(dir.path(), lazy()).unwrap();
+    let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
+    let mut host = Host::new(1);
+    host.cut();
+    host.send(&mut ingest, 0).unwrap();
+    let right = host.guest.layout.clone();
+    let mut long = right.clone();
+    long.disks[1].size_bytes = i64::MAX as u64;
+    for (epoch, layout) in [(2, &long), (3, &right)] {
+        let mut encoder = Encoder::new();
+        encoder.layout(layout).unwrap();
+        if epoch == 2 {
+            encoder.disk_zero(1, 0, i64::MAX as u64);
+            host.guest.disks[1].fill(0);
+        }
+        encoder.device_state(b"devices").unwrap();
+        host.guest.device = b"devices".to_vec();
+        host.guest.cut = epoch;
+        let head = PartHead { generation: 1, epoch, part: 0, kind: Kind::Delta };
+        seal(encoder, head, true, epoch).send(&mut ingest).unwrap();
+    }
+    host.guest.assert_stored(&store, 3, "the length is what it was");
+}
