@@ -72,6 +72,17 @@ fn one(disk: &Disk, own_mirrors: bool, findings: &mut Vec<Finding>) {
             "remove <transient/>, or make the disk read-only",
         );
     }
+    if matches!(disk.bus.as_str(), "ide" | "sata") && !disk.trim_off {
+        refuse(
+            format!(
+                "on bus {}, where the guest can TRIM: QEMU (10.0.2 at least) can hang for ever, or crash, when it waits for such a disk in \
+                 the middle of that, as every cut and every mirror makes it do",
+                disk.bus
+            ),
+            "put it on virtio or scsi, or have <qemu:override> give its device discard_granularity 0 from the guest's next start on \
+             (docs/design.md, Traps)",
+        );
+    }
     if let Some(job) = disk.mirror.as_ref().filter(|_| !own_mirrors) {
         refuse(
             format!("a block job ({job}) runs on it; QEMU allows one at a time"),

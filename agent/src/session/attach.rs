@@ -147,6 +147,10 @@ pub fn mirror(config: &Config, domain: &Domain, uuid: &Uuid, target: &str) -> an
 /// Ends what protects a domain: mirrors, watch, shim. Does as much as is possible and reports the first failure.
 /// `suspend`: a resync will follow.
 pub fn detach(domain: &Domain, disks: &[Disk], shim: &mut ShimClient, suspend: bool) -> anyhow::Result<()> {
+    if let Err(error) = shim.end_mirrors() {
+        // The guest's storage hangs, perhaps. Then libvirt ends them as they are.
+        tracing::warn!(domain = domain.name(), "end the mirrors in a pause: {error}");
+    }
     let mut result = Ok(());
     for disk in disks {
         if let Err(error) = domain.block_job_abort(&disk.target, true) {

@@ -295,6 +295,36 @@ impl Capture {
         })
     }
 
+    /// Cancels the mirrors of the disks, in a pause: then no write is on its way through them.
+    ///
+    /// QEMU (10.0.2, `mirror_run` in block/mirror.c) frees the bitmap of a mirror that is cancelled or fails before it waits for the
+    /// guest's writes in flight, each of which clears its bits in that bitmap when it is done: a guest that writes at that
+    /// moment dies of a damaged heap, at once or later. Writes that begin once the job is cancelled do not touch it.
+    pub fn end_mirrors(&mut self) -> Result<(), CaptureError> {
+        let jobs = self.qmp.execute("query-block-jobs", None)?;
+        let mirrors = self.disks.iter().filter_map(|disk| mirror_of(&jobs, disk.target()).ok()?["device"].as_str());
+        let mirrors: Vec<Value> = mirrors.map(|id| json!({ "device": id, "force": true })).collect();
+        if mirrors.is_empty() {
+            return Ok(());
+        }
+        let cancel = |this: &mut Self| {
+            for mirror in &mirrors {
+                match this.qmp.execute("block-job-cancel", Some(mirror)) {
+                    Err(error) if error.is_fatal() => return Err(CaptureError::from(error)),
+                    // It has ended by itself.
+                    Err(error) => tracing::info!(domain = this.config.domain_name, %mirror, "{error}"),
+                    Ok(_) => {}
+                }
+            }
+            Ok(())
+        };
+        match self.while_paused(false, [], |this, [], _| cancel(this).map(InPause::Done))? {
+            Ok(_) => Ok(()),
+            Err(no) if no.reason == NoPartReason::NotRunning => cancel(self),
+            Err(no) => Err(CaptureError::Refused(format!("the mirrors were not ended: {}", no.message))),
+        }
+    }
+
     /// If somebody else let the guest run within the pause that has just ended, what was captured in it is of no
     /// single instant. It was also protected again while the guest ran, which a page that was just being written by
     /// DMA does not survive: all of it is captured again after the next pause, whatever becomes of this cut.
