@@ -32,6 +32,7 @@ use crate::daemon::Receiver;
 use crate::drill;
 use crate::history;
 use crate::recovery::applied::{Applied, Outcome};
+use crate::recovery::guest;
 use crate::recovery::site;
 use crate::reverse::divergence;
 use crate::store::{DomainSummary, PointId as StoredPoint, RecoveryPoint, Store, StoreError};
@@ -300,6 +301,13 @@ fn plan_with(
     if let Some(recovery) = &settings.mapping.plan {
         let run = |hook: &vmdr_plan::Hook| format!("run {}", hook.argv.value.join(" "));
         steps.splice(0..0, recovery.before.iter().map(run));
+        if let Ok(original) = Element::parse(&point.domain_xml) {
+            steps.extend(guest::steps(&guest::wanted(&original, recovery)));
+        }
+        if let (Some(dns), [_, ..]) = (&settings.mapping.dns, recovery.dns_names.as_slice()) {
+            let names: Vec<&str> = recovery.dns_names.iter().map(|name| name.value.as_str()).collect();
+            steps.push(format!("tell {} that {} is there", dns.server, names.join(", ")));
+        }
         steps.extend(recovery.after.iter().map(run));
     }
     Ok(ActivationPlan {
@@ -389,6 +397,8 @@ pub(crate) fn activate_in(
         if let Some(applied) = applied.as_ref().filter(|applied| applied.is_noted()) {
             let id = stored_point(point).to_string();
             outcome = applied.after(&receiver.config.libvirt_uri, &host, &id, generation, progress);
+        } else if !was_active {
+            guest::tell_time(&receiver.config.libvirt_uri, uuid, &name);
         }
     }
     Ok(ActivationReport {
@@ -396,6 +406,8 @@ pub(crate) fn activate_in(
         mapping: applied.map(|applied| applied.list()).unwrap_or_default(),
         hooks: ran_before.into_iter().chain(outcome.hooks).collect(),
         announced: outcome.announced,
+        network: outcome.network,
+        dns: outcome.dns,
         warnings: outcome.warnings,
         failed: outcome.failed.unwrap_or_default(),
         uuid: uuid.to_string(),
