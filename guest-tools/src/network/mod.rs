@@ -253,6 +253,10 @@ fn hostname(wanted: Option<&str>, places: &Places) -> Option<Item> {
     let change = |name: &str| -> io::Result<()> {
         // A file of the kernel's: written in one go.
         fs::write(&now, name)?;
+        if name.starts_with('(') {
+            // The kernel's own word for none.
+            return fs::remove_file(&file);
+        }
         replace(&file, format!("{name}\n").as_bytes())
     };
     let changed = match wanted {

@@ -171,7 +171,11 @@ impl Netlink {
 
     /// Removes a route.
     pub fn remove_route(&mut self, link: &Link, route: Route) -> io::Result<()> {
-        self.change(RouteNetlinkMessage::DelRoute(route_message(link, route)), 0)
+        let mut message = route_message(link, route);
+        // Whoever has set it.
+        message.header.protocol = RouteProtocol::Unspec;
+        message.header.scope = RouteScope::NoWhere;
+        self.change(RouteNetlinkMessage::DelRoute(message), 0)
     }
 }
 

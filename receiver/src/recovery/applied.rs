@@ -206,7 +206,7 @@ impl Applied<'_> {
         let without = |change: &&Change| !change.error.is_empty();
         // A resolver alone keeps nobody from finding the guest.
         let decisive =
-            |subject: &str| !network.nics.is_empty() && (subject.starts_with("NIC ") || subject == "network");
+            |subject: &str| subject.starts_with("NIC ") || (subject == "network" && !network.nics.is_empty());
         let told = |change: &Change| format!("{}: {}", change.subject, change.error);
         let rest = outcome.network.iter().filter(without).filter(|change| !decisive(&change.subject));
         outcome.warnings.extend(rest.map(|change| format!("in the guest: {}", told(change))));
