@@ -15,13 +15,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use vmdr_guest_channel::network::{ADDRESSES_MAX, Item, Network, Nic, ROUTES_MAX, Report, Route, Subnet};
+use vmdr_guest_channel::network::{ADDRESSES_MAX, Item, Mac, Network, Nic, ROUTES_MAX, Report, Route, Subnet};
 
-use self::netlink::{Link, Netlink};
+use self::netlink::{Held, Link, Netlink};
 use self::persist::System;
 
 const HOME: &str = "home";
 const GIVEN: &str = "given";
+const SYSTEM: &str = "system";
 const HOME_HOSTNAME: &str = "home.hostname";
 const HOME_RESOLVER: &str = "home.resolv.conf";
 const HOSTNAME_NOW: &str = "proc/sys/kernel/hostname";
@@ -29,6 +30,10 @@ const HOSTNAME_FILE: &str = "etc/hostname";
 const RESOLVER: &str = "etc/resolv.conf";
 /// More than any of these files has.
 const FILE_BYTES_MAX: u64 = 64 << 10;
+/// Programs that give a device the addresses that they are told.
+const DHCP_CLIENTS: [&str; 3] = ["dhclient", "dhcpcd", "udhcpc"];
+/// The most processes that are looked at.
+const PROCESSES_MAX: usize = 10_000;
 /// How long NICs that are not there yet are waited for when the guest has just started.
 const NICS_WAIT: Duration = Duration::from_secs(30);
 /// Between two looks for them.
@@ -41,15 +46,15 @@ pub trait Kernel {
     /// Brings a device up.
     fn up(&mut self, link: &Link) -> io::Result<()>;
     /// Its addresses of global scope.
-    fn addresses(&mut self, link: &Link) -> io::Result<Vec<Subnet>>;
+    fn addresses(&mut self, link: &Link) -> io::Result<Vec<Held>>;
     /// Gives it an address.
     fn add_address(&mut self, link: &Link, subnet: Subnet) -> io::Result<()>;
     /// Takes one from it.
     fn remove_address(&mut self, link: &Link, subnet: Subnet) -> io::Result<()>;
     /// Its routes through others.
     fn routes(&mut self, link: &Link) -> io::Result<Vec<Route>>;
-    /// Adds a route, or has the one to the same network lead there.
-    fn set_route(&mut self, link: &Link, route: Route) -> io::Result<()>;
+    /// Adds a route.
+    fn add_route(&mut self, link: &Link, route: Route) -> io::Result<()>;
     /// Removes one.
     fn remove_route(&mut self, link: &Link, route: Route) -> io::Result<()>;
 }
@@ -61,7 +66,7 @@ impl Kernel for Netlink {
     fn up(&mut self, link: &Link) -> io::Result<()> {
         self.up(link)
     }
-    fn addresses(&mut self, link: &Link) -> io::Result<Vec<Subnet>> {
+    fn addresses(&mut self, link: &Link) -> io::Result<Vec<Held>> {
         self.addresses(link)
     }
     fn add_address(&mut self, link: &Link, subnet: Subnet) -> io::Result<()> {
@@ -73,8 +78,8 @@ impl Kernel for Netlink {
     fn routes(&mut self, link: &Link) -> io::Result<Vec<Route>> {
         self.routes(link)
     }
-    fn set_route(&mut self, link: &Link, route: Route) -> io::Result<()> {
-        self.set_route(link, route)
+    fn add_route(&mut self, link: &Link, route: Route) -> io::Result<()> {
+        self.add_route(link, route)
     }
     fn remove_route(&mut self, link: &Link, route: Route) -> io::Result<()> {
         self.remove_route(link, route)
@@ -110,6 +115,10 @@ pub fn apply(wanted: &Network, places: &Places) -> Report {
 /// What was given before a reboot is given again, where nothing else in the guest does that. Gives what is to be logged.
 pub fn again(places: &Places) -> Vec<String> {
     let Ok(Some(given)) = read_network(&places.state.join(GIVEN)) else { return Vec::new() };
+    // Whoever does it may not have started yet.
+    if noted_system(places) != Some(System::Own) || persist::is_written(&places.root) {
+        return Vec::new();
+    }
     let mut kernel = match Netlink::open() {
         Ok(kernel) => kernel,
         Err(error) => return vec![format!("network: open a netlink socket: {error}")],
@@ -123,15 +132,66 @@ pub fn again(places: &Places) -> Vec<String> {
         std::thread::sleep(NICS_LOOK);
     }
     let links = kernel.links().unwrap_or_default();
-    if persist::system(&places.root, &of_nics(&links, &given)) != System::Own {
+    if persist::system(&places.root, &of_nics(&links, &given, &Network::default())) != System::Own {
         return Vec::new();
     }
     let items = apply_with(&mut kernel, &given, places, &mut persist::run);
     items.iter().map(|item| format!("network, after a start: {}: {}{}", item.subject, item.done, item.error)).collect()
 }
 
-fn of_nics(links: &[Link], network: &Network) -> Vec<Link> {
-    links.iter().filter(|link| network.nics.iter().any(|nic| nic.mac == link.mac)).cloned().collect()
+fn of_nics(links: &[Link], wanted: &Network, home: &Network) -> Vec<Link> {
+    let nics = || wanted.nics.iter().chain(&home.nics);
+    links.iter().filter(|link| nics().any(|nic| nic.mac == link.mac)).cloned().collect()
+}
+
+/// The device that has a MAC address. An error: it is not certain which one has the NIC's addresses.
+fn link_of(links: &[Link], mac: Mac) -> Result<Option<&Link>, String> {
+    let found: Vec<&Link> = links.iter().filter(|link| link.mac == mac).collect();
+    match found.as_slice() {
+        [] => Ok(None),
+        [link] if link.is_part => Err(format!("{} is part of another device, which has its addresses", link.name)),
+        [link] => Ok(Some(link)),
+        several => {
+            let names: Vec<&str> = several.iter().map(|link| link.name.as_str()).collect();
+            Err(format!("several devices have this MAC address: {}", names.join(", ")))
+        }
+    }
+}
+
+/// What is given back to a NIC one day.
+fn what_it_has(kernel: &mut dyn Kernel, link: &Link, mac: Mac, system: System) -> Result<Nic, String> {
+    let told = |error: io::Error| error.to_string();
+    let (held, routes) = (kernel.addresses(link).map_err(told)?, kernel.routes(link).map_err(told)?);
+    // What was leased or announced is so again, by whoever did it; but where nobody looks after it a lease is all that there is.
+    let looked_after = matches!(system, System::Networkd | System::NetworkManager);
+    let stays = |held: &&Held| held.permanent || (held.subnet.address.is_ipv4() && !looked_after);
+    let addresses: Vec<Subnet> = held.iter().filter(stays).map(|held| held.subnet).collect();
+    if addresses.len() > ADDRESSES_MAX || routes.len() > ROUTES_MAX {
+        return Err(format!(
+            "it has {} addresses and {} routes, more than can be noted ({ADDRESSES_MAX} and {ROUTES_MAX})",
+            addresses.len(),
+            routes.len()
+        ));
+    }
+    Ok(Nic { mac, addresses, routes })
+}
+
+/// Says of a DHCP client that still holds a device: it will give it another address one day.
+fn dhcp_client(root: &Path, device: &str) -> Option<Item> {
+    let processes = fs::read_dir(root.join("proc")).ok()?.flatten().take(PROCESSES_MAX);
+    let lines = processes.filter(|entry| entry.file_name().to_string_lossy().bytes().all(|b| b.is_ascii_digit()));
+    let holds = |entry: fs::DirEntry| {
+        let line = read(&entry.path().join("cmdline")).ok()??;
+        let mut words = line.split(['\0', ' ']);
+        let program = words.next()?.rsplit('/').next()?.trim_end_matches(':').to_owned();
+        let names = words.any(|word| word == device || word.strip_prefix("-i") == Some(device));
+        (DHCP_CLIENTS.contains(&program.as_str()) && names).then_some(program)
+    };
+    let program = lines.filter_map(holds).next()?;
+    Some(failed(
+        format!("DHCP on {device}"),
+        format!("{program} holds the device and may give it other addresses: end it, or have it leave the device"),
+    ))
 }
 
 /// The same with a kernel, and with somebody who runs programs.
@@ -146,7 +206,6 @@ fn apply_with(
         Ok(links) => links,
         Err(error) => return vec![failed("network", format!("list the devices: {error}"))],
     };
-    let link = |nic: &Nic| links.iter().find(|link| link.mac == nic.mac);
     let mut home = match read_network(&places.state.join(HOME)) {
         Ok(home) => home.unwrap_or_default(),
         Err(error) => return vec![failed("network", format!("what it was like before is not known: {error}"))],
@@ -155,53 +214,62 @@ fn apply_with(
     if nothing_given {
         return items;
     }
+    let system = match (persist::system(&places.root, &of_nics(&links, wanted, &home)), noted_system(places)) {
+        // The one that has it may not have started yet.
+        (System::Own | System::Ifupdown, Some(noted)) => noted,
+        (found, _) => found,
+    };
+    let mut unknown = Vec::new();
     for nic in &wanted.nics {
         if home.nics.iter().any(|before| before.mac == nic.mac) {
             continue;
         }
-        let Some(link) = link(nic) else { continue };
-        match (kernel.addresses(link), kernel.routes(link)) {
-            (Ok(mut addresses), Ok(mut routes)) => {
-                addresses.truncate(ADDRESSES_MAX);
-                routes.truncate(ROUTES_MAX);
-                home.nics.push(Nic { mac: nic.mac, addresses, routes });
-            }
-            (Err(error), _) | (_, Err(error)) => {
-                items.push(failed(format!("NIC {}", nic.mac), format!("see what it has: {error}")));
+        let Ok(Some(link)) = link_of(&links, nic.mac) else { continue };
+        match what_it_has(kernel, link, nic.mac, system) {
+            Ok(has) => home.nics.push(has),
+            Err(error) => {
+                items.push(failed(
+                    format!("NIC {}", nic.mac),
+                    format!("it was left, as what it has is not known: {error}"),
+                ));
+                unknown.push(nic.mac);
             }
         }
     }
     // Before anything is changed: what is not known cannot be given back.
-    if let Err(error) = note(places, &home, wanted) {
+    if let Err(error) = note(places, &home, wanted, system) {
         return vec![failed("network", format!("nothing was changed, as it cannot be noted: {error}"))];
     }
-    let system = persist::system(&places.root, &of_nics(&links, &home));
     let going_home: Vec<Nic> =
         home.nics.iter().filter(|nic| !wanted.nics.iter().any(|w| w.mac == nic.mac)).cloned().collect();
     for nic in &going_home {
         let subject = format!("NIC {}", nic.mac);
-        match link(nic).map(|link| (link, set(kernel, link, nic))) {
-            Some((link, Ok(()))) => {
+        match link_of(&links, nic.mac).map(|link| link.map(|link| (link, set(kernel, link, nic)))) {
+            Ok(Some((link, Ok(())))) => {
                 items.push(done(subject, format!("as before: {}", describe(nic, link))));
                 home.nics.retain(|before| before.mac != nic.mac);
             }
-            Some((_, Err(error))) => items.push(failed(subject, format!("give back what it had: {error}"))),
+            Ok(Some((_, Err(error)))) => items.push(failed(subject, format!("give back what it had: {error}"))),
             // It is gone, and what it had with it.
-            None => home.nics.retain(|before| before.mac != nic.mac),
+            Ok(None) => home.nics.retain(|before| before.mac != nic.mac),
+            Err(error) => items.push(failed(subject, format!("give back what it had: {error}"))),
         }
     }
-    for nic in &wanted.nics {
+    for nic in wanted.nics.iter().filter(|nic| !unknown.contains(&nic.mac)) {
         let subject = format!("NIC {}", nic.mac);
-        match link(nic).map(|link| (link, set(kernel, link, nic))) {
-            Some((link, Ok(()))) => items.push(done(subject, describe(nic, link))),
-            Some((link, Err(error))) => items.push(failed(subject, format!("{}: {error}", link.name))),
-            None => items.push(failed(subject, "the guest has no such NIC")),
+        match link_of(&links, nic.mac).map(|link| link.map(|link| (link, set(kernel, link, nic)))) {
+            Ok(Some((link, Ok(())))) => items.push(done(subject, describe(nic, link))),
+            Ok(Some((link, Err(error)))) => items.push(failed(subject, format!("{}: {error}", link.name))),
+            Ok(None) => items.push(failed(subject, "the guest has no such NIC")),
+            Err(error) => items.push(failed(subject, error)),
         }
     }
     items.extend(hostname(wanted.hostname.as_deref(), places));
     items.extend(resolver(wanted, places, system));
     items.push(persist::write(&places.root, system, wanted, &links, run));
-    if let Err(error) = note(places, &home, wanted) {
+    let changed = wanted.nics.iter().filter_map(|nic| link_of(&links, nic.mac).ok().flatten());
+    items.extend(changed.filter_map(|link| dhcp_client(&places.root, &link.name)));
+    if let Err(error) = note(places, &home, wanted, system) {
         items.push(failed("network", format!("note what was done: {error}")));
     }
     items
@@ -218,7 +286,7 @@ fn describe(nic: &Nic, link: &Link) -> String {
 fn set(kernel: &mut dyn Kernel, link: &Link, nic: &Nic) -> io::Result<()> {
     kernel.up(link)?;
     let add = |kernel: &mut dyn Kernel| -> io::Result<Vec<Subnet>> {
-        let has = kernel.addresses(link)?;
+        let has: Vec<Subnet> = kernel.addresses(link)?.iter().map(|held| held.subnet).collect();
         for subnet in nic.addresses.iter().filter(|subnet| !has.contains(subnet)) {
             kernel.add_address(link, *subnet)?;
         }
@@ -230,11 +298,12 @@ fn set(kernel: &mut dyn Kernel, link: &Link, nic: &Nic) -> io::Result<()> {
     }
     // With the first address of a network the kernel takes the others.
     add(kernel)?;
-    for route in kernel.routes(link)?.iter().filter(|route| !nic.routes.contains(route)) {
+    let has = kernel.routes(link)?;
+    for route in has.iter().filter(|route| !nic.routes.contains(route)) {
         gone(kernel.remove_route(link, *route))?;
     }
-    for route in &nic.routes {
-        kernel.set_route(link, *route)?;
+    for route in nic.routes.iter().filter(|route| !has.contains(route)) {
+        kernel.add_route(link, *route)?;
     }
     Ok(())
 }
@@ -330,8 +399,14 @@ fn resolver(wanted: &Network, places: &Places, system: System) -> Option<Item> {
 }
 
 /// What is remembered; nothing where all is home.
-fn note(places: &Places, home: &Network, given: &Network) -> io::Result<()> {
+fn note(places: &Places, home: &Network, given: &Network, system: System) -> io::Result<()> {
     fs::create_dir_all(&places.state)?;
+    let file = places.state.join(SYSTEM);
+    if !home.is_home() || !given.is_home() {
+        replace(&file, system.word().as_bytes())?;
+    } else if file.exists() {
+        fs::remove_file(&file)?;
+    }
     for (name, network) in [(HOME, home), (GIVEN, given)] {
         let file = places.state.join(name);
         if network.is_home() {
@@ -344,6 +419,11 @@ fn note(places: &Places, home: &Network, given: &Network) -> io::Result<()> {
         replace(&file, text.as_bytes())?;
     }
     Ok(())
+}
+
+/// Who had the NICs when something was given.
+fn noted_system(places: &Places) -> Option<System> {
+    System::of_word(read(&places.state.join(SYSTEM)).ok()??.trim())
 }
 
 fn read_network(file: &Path) -> Result<Option<Network>, String> {
@@ -359,7 +439,10 @@ fn read(file: &Path) -> io::Result<Option<String>> {
         Err(error) => Err(error),
         Ok(open) => {
             let mut text = String::new();
-            open.take(FILE_BYTES_MAX).read_to_string(&mut text)?;
+            open.take(FILE_BYTES_MAX + 1).read_to_string(&mut text)?;
+            if text.len() as u64 > FILE_BYTES_MAX {
+                return Err(io::Error::other(format!("{} has more than {FILE_BYTES_MAX} bytes", file.display())));
+            }
             Ok(Some(text))
         }
     }
@@ -367,12 +450,13 @@ fn read(file: &Path) -> io::Result<Option<String>> {
 
 /// Writes a file whole or not at all, and has it on the disk.
 fn replace(file: &Path, bytes: &[u8]) -> io::Result<()> {
-    replace_with(file, bytes, 0o644)
+    replace_with(file, bytes, 0o644, None)
 }
 
-fn replace_with(file: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+/// The same with a mode; or with the owner and the mode that another file has.
+fn replace_with(file: &Path, bytes: &[u8], mode: u32, like: Option<&fs::Metadata>) -> io::Result<()> {
     use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
+    use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
     let mut name = file.file_name().unwrap_or_default().to_owned();
     // Programs that read whole directories pass names by that begin with a dot.
     let mut hidden = std::ffi::OsString::from(".vmdr-");
@@ -384,6 +468,11 @@ fn replace_with(file: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
         _ => {}
     }
     let mut open = fs::File::options().write(true).create_new(true).mode(mode).open(&beside)?;
+    if let Some(like) = like {
+        // Whatever the mask of new files is.
+        std::os::unix::fs::fchown(&open, Some(like.uid()), Some(like.gid()))?;
+        open.set_permissions(like.permissions())?;
+    }
     open.write_all(bytes)?;
     open.sync_all()?;
     fs::rename(&beside, file)?;

@@ -7,7 +7,7 @@ use std::num::NonZeroI32;
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
-use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
+use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
@@ -30,6 +30,17 @@ pub struct Link {
     pub name: String,
     /// Its MAC address.
     pub mac: Mac,
+    /// Whether it is part of another device: of a bridge, a bond.
+    pub is_part: bool,
+}
+
+/// An address that a device has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// The address.
+    pub subnet: Subnet,
+    /// For good; not by a lease, nor from a router's announcement.
+    pub permanent: bool,
 }
 
 /// A socket to the kernel.
@@ -92,16 +103,17 @@ impl Netlink {
         let answers = self.ask(RouteNetlinkMessage::GetLink(LinkMessage::default()), NLM_F_DUMP)?;
         let link = |answer| {
             let RouteNetlinkMessage::NewLink(link) = answer else { return None };
-            let (mut name, mut mac) = (None, None);
+            let (mut name, mut mac, mut is_part) = (None, None, false);
             for attribute in link.attributes {
                 match attribute {
                     LinkAttribute::IfName(text) => name = Some(text),
+                    LinkAttribute::Controller(other) => is_part = other != 0,
                     LinkAttribute::Address(bytes) => mac = <[u8; 6]>::try_from(bytes).ok(),
                     _ => {}
                 }
             }
             let loopback = link.header.flags.contains(LinkFlags::Loopback);
-            Some(Link { index: link.header.index, name: name?, mac: Mac(mac.filter(|_| !loopback)?) })
+            Some(Link { index: link.header.index, name: name?, mac: Mac(mac.filter(|_| !loopback)?), is_part })
         };
         Ok(answers.into_iter().filter_map(link).collect())
     }
@@ -116,9 +128,9 @@ impl Netlink {
     }
 
     /// A device's addresses of global scope.
-    pub fn addresses(&mut self, link: &Link) -> io::Result<Vec<Subnet>> {
+    pub fn addresses(&mut self, link: &Link) -> io::Result<Vec<Held>> {
         let answers = self.ask(RouteNetlinkMessage::GetAddress(AddressMessage::default()), NLM_F_DUMP)?;
-        let subnet = |answer| {
+        let held = |answer| {
             let RouteNetlinkMessage::NewAddress(message) = answer else { return None };
             let header = &message.header;
             if header.index != link.index || header.scope != AddressScope::Universe {
@@ -135,9 +147,10 @@ impl Netlink {
                     _ => None,
                 })
             });
-            Some(Subnet { address: address?, prefix: header.prefix_len })
+            let subnet = Subnet { address: address?, prefix: header.prefix_len };
+            Some(Held { subnet, permanent: header.flags.contains(AddressHeaderFlags::Permanent) })
         };
-        Ok(answers.into_iter().filter_map(subnet).collect())
+        Ok(answers.into_iter().filter_map(held).collect())
     }
 
     /// Gives a device an address; one that it has already is left.
@@ -151,7 +164,7 @@ impl Netlink {
         self.change(RouteNetlinkMessage::DelAddress(address_message(link, subnet)), 0)
     }
 
-    /// A device's routes through others, of the main table.
+    /// A device's routes through others, of the main table; those that routers announce come and go by themselves.
     pub fn routes(&mut self, link: &Link) -> io::Result<Vec<Route>> {
         let mut all = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
@@ -163,10 +176,9 @@ impl Netlink {
         Ok(all)
     }
 
-    /// Adds a route, or has the one to the same network lead there.
-    pub fn set_route(&mut self, link: &Link, route: Route) -> io::Result<()> {
-        let message = RouteNetlinkMessage::NewRoute(route_message(link, route));
-        self.change(message, NLM_F_CREATE | NLM_F_REPLACE)
+    /// Adds a route; others to the same network, of other devices, stay.
+    pub fn add_route(&mut self, link: &Link, route: Route) -> io::Result<()> {
+        self.change(RouteNetlinkMessage::NewRoute(route_message(link, route)), NLM_F_CREATE)
     }
 
     /// Removes a route.
@@ -219,7 +231,7 @@ fn route_of(link: &Link, answer: RouteNetlinkMessage) -> Option<Route> {
     let RouteNetlinkMessage::NewRoute(message) = answer else { return None };
     let header = &message.header;
     let ours = header.table == RouteHeader::RT_TABLE_MAIN && header.kind == RouteType::Unicast;
-    if !ours || matches!(header.protocol, RouteProtocol::Kernel | RouteProtocol::IcmpRedirect) {
+    if !ours || matches!(header.protocol, RouteProtocol::Kernel | RouteProtocol::IcmpRedirect | RouteProtocol::Ra) {
         return None;
     }
     let (mut to, mut via, mut out) = (None, None, None);

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use vmdr_guest_channel::network::{Item, Mac, Network, Nic};
 
 use super::netlink::Link;
-use super::{done, failed, read, replace, replace_with};
+use super::{done, failed, link_of, read, replace_with};
 
 const NETWORKD: &str = "etc/systemd/network";
 const NETWORK_MANAGER: &str = "etc/NetworkManager/system-connections";
@@ -45,6 +45,33 @@ pub enum System {
     Ifupdown,
     /// Nothing that is known here.
     Own,
+}
+
+impl System {
+    /// As it is noted.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Networkd => "systemd-networkd",
+            Self::NetworkManager => "NetworkManager",
+            Self::Ifupdown => "ifupdown",
+            Self::Own => "own",
+        }
+    }
+
+    /// The one that was noted.
+    pub fn of_word(word: &str) -> Option<Self> {
+        [Self::Networkd, Self::NetworkManager, Self::Ifupdown, Self::Own].into_iter().find(|one| one.word() == word)
+    }
+}
+
+/// Whether the configuration of any of them has something of vmdr's; also if that cannot be seen.
+pub fn is_written(root: &Path) -> bool {
+    let file_of = |directory| own_files(&root.join(directory)).map_or(true, |files| !files.is_empty());
+    let section = || match read(&root.join(INTERFACES)) {
+        Ok(text) => text.is_some_and(|text| text.lines().any(|line| line == BEGIN)),
+        Err(_) => true,
+    };
+    [NETWORKD, NETWORK_MANAGER].into_iter().any(file_of) || section()
 }
 
 /// Which it is, for these NICs.
@@ -90,7 +117,7 @@ fn write_files(
 ) -> Result<String, String> {
     let told = |what: &'static str| move |error: io::Error| format!("{what}: {error}");
     let known: Vec<(&Nic, &Link)> =
-        network.nics.iter().filter_map(|nic| Some((nic, links.iter().find(|link| link.mac == nic.mac)?))).collect();
+        network.nics.iter().filter_map(|nic| Some((nic, link_of(links, nic.mac).ok()??))).collect();
     let mut wanted: Vec<(PathBuf, String, u32)> = Vec::new();
     for (number, (nic, _)) in known.iter().enumerate() {
         // The resolver is the guest's: one NIC says it.
@@ -120,7 +147,7 @@ fn write_files(
         if let Some(directory) = file.parent() {
             fs::create_dir_all(directory).map_err(told("make its directory"))?;
         }
-        replace_with(file, text.as_bytes(), *mode).map_err(told("write the NIC's configuration"))?;
+        replace_with(file, text.as_bytes(), *mode, None).map_err(told("write the NIC's configuration"))?;
     }
     let ifupdown = if system == System::Ifupdown { known.as_slice() } else { &[] };
     interfaces(root, network, ifupdown).map_err(told("change /etc/network/interfaces"))?;
@@ -184,7 +211,7 @@ fn own_files(directory: &Path) -> io::Result<Vec<PathBuf>> {
 
 fn networkd_text(nic: &Nic, resolver: Option<&Network>) -> String {
     let mut text = format!(
-        "# Written by vmdr-guest-tools, taken away when the guest goes home.\n[Match]\nMACAddress={}\n\n[Network]\nDHCP=no\n",
+        "# Written by vmdr-guest-tools, taken away when the guest goes home.\n[Match]\nMACAddress={}\nKind=!*\n\n[Network]\nDHCP=no\n",
         nic.mac
     );
     for address in &nic.addresses {
@@ -245,19 +272,23 @@ fn manager_text(nic: &Nic, resolver: Option<&Network>) -> String {
     text
 }
 
-/// The files of ifupdown without vmdr's section and with all that was set aside.
-fn restored(text: &str) -> String {
+/// The files of ifupdown without vmdr's section and with all that was set aside. An error: where the section ends is not known.
+fn restored(text: &str) -> io::Result<String> {
     let mut inside = false;
     let mut lines = Vec::new();
     for line in text.lines() {
         match line {
+            BEGIN if inside => break,
             BEGIN => inside = true,
-            END => inside = false,
+            END if inside => inside = false,
             _ if inside => {}
             _ => lines.push(line.strip_prefix(ASIDE).unwrap_or(line)),
         }
     }
-    lines.iter().map(|line| format!("{line}\n")).collect()
+    if inside {
+        return Err(io::Error::other(format!("the section that begins with {BEGIN:?} has no line {END:?}")));
+    }
+    Ok(lines.iter().map(|line| format!("{line}\n")).collect())
 }
 
 /// The same with the stanzas of these devices set aside.
@@ -289,15 +320,23 @@ fn interfaces(root: &Path, network: &Network, nics: &[(&Nic, &Link)]) -> io::Res
     let devices: Vec<&str> = nics.iter().map(|(_, link)| link.name.as_str()).collect();
     for file in files {
         let Some(text) = read(&file)? else { continue };
-        let mut changed = without(&restored(&text), &devices);
+        let mut changed = without(&restored(&text).map_err(|error| of_file(&file, &error))?, &devices);
         if file == main && !nics.is_empty() {
             changed.push_str(&section(network, nics));
         }
         if changed.trim_end() != text.trim_end() {
-            replace(&file, changed.as_bytes())?;
+            let about = fs::symlink_metadata(&file)?;
+            if !about.is_file() {
+                return Err(of_file(&file, &io::Error::other("it is a link; it was left as it is")));
+            }
+            replace_with(&file, changed.as_bytes(), 0o600, Some(&about))?;
         }
     }
     Ok(())
+}
+
+fn of_file(file: &Path, error: &io::Error) -> io::Error {
+    io::Error::other(format!("{}: {error}", file.display()))
 }
 
 fn section(network: &Network, nics: &[(&Nic, &Link)]) -> String {
@@ -354,7 +393,8 @@ mod tests {
     }
 
     fn links() -> Vec<Link> {
-        let link = |i: u8| Link { index: i.into(), name: format!("eth{}", i - 1), mac: Mac([0x52, 0x54, 0, 0, 0, i]) };
+        let mac = |i| Mac([0x52, 0x54, 0, 0, 0, i]);
+        let link = |i: u8| Link { index: i.into(), name: format!("eth{}", i - 1), mac: mac(i), is_part: false };
         vec![link(1), link(2)]
     }
 
@@ -416,13 +456,48 @@ mod tests {
     }
 
     #[test]
+    fn files_of_ifupdown_are_never_cut_nor_made_others() {
+        use std::os::unix::fs::PermissionsExt;
+        let root = tempfile::tempdir().unwrap();
+        let file = root.path().join(INTERFACES);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        let mode = || fs::metadata(&file).unwrap().permissions().mode() & 0o777;
+        fs::write(&file, INTERFACES_TEXT).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+        for network in [network(), Network::default()] {
+            assert_eq!(written(root.path(), System::Ifupdown, &network).0.error, "");
+            assert_eq!(mode(), 0o600);
+        }
+        let cut = format!("{INTERFACES_TEXT}{BEGIN}\nauto eth0\niface eth9 inet dhcp\n");
+        let long = format!("{INTERFACES_TEXT}{}", "# filled\n".repeat(9000));
+        for (text, why) in [(cut, "has no line"), (long, "has more than")] {
+            fs::write(&file, &text).unwrap();
+            for network in [network(), Network::default()] {
+                let (item, _) = written(root.path(), System::Ifupdown, &network);
+                assert!(item.error.contains(why), "{item:?}");
+                assert_eq!(fs::read_to_string(&file).unwrap(), text);
+            }
+        }
+        let elsewhere = root.path().join("elsewhere");
+        fs::write(&elsewhere, INTERFACES_TEXT).unwrap();
+        fs::remove_file(&file).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &file).unwrap();
+        let (item, _) = written(root.path(), System::Ifupdown, &network());
+        assert!(item.error.contains("it is a link"), "{item:?}");
+        assert_eq!(fs::read_to_string(&elsewhere).unwrap(), INTERFACES_TEXT);
+    }
+
+    #[test]
     fn networkd_and_network_manager_have_a_file_and_never_both() {
         let root = tempfile::tempdir().unwrap();
         let (item, ran) = written(root.path(), System::Networkd, &network());
         assert_eq!((item.error.as_str(), ran), ("", vec!["networkctl reload".to_owned()]));
         let networkd = root.path().join(NETWORKD).join("00-vmdr-52-54-00-00-00-01.network");
         let text = fs::read_to_string(&networkd).unwrap();
-        assert!(text.contains("MACAddress=52:54:00:00:00:01\n") && text.contains("Address=fd00::5/64\n"), "{text}");
+        assert!(
+            text.contains("MACAddress=52:54:00:00:00:01\nKind=!*\n") && text.contains("Address=fd00::5/64\n"),
+            "{text}"
+        );
         assert!(
             text.ends_with("[Route]\nGateway=10.1.0.1\n\n[Route]\nDestination=10.9.0.0/16\nGateway=10.1.0.2\n"),
             "{text}"

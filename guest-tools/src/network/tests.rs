@@ -4,6 +4,10 @@ use super::*;
 use std::collections::BTreeMap;
 use vmdr_guest_channel::network::Mac;
 
+fn link(i: u8) -> Link {
+    Link { index: i.into(), name: format!("eth{}", i - 1), mac: Mac([0x52, 0x54, 0, 0, 0, i]), is_part: false }
+}
+
 /// A kernel with two NICs that does as Linux does with addresses of one network: they go with the first of them.
 #[derive(Default)]
 struct Fake {
@@ -11,18 +15,21 @@ struct Fake {
     routes: BTreeMap<u32, Vec<Route>>,
     refuses: Option<Subnet>,
     changes: usize,
+    /// Devices besides the two NICs.
+    more: Vec<Link>,
+    leased: Vec<Subnet>,
 }
 
 impl Kernel for Fake {
     fn links(&mut self) -> io::Result<Vec<Link>> {
-        let link = |i: u8| Link { index: i.into(), name: format!("eth{}", i - 1), mac: Mac([0x52, 0x54, 0, 0, 0, i]) };
-        Ok(vec![link(1), link(2)])
+        Ok([link(1), link(2)].into_iter().chain(self.more.clone()).collect())
     }
     fn up(&mut self, _: &Link) -> io::Result<()> {
         Ok(())
     }
-    fn addresses(&mut self, link: &Link) -> io::Result<Vec<Subnet>> {
-        Ok(self.addresses.get(&link.index).cloned().unwrap_or_default())
+    fn addresses(&mut self, link: &Link) -> io::Result<Vec<Held>> {
+        let held = |subnet: &Subnet| Held { subnet: *subnet, permanent: !self.leased.contains(subnet) };
+        Ok(self.addresses.get(&link.index).into_iter().flatten().map(held).collect())
     }
     fn add_address(&mut self, link: &Link, subnet: Subnet) -> io::Result<()> {
         if self.refuses == Some(subnet) {
@@ -42,13 +49,13 @@ impl Kernel for Fake {
     fn routes(&mut self, link: &Link) -> io::Result<Vec<Route>> {
         Ok(self.routes.get(&link.index).cloned().unwrap_or_default())
     }
-    fn set_route(&mut self, link: &Link, route: Route) -> io::Result<()> {
+    fn add_route(&mut self, link: &Link, route: Route) -> io::Result<()> {
         let all = self.routes.entry(link.index).or_default();
-        if !all.contains(&route) {
-            self.changes += 1;
-            all.retain(|other| other.to != route.to);
-            all.push(route);
+        if all.contains(&route) {
+            return Err(io::Error::from_raw_os_error(libc::EEXIST));
         }
+        self.changes += 1;
+        all.push(route);
         Ok(())
     }
     fn remove_route(&mut self, link: &Link, route: Route) -> io::Result<()> {
@@ -182,4 +189,90 @@ fn a_resolver_that_is_somebody_elses_is_left() {
     let items = guest.apply("nameserver 10.1.0.53\n");
     assert!(items.iter().any(|item| item.subject == "resolver" && item.error.contains("is a link")), "{items:?}");
     assert!(fs::symlink_metadata(&file).unwrap().file_type().is_symlink());
+}
+
+#[test]
+fn a_nic_whose_device_is_not_certain_is_left() {
+    let same = |name: &str| Link { index: 9, name: name.to_owned(), ..link(1) };
+    for (more, part, why) in [
+        (Some(same("br0")), false, "several devices have this MAC address: eth0, br0"),
+        (Some(same("eth0.7")), false, "eth0, eth0.7"),
+        (None, true, "is part of another device"),
+    ] {
+        let mut links = vec![Link { is_part: part, ..link(1) }];
+        links.extend(more);
+        let said = link_of(&links, link(1).mac);
+        assert!(said.as_ref().is_err_and(|said| said.contains(why)), "{said:?}");
+    }
+    let mut guest = Guest::new();
+    guest.kernel.more.push(same("br0"));
+    let items = guest.apply(AWAY);
+    assert!(items.iter().any(|item| item.subject.starts_with("NIC ") && item.error.contains("br0")), "{items:?}");
+    assert_eq!(guest.now(1), "10.0.0.5/24, 0.0.0.0/0 via 10.0.0.1");
+}
+
+#[test]
+fn what_cannot_all_be_noted_is_left() {
+    let mut guest = Guest::new();
+    let many = (0..=ADDRESSES_MAX as u8).map(|i| Subnet { address: [10, 0, 1, i].into(), prefix: 32 });
+    guest.kernel.addresses.insert(1, many.collect());
+    let items = guest.apply(AWAY);
+    assert!(items.iter().any(|item| item.error.contains("more than can be noted")), "{items:?}");
+    assert_eq!(guest.kernel.addresses[&1].len(), ADDRESSES_MAX + 1);
+}
+
+#[test]
+fn leases_are_given_back_where_nobody_else_does() {
+    for (looked_after, back) in [(false, "10.0.0.5/24, 0.0.0.0/0 via 10.0.0.1"), (true, "0.0.0.0/0 via 10.0.0.1")] {
+        let mut guest = Guest::new();
+        guest.kernel.leased = guest.kernel.addresses[&1].clone();
+        if looked_after {
+            let state = guest.places.root.join("run/systemd/netif/links");
+            fs::create_dir_all(&state).unwrap();
+            fs::write(state.join("1"), "ADMIN_STATE=configured\n").unwrap();
+        }
+        guest.apply(AWAY);
+        guest.apply("");
+        assert_eq!(guest.now(1), back);
+    }
+}
+
+#[test]
+fn whoever_had_the_nics_has_them_also_before_it_has_started() {
+    let mut guest = Guest::new();
+    let run = guest.places.root.join("run/NetworkManager/devices");
+    fs::create_dir_all(&run).unwrap();
+    fs::write(run.join("1"), "managed=true\n").unwrap();
+    guest.apply(AWAY);
+    let profiles = guest.places.root.join("etc/NetworkManager/system-connections");
+    assert_eq!(fs::read_dir(&profiles).unwrap().count(), 1);
+    // A reboot: its state is gone, and there is a file that would be another's.
+    fs::remove_dir_all(guest.places.root.join("run")).unwrap();
+    fs::create_dir_all(guest.places.root.join("etc/network")).unwrap();
+    fs::write(guest.places.root.join("etc/network/interfaces"), "auto lo\n").unwrap();
+    assert_eq!(again(&guest.places), Vec::<String>::new());
+    guest.apply(AWAY);
+    assert_eq!(fs::read_dir(&profiles).unwrap().count(), 1);
+    assert!(persist::is_written(&guest.places.root));
+    guest.apply("");
+    assert_eq!(fs::read_dir(&profiles).unwrap().count(), 0);
+    assert!(!persist::is_written(&guest.places.root) && !guest.places.state.join(SYSTEM).exists());
+}
+
+#[test]
+fn a_dhcp_client_that_holds_a_device_is_told() {
+    let mut guest = Guest::new();
+    let process = guest.places.root.join("proc/77");
+    fs::create_dir_all(&process).unwrap();
+    for (line, told) in [
+        ("/sbin/dhclient\0-pf\0/run/x\0eth0\0", true),
+        ("udhcpc\0-ieth0\0", true),
+        ("dhcpcd: eth0 [ip4]\0", true),
+        ("dhclient\0eth1\0", false),
+        ("editor\0eth0\0", false),
+    ] {
+        fs::write(process.join("cmdline"), line).unwrap();
+        let items = guest.apply(AWAY);
+        assert_eq!(items.iter().any(|item| item.subject == "DHCP on eth0" && !item.error.is_empty()), told, "{line}");
+    }
 }
