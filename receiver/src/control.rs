@@ -9,6 +9,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 use vmdr_daemon::ownership::{Event, Ownerships};
+use vmdr_hypervisor::domain_xml::DomainXml;
 use vmdr_hypervisor::xml::Element;
 use vmdr_proto::control::receiver_server::Receiver as Service;
 use vmdr_proto::control::{
@@ -22,6 +23,7 @@ use vmdr_proto::replication::RefusedCode;
 
 use crate::access;
 use crate::activate::host::{Host, LocalHost};
+use crate::activate::memory::{self, Memory};
 use crate::activate::record::ActiveDirectory;
 use crate::activate::record::{PointId, Step};
 use crate::activate::run::{Activated, Activation, Standby, age_seconds, unix_ns};
@@ -451,10 +453,19 @@ fn apply_before<'a>(
     let original = Element::parse(&point.domain_xml);
     let original = original.map_err(|e| activate_status(&ActivateError::DomainXml(e.to_string())))?;
     let active = receiver.active_directory(uuid);
-    let applied = Applied { uuid, name, mapping: &settings.mapping, original, active };
+    let xml =
+        DomainXml::from_element(&original).map_err(|e| activate_status(&ActivateError::DomainXml(e.to_string())))?;
+    let boots = matches!(memory::choose(&xml, &point.ram), Ok(Memory::Off));
+    let applied = Applied { uuid, name, mapping: &settings.mapping, original, active, boots };
     let runs = host.guest(uuid).map_err(hypervisor_status)?.is_some_and(|guest| guest.state.is_active());
     if runs {
         return Ok((Some(applied), Vec::new()));
+    }
+    // One that was handed over stands still already: it is better off with the addresses that it has.
+    if only.is_none()
+        && let Some(why) = guest::refusal(&applied.original, recovery)
+    {
+        return Err(Status::failed_precondition(format!("{name} was not activated, nothing was changed: {why}")));
     }
     let mut ran = Vec::new();
     if !recovery.before.is_empty() {

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::fs;
-use std::net::{IpAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -177,7 +177,9 @@ fn a_server_that_does_not_answer_is_given_up() {
     write_key(&key, "hmac-sha256", "updater", "bm90IHRoZSBrZXkgYXQgYWxsISE=");
     // One that is not there, and one that takes connections and says nothing.
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
-    for port in [free_port(), silent.local_addr().unwrap().port()] {
+    // (A port that is somebody's end of a connection, and that nobody listens on.)
+    let end = TcpStream::connect(silent.local_addr().unwrap()).unwrap();
+    for port in [end.local_addr().unwrap().port(), silent.local_addr().unwrap().port()] {
         let begun = Instant::now();
         let limits = "timeout_seconds = 1\ntries = 2\non_failure = \"abort\"";
         let (changes, failed) = update(&plan(port, &key, limits), &names()[..1], &addresses()[..1]);

@@ -36,6 +36,8 @@ const DHCP_CLIENTS: [&str; 3] = ["dhclient", "dhcpcd", "udhcpc"];
 const PROCESSES_MAX: usize = 10_000;
 /// How long NICs that are not there yet are waited for when the guest has just started.
 const NICS_WAIT: Duration = Duration::from_secs(30);
+/// How long whatever is to set up the network is waited for when the guest has just started.
+const STARTS_WAIT: Duration = Duration::from_secs(20);
 /// Between two looks for them.
 const NICS_LOOK: Duration = Duration::from_millis(500);
 
@@ -106,7 +108,15 @@ fn failed(subject: impl Into<String>, error: impl Into<String>) -> Item {
 /// Applies a description, and says of each thing what came of it.
 pub fn apply(wanted: &Network, places: &Places) -> Report {
     let items = match Netlink::open() {
-        Ok(mut kernel) => apply_with(&mut kernel, wanted, places, &mut persist::run),
+        Ok(mut kernel) => {
+            let until = Instant::now() + STARTS_WAIT;
+            let links = kernel.links().unwrap_or_default();
+            let nics = of_nics(&links, wanted, &Network::default());
+            while persist::is_starting(&places.root, &nics) && Instant::now() < until {
+                std::thread::sleep(NICS_LOOK);
+            }
+            apply_with(&mut kernel, wanted, places, &mut persist::run)
+        }
         Err(error) => vec![failed("network", format!("open a netlink socket: {error}"))],
     };
     Report { items }

@@ -23,6 +23,9 @@ use super::{done, failed, link_of, read, replace_with};
 
 const NETWORKD: &str = "etc/systemd/network";
 const NETWORK_MANAGER: &str = "etc/NetworkManager/system-connections";
+/// What each of the two knows of each NIC, by the kernel's number of it.
+const NETWORKD_STATE: &str = "run/systemd/netif/links";
+const NETWORK_MANAGER_STATE: &str = "run/NetworkManager/devices";
 const INTERFACES: &str = "etc/network/interfaces";
 const INTERFACES_D: &str = "etc/network/interfaces.d";
 const BEGIN: &str = "# vmdr begin: written by vmdr-guest-tools, taken away when the guest goes home";
@@ -74,6 +77,19 @@ pub fn is_written(root: &Path) -> bool {
     [NETWORKD, NETWORK_MANAGER].into_iter().any(file_of) || section()
 }
 
+/// Whether one of those that start with the guest has not come to all of these NICs yet. It is not known then whose they are.
+pub fn is_starting(root: &Path, links: &[Link]) -> bool {
+    let starts = |unit: &str, directory: &str| {
+        let wanted = |target: &str| {
+            let link = root.join("etc/systemd/system").join(format!("{target}.target.wants")).join(unit);
+            fs::symlink_metadata(link).is_ok()
+        };
+        let seen = |link: &Link| root.join(directory).join(link.index.to_string()).exists();
+        ["multi-user", "sysinit", "network-online"].into_iter().any(wanted) && !links.iter().all(seen)
+    };
+    starts("systemd-networkd.service", NETWORKD_STATE) || starts("NetworkManager.service", NETWORK_MANAGER_STATE)
+}
+
 /// Which it is, for these NICs.
 pub fn system(root: &Path, links: &[Link]) -> System {
     let says = |directory: &str, link: &Link, good: &dyn Fn(&str) -> bool| {
@@ -82,9 +98,9 @@ pub fn system(root: &Path, links: &[Link]) -> System {
     };
     let networkd = |line: &str| line.strip_prefix("ADMIN_STATE=").is_some_and(|state| state != "unmanaged");
     let manager = |line: &str| line == "managed=true" || line.starts_with("connection-uuid=");
-    if links.iter().any(|link| says("run/systemd/netif/links", link, &networkd)) {
+    if links.iter().any(|link| says(NETWORKD_STATE, link, &networkd)) {
         System::Networkd
-    } else if links.iter().any(|link| says("run/NetworkManager/devices", link, &manager)) {
+    } else if links.iter().any(|link| says(NETWORK_MANAGER_STATE, link, &manager)) {
         System::NetworkManager
     } else if root.join(INTERFACES).is_file() {
         System::Ifupdown
@@ -416,11 +432,14 @@ mod tests {
             fs::write(file, text).unwrap();
         };
         let found = || system(root.path(), &links()[..1]);
-        assert_eq!(found(), System::Own);
+        let starting = || is_starting(root.path(), &links()[..1]);
+        assert!(found() == System::Own && !starting());
+        put("etc/systemd/system/multi-user.target.wants/NetworkManager.service", "");
+        assert!(starting());
         put(INTERFACES, "auto lo\n");
         assert_eq!(found(), System::Ifupdown);
         put("run/NetworkManager/devices/1", "[device]\nmanaged=true\n");
-        assert_eq!(found(), System::NetworkManager);
+        assert!(found() == System::NetworkManager && !starting());
         put("run/systemd/netif/links/1", "ADMIN_STATE=unmanaged\n");
         assert_eq!(found(), System::NetworkManager);
         put("run/systemd/netif/links/1", "ADMIN_STATE=configured\nOPER_STATE=routable\n");

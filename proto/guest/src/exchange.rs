@@ -102,6 +102,8 @@ pub struct Desk {
     total: usize,
     phase: Phase,
     text: String,
+    /// What is being applied, or was.
+    applied: String,
 }
 
 impl Desk {
@@ -110,19 +112,31 @@ impl Desk {
         match message {
             Message::NetworkPut { at, total, bytes } => {
                 let (at, total) = (usize::from(*at), usize::from(*total));
-                // The last piece again, as its answer was lost.
-                let repeated = at > 0 && matches!(self.phase, Phase::Done | Phase::Refused);
-                if self.phase == Phase::Working || repeated {
-                    return (self.is(0), None);
+                // The last piece again, as its answer was lost; not one of another description.
+                let ends = !bytes.is_empty() && at + bytes.len() == total && total == self.applied.len();
+                let last = ends && self.applied.as_bytes().get(at..) == Some(bytes.as_slice());
+                match self.phase {
+                    Phase::Working if !last => return (Self::busy(), None),
+                    Phase::Working => return (self.is(0), None),
+                    Phase::Done if at > 0 && last => return (self.is(0), None),
+                    Phase::Refused if at > 0 => return (self.is(0), None),
+                    _ => {}
                 }
                 self.text.clear();
+                self.applied.clear();
                 self.phase = Phase::Receiving;
                 self.total = total;
                 let taken = self.intake.put(at, total, bytes);
                 let network = match taken {
                     Taken::More(_) => None,
                     Taken::Wrong(what) => self.refuse(what.to_owned()),
-                    Taken::Whole(text) => Network::parse(&text).map_or_else(|why| self.refuse(why), Some),
+                    Taken::Whole(text) => match Network::parse(&text) {
+                        Ok(network) => {
+                            self.applied = text;
+                            Some(network)
+                        }
+                        Err(why) => self.refuse(why),
+                    },
                 };
                 if network.is_some() {
                     self.phase = Phase::Working;
@@ -147,14 +161,14 @@ impl Desk {
         debug_assert!(self.text.len() <= NETWORK_BYTES_MAX);
     }
 
-    /// The answer while nothing can be written.
+    /// The answer while nothing can be written, or another description is being applied.
     pub fn busy() -> Message {
         Message::NetworkIs { phase: Phase::Busy, at: 0, total: 0, bytes: Vec::new() }
     }
 
     /// Bytes that are kept.
     pub fn held(&self) -> usize {
-        self.intake.len() + self.text.len()
+        self.intake.len() + self.text.len() + self.applied.len()
     }
 
     fn is(&self, at: usize) -> Message {
@@ -223,6 +237,24 @@ mod tests {
             assert_eq!(end, Step::Done(report()));
             assert!(!applied.is_empty() && applied.iter().all(|one| *one == network), "again, perhaps, but no other");
         }
+    }
+
+    #[test]
+    fn the_report_of_one_description_is_not_believed_of_another() {
+        let (mut first, mut second, mut guest) =
+            (Conversation::new(&network(1)).unwrap(), Conversation::new(&network(2)).unwrap(), Desk::default());
+        assert_eq!(guest.hear(&first.message()).1, Some(network(1)));
+        for _ in 0..2 {
+            let (answer, wanted) = guest.hear(&second.message());
+            assert!(matches!(answer, Message::NetworkIs { phase: Phase::Busy, .. }) && wanted.is_none(), "{answer:?}");
+            assert_eq!(second.hear(&answer), Step::Later);
+        }
+        // The same again, as its answer was lost.
+        assert_eq!(first.hear(&guest.hear(&first.message()).0), Step::Later);
+        guest.done(&report());
+        let (answer, wanted) = guest.hear(&second.message());
+        assert!(matches!(answer, Message::NetworkIs { phase: Phase::Receiving, .. }) || wanted.is_some(), "{answer:?}");
+        assert!(!matches!(second.hear(&answer), Step::Done(_)));
     }
 
     #[test]

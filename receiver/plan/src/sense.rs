@@ -113,7 +113,13 @@ fn counts(domain: &Domain, sink: &Sink<'_>) {
     };
     most(domain.dns_servers.get(RESOLVER_MAX).map(|at| at.place), RESOLVER_MAX, "name server");
     most(domain.dns_search.get(RESOLVER_MAX).map(|at| at.place), RESOLVER_MAX, "domain to append");
-    for nic in &domain.nics {
+    for nic in domain.nics.iter().filter(|nic| nic.changed.is_some()) {
+        for address in nic.addresses.iter().filter(|at| at.value.prefix == 0) {
+            sink.wrong(
+                address.place,
+                format!("{} has all addresses in its network: a guest does not take it", address.value),
+            );
+        }
         most(nic.addresses.get(ADDRESSES_MAX).map(|at| at.place), ADDRESSES_MAX, "address");
         most(nic.routes.get(ROUTES_MAX).map(|route| route.to.place), ROUTES_MAX, "route");
     }

@@ -170,3 +170,11 @@ fn whatever_is_missing_of_a_plan_its_mistakes_are_within_it() {
     }
     assert!(wrong > text.len(), "{wrong}");
 }
+
+#[test]
+fn only_what_a_guest_is_given_is_limited() {
+    let addresses: Vec<String> = (1..=40).map(|i| format!("\"10.0.0.{i}/24\"")).collect();
+    let nic = format!("[[domain.web1.nic]]\nsource = \"br0\"\naddresses = [{}]\n", addresses.join(", "));
+    assert!(Plan::parse(&nic).is_ok());
+    assert!(Plan::parse(&format!("{nic}addressing = \"changed\"\n")).is_err());
+}

@@ -32,6 +32,8 @@ pub struct Applied<'a> {
     pub original: Element,
     /// Where its activation is recorded.
     pub active: ActiveDirectory,
+    /// Whether it boots, as its point has no memory.
+    pub boots: bool,
 }
 
 /// What was done.
@@ -153,11 +155,12 @@ impl Applied<'_> {
                 outcome.warnings.push(format!("it is not limited as the plan says: {error}"));
             }
         }
-        let mut failed = match &live {
+        let addresses = match &live {
             Ok(live) => self.change_addresses(uri, live, plan, &mut outcome, progress),
             Err(error) => Some(format!("the guest's addresses were not changed: {error}"))
                 .filter(|_| !guest::wanted(&self.original, plan).nics.is_empty()),
         };
+        let mut failed = addresses.clone();
         if failed.is_none() {
             failed = self.update_names(plan, &mut outcome, progress);
         } else if self.mapping.dns.is_some() && !plan.dns_names.is_empty() {
@@ -169,7 +172,11 @@ impl Applied<'_> {
         let (hooks, failed_hook) = hooks::run("after", &plan.after, &environment, progress);
         outcome.hooks = hooks;
         outcome.failed = failed.into_iter().chain(failed_hook).reduce(|all, one| format!("{all}; and {one}"));
-        if let Err(error) = durable::remove(&self.pending()) {
+        if addresses.is_some() {
+            let again =
+                format!("`vmdr activate {}` tries again to change its addresses, and runs the hooks again", self.name);
+            outcome.warnings.push(again);
+        } else if let Err(error) = durable::remove(&self.pending()) {
             outcome.warnings.push(format!("the hooks may run again: remove {}: {error}", self.pending().display()));
         }
         for warning in &outcome.warnings {
@@ -194,7 +201,7 @@ impl Applied<'_> {
             progress("change addresses in the guest");
         }
         let begun = std::time::Instant::now();
-        outcome.network = guest::apply(uri, self.uuid, self.name, live, &network);
+        outcome.network = guest::apply(uri, self.uuid, self.name, live, &network, self.boots);
         for Change { subject, done, error } in &outcome.network {
             tracing::info!(
                 domain = self.name,
@@ -256,6 +263,7 @@ mod tests {
             mapping,
             original: original.clone(),
             active: ActiveDirectory::of(directory.path()),
+            boots: false,
         };
         let none = Mapping::default();
         applied(&none).note().unwrap();
@@ -290,6 +298,7 @@ mod tests {
             mapping: &mapping,
             original: Element::parse(nics).unwrap(),
             active: ActiveDirectory::of(std::path::Path::new("/nonexistent")),
+            boots: false,
         };
         let environment = applied.environment("1-5", Some(2));
         let of = |name: &str| environment.iter().find(|(n, _)| *n == name).map(|(_, value)| value.as_str());

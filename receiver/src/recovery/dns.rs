@@ -49,8 +49,14 @@ enum Trouble {
 
 /// Tells the plan's server. What was done, zone by zone, and a sentence if that is to end the activation.
 pub fn update(dns: &Dns, names: &[String], addresses: &[IpAddr]) -> (Vec<Change>, Option<String>) {
-    if names.is_empty() || addresses.is_empty() {
+    if names.is_empty() {
         return (Vec::new(), None);
+    }
+    if addresses.is_empty() {
+        let error = "no NIC that the guest has was found in the plan with `addresses`".to_owned();
+        let failed = Some(format!("{} leads nowhere: {error}", names.join(", ")));
+        let change = Change { subject: format!("DNS zone {}", dns.zone), done: String::new(), error };
+        return (vec![change], failed.filter(|_| dns.on_failure == OnFailure::Abort));
     }
     let key = read_key(&dns.key_file.value);
     let mut changes = Vec::new();
@@ -143,7 +149,8 @@ fn parse_key(text: &str) -> Result<Key, String> {
         "hmac-sha256" => Algorithm::Sha256,
         "hmac-sha384" => Algorithm::Sha384,
         "hmac-sha512" => Algorithm::Sha512,
-        other => return Err(format!("{other:?} is no algorithm that is taken: hmac-sha256, hmac-sha384, hmac-sha512")),
+        // Not what it is: in a file of another form it may be the secret.
+        _ => return Err("its algorithm is none of hmac-sha256, hmac-sha384 and hmac-sha512".to_owned()),
     };
     let name = KeyName::from_str(&name).map_err(|error| format!("its name: {error}"))?;
     let secret = BASE64.decode(secret.as_bytes()).map_err(|_| "its secret is no base64".to_owned())?;
@@ -345,10 +352,12 @@ mod tests {
             ("nonsense", "neither"),
             ("vmdr:x", "no base64"),
             ("vmdr:MDEy", "less than"),
-            (&format!("hmac-md5:vmdr:{SECRET}"), "no algorithm"),
+            (&format!("hmac-md5:vmdr:{SECRET}"), "its algorithm is none of"),
+            (&format!("{SECRET}:vmdr:MDEy"), "its algorithm is none of"),
         ] {
             let said = parse_key(text).unwrap_err();
-            assert!(said.contains(why) && !said.contains(SECRET), "{text}: {said}");
+            let secret = said.to_ascii_lowercase().contains(&SECRET.to_ascii_lowercase());
+            assert!(said.contains(why) && !secret, "{text}: {said}");
         }
     }
 

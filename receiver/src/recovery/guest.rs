@@ -24,12 +24,16 @@ use vmdr_proto::control::Change;
 
 use crate::activate::mapping::source_of;
 
-/// How long the tools are waited for until they are heard of, where something is to be changed...
+/// How long the tools are waited for until they are heard of, where something is to be changed or they were there a moment ago...
 const HEARD_LIMIT: Duration = Duration::from_secs(20);
-/// ...and where something may only have to be given back.
+/// ...in a guest that is booting...
+const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// ...and where something may only have to be given back...
 const HOME_LIMIT: Duration = Duration::from_secs(5);
+/// ...by a guest that is booting.
+const HOME_BOOT_LIMIT: Duration = Duration::from_secs(60);
 /// How long a guest may take to change what is to be changed, once it is heard of.
-const WORK_LIMIT: Duration = Duration::from_secs(40);
+const WORK_LIMIT: Duration = Duration::from_secs(60);
 /// How long one answer is waited for.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 /// The same in libvirt's whole seconds.
@@ -90,10 +94,31 @@ pub fn steps(network: &Network) -> Vec<String> {
     steps
 }
 
-/// Has a guest that runs here have this network. What came of each thing; nothing where there was nothing to be done.
-pub fn apply(uri: &str, uuid: Uuid, name: &str, live: &Element, network: &Network) -> Vec<Change> {
+/// Why a guest cannot have what the plan says; nothing is asked of it.
+pub fn refusal(original: &Element, plan: &vmdr_plan::Domain) -> Option<String> {
+    let network = wanted(original, plan);
+    for (i, nic) in network.nics.iter().enumerate() {
+        let same = network.nics[..i].iter().find(|other| other.addresses.iter().any(|a| nic.addresses.contains(a)));
+        if let Some(other) = same {
+            let (a, b) = (other.mac, nic.mac);
+            return Some(format!("NICs {a} and {b} would have the same addresses: say in the plan which by `mac`"));
+        }
+    }
+    network.encode().err().map(|why| format!("the guest would not take the plan's addresses: {why}"))
+}
+
+/// Has a guest that runs here have this network; `boots`: it was not resumed. What came of each thing; nothing where there was nothing
+/// to be done.
+pub fn apply(uri: &str, uuid: Uuid, name: &str, live: &Element, network: &Network, boots: bool) -> Vec<Change> {
     if let Some(socket) = channel_socket(live, PORT) {
-        return by_tools(name, socket, network);
+        let connected = channel(live, PORT).and_then(|port| port.attribute_at("target", "state")) == Some("connected");
+        let limit = match (network.is_home(), boots) {
+            (false, true) => BOOT_LIMIT,
+            (true, true) => HOME_BOOT_LIMIT,
+            (true, false) if !connected => HOME_LIMIT,
+            _ => HEARD_LIMIT,
+        };
+        return by_tools(name, socket, network, limit, connected);
     }
     if network.is_home() {
         return Vec::new();
@@ -108,12 +133,12 @@ fn failed(subject: impl Into<String>, error: impl Into<String>) -> Change {
     Change { subject: subject.into(), done: String::new(), error: error.into() }
 }
 
-fn by_tools(name: &str, socket: PathBuf, network: &Network) -> Vec<Change> {
+/// `limit`: for the first word of them. `connected`: something in the guest has the port open.
+fn by_tools(name: &str, socket: PathBuf, network: &Network, limit: Duration, connected: bool) -> Vec<Change> {
     let channel = match GuestChannel::open(name, socket, true) {
         Ok(channel) => channel,
         Err(error) => return vec![failed("network", format!("talk to the guest's tools: {error}"))],
     };
-    let limit = if network.is_home() { HOME_LIMIT } else { HEARD_LIMIT };
     let until = Instant::now() + limit;
     let line = loop {
         match channel.networker() {
@@ -122,10 +147,11 @@ fn by_tools(name: &str, socket: PathBuf, network: &Network) -> Vec<Change> {
             Err(_) => std::thread::sleep(REST),
         }
     };
+    let is_older = line.is_err() && channel.is_greeted();
     let changes = match line.map_err(ToOwned::to_owned).and_then(|line| converse(&line, network, WORK_LIMIT)) {
-        Ok(report) => report.items.into_iter().map(change).collect(),
+        Ok(report) => complete(report, network),
         // A guest of which nothing is wanted may have tools that do not run, or that are older.
-        Err(why) if network.is_home() => {
+        Err(why) if network.is_home() && (!connected || is_older) => {
             tracing::debug!(
                 domain = name,
                 "the guest's tools were not asked to give back what they have changed: {why}"
@@ -135,6 +161,18 @@ fn by_tools(name: &str, socket: PathBuf, network: &Network) -> Vec<Change> {
         Err(why) => vec![failed("network", format!("vmdr's tools in the guest: {why}"))],
     };
     keep(channel);
+    changes
+}
+
+/// Each thing of a report, and each NIC of which it has nothing.
+fn complete(report: Report, network: &Network) -> Vec<Change> {
+    let mut changes: Vec<Change> = report.items.into_iter().map(change).collect();
+    for nic in &network.nics {
+        let subject = format!("NIC {}", nic.mac);
+        if !changes.iter().any(|change| change.subject == subject) {
+            changes.push(failed(subject, "the report of the guest's tools has nothing of it"));
+        }
+    }
     changes
 }
 
@@ -200,7 +238,8 @@ fn by_agent(uri: &str, uuid: Uuid, network: &Network) -> Vec<Change> {
             for nic in &network.nics {
                 let subject = format!("NIC {}", nic.mac);
                 let mut run = |words: &[String]| execute(&domain, words, until);
-                changes.push(match by_ip(nic, &interfaces, &mut run) {
+                let mut look = || ask(&domain, "guest-network-get-interfaces", &json!({}), until);
+                changes.push(match by_ip(nic, &interfaces, &mut run, &mut look) {
                     Ok(done) => Change { subject, done, error: String::new() },
                     Err(error) => failed(subject, error),
                 });
@@ -258,16 +297,11 @@ fn by_ip(
     nic: &Nic,
     interfaces: &Value,
     run: &mut dyn FnMut(&[String]) -> Result<(), String>,
+    look: &mut dyn FnMut() -> Result<Value, String>,
 ) -> Result<String, String> {
-    let all = interfaces.as_array().map(Vec::as_slice).unwrap_or_default();
-    let of_mac = |interface: &&Value| {
-        let address = interface["hardware-address"].as_str().unwrap_or_default();
-        vmdr_plan::Mac::parse(address).is_ok_and(|mac| mac.0 == nic.mac.0)
-    };
-    let interface = all.iter().find(of_mac).ok_or("the guest has no such NIC")?;
+    let interface = interface_of(nic, interfaces)?;
     let device = interface["name"].as_str().filter(|name| is_device(name)).ok_or("it has no name that can be used")?;
-    let had: Vec<Subnet> =
-        interface["ip-addresses"].as_array().into_iter().flatten().take(CLAIMED_MAX).filter_map(claimed).collect();
+    let had = claimed_of(interface);
     let mut ip = |words: &str| {
         let words: Vec<String> = std::iter::once("ip").chain(words.split(' ')).map(str::to_owned).collect();
         run(&words)
@@ -278,7 +312,10 @@ fn by_ip(
     }
     let gone: Vec<&Subnet> = had.iter().filter(|subnet| !nic.addresses.contains(subnet)).collect();
     for address in &gone {
-        ip(&format!("address delete {address} dev {device}"))?;
+        // It may be gone with another one, or by itself; what is left is seen in the end.
+        if let Err(why) = ip(&format!("address delete {address} dev {device}")) {
+            tracing::debug!("in a guest: {why}");
+        }
     }
     if !gone.is_empty() {
         // With the first address of a network Linux takes the others.
@@ -290,8 +327,35 @@ fn by_ip(
         let six = if route.via.is_ipv6() { "-6 " } else { "" };
         ip(&format!("{six}route replace {} via {} dev {device}", route.to, route.via))?;
     }
+    let now = look()?;
+    let has = claimed_of(interface_of(nic, &now)?);
+    let missing =
+        nic.addresses.iter().filter(|subnet| !has.contains(subnet)).map(|subnet| format!("it has not {subnet}"));
+    let left = gone.iter().filter(|subnet| has.contains(subnet)).map(|subnet| format!("it still has {subnet}"));
+    let wrong: Vec<String> = missing.chain(left).collect();
+    if !wrong.is_empty() {
+        return Err(format!("{device}: {}", wrong.join(", ")));
+    }
     let what = nic.addresses.iter().map(ToString::to_string).chain(nic.routes.iter().map(ToString::to_string));
     Ok(format!("{} on {device}, by the QEMU guest agent", what.collect::<Vec<_>>().join(", ")))
+}
+
+/// The device that has a NIC's MAC address, as the guest's agent tells.
+fn interface_of<'a>(nic: &Nic, interfaces: &'a Value) -> Result<&'a Value, String> {
+    let of_mac = |interface: &&Value| {
+        let address = interface["hardware-address"].as_str().unwrap_or_default();
+        vmdr_plan::Mac::parse(address).is_ok_and(|mac| mac.0 == nic.mac.0)
+    };
+    let mut found = interfaces.as_array().into_iter().flatten().filter(of_mac);
+    let interface = found.next().ok_or("the guest has no such NIC")?;
+    match found.next() {
+        None => Ok(interface),
+        Some(_) => Err("several devices of the guest have this MAC address".to_owned()),
+    }
+}
+
+fn claimed_of(interface: &Value) -> Vec<Subnet> {
+    interface["ip-addresses"].as_array().into_iter().flatten().take(CLAIMED_MAX).filter_map(claimed).collect()
 }
 
 /// The guest has chosen it, and it becomes a word of a command.

@@ -80,10 +80,10 @@ pub fn check(plan: &Plan, standbys: &[Standby], host: &dyn Host) -> Result<Vec<F
         check.target(nic)?;
     }
     check.hooks(&plan.everyone);
-    if let Some(dns) = &plan.dns {
-        if let Err(error) = super::dns::read_key(&dns.value.key_file.value) {
-            check.refused(dns.value.key_file.place, error);
-        }
+    if let Some(dns) = &plan.dns
+        && let Err(error) = super::dns::read_key(&dns.value.key_file.value)
+    {
+        check.refused(dns.value.key_file.place, error);
     }
     for domain in &plan.domains {
         check.domain.clone_from(&domain.name.value);
@@ -200,6 +200,9 @@ impl Check<'_> {
                 );
                 self.refused(nic.selector.place, message);
             }
+        }
+        if let Err(error) = super::guest::wanted(xml, domain).encode() {
+            self.refused(domain.name.place, format!("its tools would not take what is to be changed: {error}"));
         }
         if domain_xml::channel(xml, TOOLS_CHANNEL).is_some() {
             return;

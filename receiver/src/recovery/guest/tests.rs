@@ -85,11 +85,11 @@ fn tools_are_asked_until_they_are_done() {
                 done: "x\u{1b}[2J".to_owned(),
                 error: error.to_owned(),
             };
-            desk.done(&Report { items: vec![item("NIC 1", ""), item("NIC 2", "no such NIC")] });
+            desk.done(&Report { items: vec![item("NIC 52:54:00:00:00:01", ""), item("NIC 2", "no such NIC")] });
         }
         say(stream, frame.number, answer);
     });
-    let changes = by_tools("web1", path, &network());
+    let changes = by_tools("web1", path, &network(), HEARD_LIMIT, true);
     assert_eq!(changes.len(), 2, "{changes:?}");
     assert_eq!((changes[0].error.as_str(), changes[1].done.as_str()), ("no such NIC", "x[2J"));
 }
@@ -100,7 +100,7 @@ fn older_tools_are_told_and_not_waited_for() {
         greet(stream, &frame, features::CLOCK);
     });
     let begun = Instant::now();
-    let changes = by_tools("web1", path.clone(), &network());
+    let changes = by_tools("web1", path.clone(), &network(), HEARD_LIMIT, true);
     assert!(changes.len() == 1 && changes[0].error.contains("of a version that cannot"), "{changes:?}");
     assert!(begun.elapsed() < HEARD_LIMIT);
 }
@@ -109,8 +109,53 @@ fn older_tools_are_told_and_not_waited_for() {
 fn a_silent_guest_is_given_up_in_time_and_a_guest_at_home_without_a_word() {
     let (_directory, path) = guest(|_, _| {});
     let begun = Instant::now();
-    assert_eq!(by_tools("web1", path, &Network::default()), []);
+    assert_eq!(by_tools("web1", path.clone(), &Network::default(), HOME_LIMIT, false), []);
     assert!(begun.elapsed() >= HOME_LIMIT && begun.elapsed() < HOME_LIMIT + HEARD_LIMIT);
+}
+
+#[test]
+fn a_guest_that_had_tools_and_is_not_heard_of_is_told() {
+    let (_directory, path) = guest(|_, _| {});
+    let changes = by_tools("web1", path, &Network::default(), Duration::from_millis(300), true);
+    assert!(changes.len() == 1 && changes[0].error.contains("not been heard of"), "{changes:?}");
+}
+
+#[test]
+fn a_report_that_has_nothing_of_a_nic_is_no_success() {
+    for (items, ends) in [(Vec::new(), 1), (vec![("NIC 52:54:00:00:00:01", "")], 0), (vec![("host name", "")], 1)] {
+        let item = |(subject, error): (&str, &str)| Item {
+            subject: subject.to_owned(),
+            done: String::new(),
+            error: error.to_owned(),
+        };
+        let changes = complete(Report { items: items.into_iter().map(item).collect() }, &network());
+        assert_eq!(changes.iter().filter(|change| !change.error.is_empty()).count(), ends, "{changes:?}");
+    }
+}
+
+#[test]
+fn what_no_guest_takes_is_refused_before_it_runs() {
+    let parse = |text: &str| Plan::parse(text).unwrap().domain("web1", "").clone();
+    assert_eq!(refusal(&original(), &parse(PLAN)), None);
+    let both = "[[domain.web1.nic]]\nsource = \"lan\"\naddressing = \"changed\"\naddresses = [\"10.1.0.5/24\"]\n";
+    let lan = original();
+    let xml = lan.to_string().replace("br0", "lan").replace("br1", "lan");
+    let said = refusal(&Element::parse(&xml).unwrap(), &parse(both));
+    assert!(said.as_ref().is_some_and(|said| said.contains("the same addresses")), "{said:?}");
+    let nics: String = (0..40)
+        .map(|i| format!("<interface type='bridge'><mac address='52:54:00:00:01:{i:02x}'/></interface>"))
+        .collect();
+    let changed: String = (0..40)
+        .map(|i| {
+            format!(
+                "[[domain.web1.nic]]\nmac = \"52:54:00:00:01:{i:02x}\"\naddressing = \"changed\"\naddresses = \
+                 [\"10.2.{i}.5/24\"]\n"
+            )
+        })
+        .collect();
+    let many = Element::parse(&format!("<domain><devices>{nics}</devices></domain>")).unwrap();
+    let said = refusal(&many, &parse(&changed));
+    assert!(said.as_ref().is_some_and(|said| said.contains("one too many")), "{said:?}");
 }
 
 #[test]
@@ -148,6 +193,24 @@ fn interfaces() -> Value {
     ])
 }
 
+/// After the change.
+fn changed() -> Value {
+    json!([{ "name": "eth0", "hardware-address": "52:54:00:00:00:01", "ip-addresses": [
+        { "ip-address": "10.1.0.5", "prefix": 24 }, { "ip-address": "fd00::5", "prefix": 64 }] }])
+}
+
+#[test]
+fn a_delete_that_fails_ends_nothing_and_what_is_left_is_seen() {
+    let mut refuses = |words: &[String]| match words.iter().any(|word| word == "delete") {
+        true => Err("it is gone".to_owned()),
+        false => Ok(()),
+    };
+    let nic = &network().nics[0];
+    assert!(by_ip(nic, &interfaces(), &mut refuses, &mut || Ok(changed())).is_ok());
+    let said = by_ip(nic, &interfaces(), &mut refuses, &mut || Ok(interfaces()));
+    assert_eq!(said, Err("eth0: it has not fd00::5/64, it still has 10.0.0.5/24".to_owned()));
+}
+
 #[test]
 fn the_qemu_guest_agent_runs_ip() {
     let mut ran = Vec::new();
@@ -155,7 +218,7 @@ fn the_qemu_guest_agent_runs_ip() {
         ran.push(words.join(" "));
         Ok(())
     };
-    let done = by_ip(&network().nics[0], &interfaces(), &mut run).unwrap();
+    let done = by_ip(&network().nics[0], &interfaces(), &mut run, &mut || Ok(changed())).unwrap();
     assert!(done.contains("10.1.0.5/24") && done.contains("on eth0"), "{done}");
     let expected = [
         "ip link set dev eth0 up",
@@ -175,9 +238,9 @@ fn a_device_whose_name_is_no_name_is_not_touched() {
     for name in ["-force", "eth0; reboot", "", "a\nb", "sixteen-letters-", "../x"] {
         let mut claimed = interfaces();
         claimed[1]["name"] = json!(name);
-        let said = by_ip(&network().nics[0], &claimed, &mut |_| panic!("it was run"));
+        let said = by_ip(&network().nics[0], &claimed, &mut |_| panic!("it was run"), &mut || Ok(changed()));
         assert!(said.is_err_and(|why| why.contains("no name that can be used")), "{name:?}");
     }
     let missing = Nic { mac: Mac([2, 0, 0, 0, 0, 9]), ..Nic::default() };
-    assert!(by_ip(&missing, &interfaces(), &mut |_| Ok(())).is_err());
+    assert!(by_ip(&missing, &interfaces(), &mut |_| Ok(()), &mut || Ok(changed())).is_err());
 }
