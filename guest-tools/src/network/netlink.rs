@@ -200,6 +200,10 @@ fn address_message(link: &Link, subnet: Subnet) -> AddressMessage {
     message.header.family = family(subnet.address);
     message.header.prefix_len = subnet.prefix;
     message.header.index = link.index;
+    if subnet.address.is_ipv6() {
+        // The site announces it, which the guest, while it looks whether somebody else has it, would take for that somebody.
+        message.header.flags = AddressHeaderFlags::Nodad;
+    }
     message.attributes.push(AddressAttribute::Local(subnet.address));
     message.attributes.push(AddressAttribute::Address(subnet.address));
     if let IpAddr::V4(address) = subnet.address

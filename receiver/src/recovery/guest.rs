@@ -306,9 +306,14 @@ fn by_ip(
         let words: Vec<String> = std::iter::once("ip").chain(words.split(' ')).map(str::to_owned).collect();
         run(&words)
     };
+    // It is announced here, which a guest that looks whether somebody else has the address would take for that somebody.
+    let replace = |subnet: &Subnet| {
+        let six = if subnet.address.is_ipv6() { " nodad" } else { "" };
+        format!("address replace {subnet} dev {device}{six}")
+    };
     ip(&format!("link set dev {device} up"))?;
     for address in &nic.addresses {
-        ip(&format!("address replace {address} dev {device}"))?;
+        ip(&replace(address))?;
     }
     let gone: Vec<&Subnet> = had.iter().filter(|subnet| !nic.addresses.contains(subnet)).collect();
     for address in &gone {
@@ -320,7 +325,7 @@ fn by_ip(
     if !gone.is_empty() {
         // With the first address of a network Linux takes the others.
         for address in &nic.addresses {
-            ip(&format!("address replace {address} dev {device}"))?;
+            ip(&replace(address))?;
         }
     }
     for route in &nic.routes {

@@ -223,10 +223,10 @@ fn the_qemu_guest_agent_runs_ip() {
     let expected = [
         "ip link set dev eth0 up",
         "ip address replace 10.1.0.5/24 dev eth0",
-        "ip address replace fd00::5/64 dev eth0",
+        "ip address replace fd00::5/64 dev eth0 nodad",
         "ip address delete 10.0.0.5/24 dev eth0",
         "ip address replace 10.1.0.5/24 dev eth0",
-        "ip address replace fd00::5/64 dev eth0",
+        "ip address replace fd00::5/64 dev eth0 nodad",
         "ip route replace 0.0.0.0/0 via 10.1.0.1 dev eth0",
         "ip route replace 10.9.0.0/16 via 10.1.0.2 dev eth0",
     ];
