@@ -9,6 +9,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 use vmdr_daemon::ownership::{Event, Ownerships};
+use vmdr_hypervisor::domain_xml::DomainXml;
 use vmdr_hypervisor::xml::Element;
 use vmdr_proto::control::receiver_server::Receiver as Service;
 use vmdr_proto::control::{
@@ -22,6 +23,7 @@ use vmdr_proto::replication::RefusedCode;
 
 use crate::access;
 use crate::activate::host::{Host, LocalHost};
+use crate::activate::memory::{self, Memory};
 use crate::activate::record::ActiveDirectory;
 use crate::activate::record::{PointId, Step};
 use crate::activate::run::{Activated, Activation, Standby, age_seconds, unix_ns};
@@ -32,6 +34,7 @@ use crate::daemon::Receiver;
 use crate::drill;
 use crate::history;
 use crate::recovery::applied::{Applied, Outcome};
+use crate::recovery::guest;
 use crate::recovery::site;
 use crate::reverse::divergence;
 use crate::store::{DomainSummary, PointId as StoredPoint, RecoveryPoint, Store, StoreError};
@@ -300,6 +303,13 @@ fn plan_with(
     if let Some(recovery) = &settings.mapping.plan {
         let run = |hook: &vmdr_plan::Hook| format!("run {}", hook.argv.value.join(" "));
         steps.splice(0..0, recovery.before.iter().map(run));
+        if let Ok(original) = Element::parse(&point.domain_xml) {
+            steps.extend(guest::steps(&guest::wanted(&original, recovery)));
+        }
+        if let (Some(dns), [_, ..]) = (&settings.mapping.dns, recovery.dns_names.as_slice()) {
+            let names: Vec<&str> = recovery.dns_names.iter().map(|name| name.value.as_str()).collect();
+            steps.push(format!("tell {} that {} is there", dns.server, names.join(", ")));
+        }
         steps.extend(recovery.after.iter().map(run));
     }
     Ok(ActivationPlan {
@@ -389,6 +399,8 @@ pub(crate) fn activate_in(
         if let Some(applied) = applied.as_ref().filter(|applied| applied.is_noted()) {
             let id = stored_point(point).to_string();
             outcome = applied.after(&receiver.config.libvirt_uri, &host, &id, generation, progress);
+        } else if !was_active {
+            guest::tell_time(&receiver.config.libvirt_uri, uuid, &name);
         }
     }
     Ok(ActivationReport {
@@ -396,6 +408,8 @@ pub(crate) fn activate_in(
         mapping: applied.map(|applied| applied.list()).unwrap_or_default(),
         hooks: ran_before.into_iter().chain(outcome.hooks).collect(),
         announced: outcome.announced,
+        network: outcome.network,
+        dns: outcome.dns,
         warnings: outcome.warnings,
         failed: outcome.failed.unwrap_or_default(),
         uuid: uuid.to_string(),
@@ -439,10 +453,19 @@ fn apply_before<'a>(
     let original = Element::parse(&point.domain_xml);
     let original = original.map_err(|e| activate_status(&ActivateError::DomainXml(e.to_string())))?;
     let active = receiver.active_directory(uuid);
-    let applied = Applied { uuid, name, mapping: &settings.mapping, original, active };
+    let xml =
+        DomainXml::from_element(&original).map_err(|e| activate_status(&ActivateError::DomainXml(e.to_string())))?;
+    let boots = matches!(memory::choose(&xml, &point.ram), Ok(Memory::Off));
+    let applied = Applied { uuid, name, mapping: &settings.mapping, original, active, boots };
     let runs = host.guest(uuid).map_err(hypervisor_status)?.is_some_and(|guest| guest.state.is_active());
     if runs {
         return Ok((Some(applied), Vec::new()));
+    }
+    // One that was handed over stands still already: it is better off with the addresses that it has.
+    if only.is_none()
+        && let Some(why) = guest::refusal(&applied.original, recovery)
+    {
+        return Err(Status::failed_precondition(format!("{name} was not activated, nothing was changed: {why}")));
     }
     let mut ran = Vec::new();
     if !recovery.before.is_empty() {

@@ -2,14 +2,16 @@
 //!
 //! - [`mapping`]: what it says of a domain, for [`crate::activate`]; a plan that is wrong refuses an activation before anything is
 //!   started.
-//! - [`hooks`]: programs before and after; [`announce`]: the guest's addresses, told to its new neighbours; [`applied`]: both, in
-//!   their order around an activation.
+//! - [`hooks`]: programs before and after; [`announce`]: the guest's addresses, told to its new neighbours; [`guest`]: other addresses
+//!   in the guest; [`dns`]: names that lead to them; [`applied`]: all of that, in its order around an activation.
 //! - [`site`]: whether this site has what the plan names; [`watch`]: the same every day.
 //!
 //! The file is read each time: there is nothing to be told of a change.
 
 pub mod announce;
 pub mod applied;
+pub mod dns;
+pub mod guest;
 pub mod hooks;
 pub mod packet;
 pub mod site;
@@ -69,6 +71,7 @@ pub fn mapping(config: &Config, name: &str, uuid: &str) -> Mapping {
             let domain = plan.domain(name, uuid).clone();
             let unsupported = domain.unsupported();
             mapping.plan = Some(domain);
+            mapping.dns = plan.dns.map(|dns| dns.value);
             unsupported
         }
         Err(mistakes) => mistakes,

@@ -304,6 +304,12 @@ pub fn channel<'a>(root: &'a Element, name: &str) -> Option<&'a Element> {
     channels.find(|channel| channel.attribute_at("target", "name") == Some(name))
 }
 
+/// The unix socket at which QEMU listens for the other end of a running domain's channel of this name, if it has one.
+pub fn channel_socket(live: &Element, name: &str) -> Option<PathBuf> {
+    let channel = channel(live, name).filter(|channel| channel.attribute("type") == Some("unix"))?;
+    channel.attribute_at("source", "path").map(PathBuf::from)
+}
+
 /// The path that [`add_own_qmp_socket`] uses for a domain.
 pub fn qmp_socket_path(uuid: &Uuid) -> PathBuf {
     PathBuf::from(format!("{QMP_SOCKET_DIRECTORY}/vmdr-{uuid}.qmp"))
@@ -555,5 +561,25 @@ fn device(element: &Element) -> Device {
         model: model.or_else(|| nested("model", "name")).or_else(|| nested("model", "type")).unwrap_or_default(),
         alias: nested("alias", "name"),
         element: element.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_channels_socket_is_found_by_its_name() {
+        let domain = |name: &str| {
+            let text = format!(
+                "<domain><devices><channel type='unix'><source mode='bind' path='/run/other'/>\
+                 <target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
+                 <channel type='unix'><source mode='bind' path='/run/port'/><target type='virtio' name='{name}'/></channel>\
+                 </devices></domain>"
+            );
+            Element::parse(&text).unwrap()
+        };
+        assert_eq!(channel_socket(&domain("one"), "one"), Some(PathBuf::from("/run/port")));
+        assert_eq!(channel_socket(&domain("another"), "one"), None);
     }
 }

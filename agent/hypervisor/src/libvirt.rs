@@ -533,7 +533,12 @@ impl Domain {
 
     /// A command to the QEMU guest agent, for whose answer is waited for so many seconds. libvirt marks the domain tainted.
     pub fn guest_agent(&self, command: &str, seconds: i32) -> Result<Value, Error> {
-        let request = json!({ "execute": command }).to_string();
+        self.guest_agent_with(command, &json!({}), seconds)
+    }
+
+    /// The same with arguments, an object.
+    pub fn guest_agent_with(&self, command: &str, arguments: &Value, seconds: i32) -> Result<Value, Error> {
+        let request = json!({ "execute": command, "arguments": arguments }).to_string();
         let reply = self
             .domain
             .qemu_agent_command(&request, seconds.max(1), 0)

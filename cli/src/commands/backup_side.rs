@@ -159,6 +159,13 @@ fn applied_text(out: Out, report: &ActivationReport) -> String {
     for announced in &report.announced {
         applied.push_str(&format!("  announced:      {}\n", text::one_line(announced)));
     }
+    for (label, changes) in [("  in the guest:   ", &report.network), ("  names:          ", &report.dns)] {
+        for change in changes {
+            let how = if change.error.is_empty() { &change.done } else { &change.error };
+            let said = text::wrapped(label, &text::one_line(&format!("{}: {how}", change.subject)));
+            applied.push_str(&if change.error.is_empty() { said } else { out.paint(Tone::Bad, &said) });
+        }
+    }
     for hook in &report.hooks {
         let how = if hook.error.is_empty() { "done".to_owned() } else { text::one_line(&hook.error) };
         let said =

@@ -189,6 +189,18 @@ fn mapped(domain: &str) -> Vec<Mapped> {
     if ["planned", "unhooked"].contains(&domain) { vec![mapped] } else { Vec::new() }
 }
 
+fn change(subject: &str, done: &str, error: &str) -> Change {
+    Change { subject: subject.into(), done: done.into(), error: error.into() }
+}
+
+/// What was changed in the guest of a recovery plan.
+fn changes() -> Vec<Change> {
+    vec![
+        change("NIC 52:54:00:12:34:56", "192.0.2.10/24, 0.0.0.0/0 via 192.0.2.1 on eth0", ""),
+        change("resolver", "", "/etc/resolv.conf is a link to what another program writes; it was left as it is"),
+    ]
+}
+
 fn hook(stage: &str, error: &str) -> HookRun {
     HookRun { stage: stage.into(), command: "/usr/local/sbin/tell web1".into(), seconds: 0.25, error: error.into() }
 }
@@ -545,6 +557,10 @@ impl Receiver for Daemon {
                 Vec::new()
             },
             announced: if planned { vec!["192.0.2.10 on br-dmz".into()] } else { Vec::new() },
+            network: if planned { changes() } else { Vec::new() },
+            dns: Vec::from_iter(
+                planned.then(|| change("DNS zone example.org", "web1.example.org is 192.0.2.10 (60 s)", "")),
+            ),
             warnings: if planned {
                 vec!["it is not limited as the plan says: no control groups".into()]
             } else {

@@ -245,8 +245,14 @@ pub struct Dns {
     pub zone: String,
     /// A file with the TSIG key.
     pub key_file: At<String>,
+    /// Zones of names of addresses (`in-addr.arpa`, `ip6.arpa`) that are updated, too.
+    pub reverse_zones: Vec<At<String>>,
     /// Time to live of what is written.
     pub ttl_seconds: u64,
+    /// How long one attempt may take.
+    pub timeout_seconds: u64,
+    /// How often it is tried.
+    pub tries: u64,
     /// What follows when it fails.
     pub on_failure: OnFailure,
 }

@@ -19,6 +19,9 @@ const TIMEOUT_SECONDS: u64 = 30;
 const TIMEOUT_SECONDS_MAX: u64 = 3600;
 /// Time to live of names unless it is said.
 const TTL_SECONDS: u64 = 60;
+/// How long an attempt to update names may take, and how many there are, unless it is said.
+const DNS_TIMEOUT_SECONDS: u64 = 5;
+const DNS_TRIES: u64 = 3;
 /// A plan is written by hand: more than this is something else.
 const TEXT_BYTES_MAX: usize = 4 << 20;
 
@@ -130,7 +133,10 @@ fn read_dns(table: Reader<'_>, common: &Common) -> Option<At<Dns>> {
     let zone = table.required("zone", zone);
     let key_file = table.parsed("key_file", values::path);
     let key_file = table.required("key_file", key_file);
+    let reverse_zones = table.list("reverse_zones", values::reverse_zone);
     let ttl = table.number("ttl_seconds", 1, 86_400, "a time to live in seconds");
+    let timeout = table.number("timeout_seconds", 1, 60, "a time limit of one attempt in seconds");
+    let tries = table.number("tries", 1, 10, "a number of attempts");
     let on_failure = on_failure(&table).unwrap_or(common.on_failure);
     let place = table.place;
     table.finish();
@@ -138,7 +144,10 @@ fn read_dns(table: Reader<'_>, common: &Common) -> Option<At<Dns>> {
         server: server?.value,
         zone: zone?.value,
         key_file: key_file?,
+        reverse_zones,
         ttl_seconds: ttl.map_or(TTL_SECONDS, |at| at.value),
+        timeout_seconds: timeout.map_or(DNS_TIMEOUT_SECONDS, |at| at.value),
+        tries: tries.map_or(DNS_TRIES, |at| at.value),
         on_failure,
     };
     Some(At { value, place })

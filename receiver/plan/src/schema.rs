@@ -92,7 +92,10 @@ pub const HOOK: Table =
 pub const READY: Table =
     Table { header: "[[domain.NAME.ready]]", keys: &["tcp", "heartbeat", "argv", "timeout_seconds"] };
 /// Dynamic updates of names.
-pub const DNS: Table = Table { header: "[dns]", keys: &["server", "zone", "key_file", "ttl_seconds", "on_failure"] };
+pub const DNS: Table = Table {
+    header: "[dns]",
+    keys: &["server", "zone", "reverse_zones", "key_file", "ttl_seconds", "timeout_seconds", "tries", "on_failure"],
+};
 
 /// All of them.
 pub const TABLES: [&Table; 13] =

@@ -63,6 +63,11 @@ impl Cidr {
         }
     }
 
+    /// Whether this is all addresses of its family.
+    pub fn is_everything(&self) -> bool {
+        self.prefix == 0
+    }
+
     /// Whether an address is in this network.
     pub fn contains(&self, address: IpAddr) -> bool {
         address.is_ipv4() == self.address.is_ipv4() && (bits(address) ^ bits(self.address)) & self.mask() == 0
@@ -153,6 +158,17 @@ pub(crate) fn host_name(text: &str) -> Result<String, String> {
         return Ok(text.to_ascii_lowercase());
     }
     Err(format!("{text:?} is no host name: letters, digits and hyphens, in labels of at most 63"))
+}
+
+/// A zone of names of addresses.
+pub(crate) fn reverse_zone(text: &str) -> Result<String, String> {
+    let zone = host_name(text)?;
+    if [".in-addr.arpa", ".ip6.arpa"].iter().any(|top| zone.ends_with(top)) {
+        return Ok(zone);
+    }
+    Err(format!(
+        "{text:?} is no zone of names of addresses: write it like 1.10.in-addr.arpa or 8.b.d.0.1.0.0.2.ip6.arpa"
+    ))
 }
 
 /// `HOST:PORT`, an IPv6 address in brackets.

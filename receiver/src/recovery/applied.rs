@@ -1,4 +1,4 @@
-//! The recovery plan around an activation: hooks before; after the resume announcement, limits and hooks.
+//! The recovery plan around an activation: hooks before; after the resume announcement, limits, addresses in the guest, names and hooks.
 //!
 //! What is done after is noted in a file beside the activation's record before the guest is started, so that an activation that was
 //! interrupted in between, and is run again, does it all the same. Hooks may therefore run twice.
@@ -9,10 +9,10 @@ use uuid::Uuid;
 use vmdr_daemon::durable;
 use vmdr_hypervisor::domain_xml::DomainXml;
 use vmdr_hypervisor::xml::Element;
-use vmdr_plan::Limits;
-use vmdr_proto::control::{HookRun, Mapped};
+use vmdr_plan::{Domain, Limits};
+use vmdr_proto::control::{Change, HookRun, Mapped};
 
-use super::{announce, hooks};
+use super::{announce, dns, guest, hooks};
 use crate::activate::host::LocalHost;
 use crate::activate::mapping::{Mapping, source_of};
 use crate::activate::record::{ActiveDirectory, Step};
@@ -32,6 +32,8 @@ pub struct Applied<'a> {
     pub original: Element,
     /// Where its activation is recorded.
     pub active: ActiveDirectory,
+    /// Whether it boots, as its point has no memory.
+    pub boots: bool,
 }
 
 /// What was done.
@@ -41,9 +43,13 @@ pub struct Outcome {
     pub hooks: Vec<HookRun>,
     /// Addresses and bridges.
     pub announced: Vec<String>,
+    /// In the guest: addresses, routes, resolver, name.
+    pub network: Vec<Change>,
+    /// Names that lead to it.
+    pub dns: Vec<Change>,
     /// What did not work and did not end anything.
     pub warnings: Vec<String>,
-    /// A hook that was to end the activation.
+    /// A hook that was to end the activation, or something else that makes it none.
     pub failed: Option<String>,
 }
 
@@ -132,9 +138,10 @@ impl Applied<'_> {
         let mut outcome = Outcome::default();
         let Some(plan) = &self.mapping.plan else { return outcome };
         let domain = host.connection().domain_by_uuid(&self.uuid);
-        match domain.as_ref().map_err(ToString::to_string).and_then(|d| d.live_xml().map_err(|e| e.to_string())) {
+        let live = domain.as_ref().map_err(ToString::to_string).and_then(|d| d.live_xml().map_err(|e| e.to_string()));
+        match &live {
             Ok(live) => {
-                let of = announce::collect(&self.original, &live, self.mapping);
+                let of = announce::collect(&self.original, live, self.mapping, false);
                 (outcome.announced, outcome.warnings) = announce::begin(uri, self.uuid, self.name, of);
             }
             Err(error) => outcome.warnings.push(format!("its addresses were not announced: {error}")),
@@ -148,15 +155,93 @@ impl Applied<'_> {
                 outcome.warnings.push(format!("it is not limited as the plan says: {error}"));
             }
         }
+        let addresses = match &live {
+            Ok(live) => self.change_addresses(uri, live, plan, &mut outcome, progress),
+            Err(error) => Some(format!("the guest's addresses were not changed: {error}"))
+                .filter(|_| !guest::wanted(&self.original, plan).nics.is_empty()),
+        };
+        let mut failed = addresses.clone();
+        if failed.is_none() {
+            failed = self.update_names(plan, &mut outcome, progress);
+        } else if self.mapping.dns.is_some() && !plan.dns_names.is_empty() {
+            outcome
+                .warnings
+                .push("no names were updated, as they would lead to addresses that it does not have".to_owned());
+        }
         let environment = self.environment(point, Some(generation));
-        (outcome.hooks, outcome.failed) = hooks::run("after", &plan.after, &environment, progress);
-        if let Err(error) = durable::remove(&self.pending()) {
+        let (hooks, failed_hook) = hooks::run("after", &plan.after, &environment, progress);
+        outcome.hooks = hooks;
+        outcome.failed = failed.into_iter().chain(failed_hook).reduce(|all, one| format!("{all}; and {one}"));
+        if addresses.is_some() {
+            let again =
+                format!("`vmdr activate {}` tries again to change its addresses, and runs the hooks again", self.name);
+            outcome.warnings.push(again);
+        } else if let Err(error) = durable::remove(&self.pending()) {
             outcome.warnings.push(format!("the hooks may run again: remove {}: {error}", self.pending().display()));
         }
         for warning in &outcome.warnings {
             tracing::warn!(domain = self.name, "{warning}");
         }
         outcome
+    }
+}
+
+impl Applied<'_> {
+    /// Has the guest have the plan's addresses, or its own again. A sentence if it has not those that it should have.
+    fn change_addresses(
+        &self,
+        uri: &str,
+        live: &Element,
+        plan: &Domain,
+        outcome: &mut Outcome,
+        progress: &mut dyn FnMut(&str),
+    ) -> Option<String> {
+        let network = guest::wanted(&self.original, plan);
+        if !network.is_home() {
+            progress("change addresses in the guest");
+        }
+        let begun = std::time::Instant::now();
+        outcome.network = guest::apply(uri, self.uuid, self.name, live, &network, self.boots);
+        for Change { subject, done, error } in &outcome.network {
+            tracing::info!(
+                domain = self.name,
+                error,
+                seconds = begun.elapsed().as_secs_f64(),
+                "in the guest: {subject}: {done}"
+            );
+        }
+        let without = |change: &&Change| !change.error.is_empty();
+        // A resolver alone keeps nobody from finding the guest.
+        let decisive =
+            |subject: &str| subject.starts_with("NIC ") || (subject == "network" && !network.nics.is_empty());
+        let told = |change: &Change| format!("{}: {}", change.subject, change.error);
+        let rest = outcome.network.iter().filter(without).filter(|change| !decisive(&change.subject));
+        outcome.warnings.extend(rest.map(|change| format!("in the guest: {}", told(change))));
+        let failed = outcome.network.iter().filter(without).find(|change| decisive(&change.subject)).map(told);
+        if failed.is_none() && !network.nics.is_empty() {
+            let of = announce::collect(&self.original, live, self.mapping, true);
+            let (announced, warnings) = announce::begin(uri, self.uuid, self.name, of);
+            outcome.announced.extend(announced);
+            outcome.warnings.extend(warnings);
+        }
+        failed.map(|why| format!("it does not have the plan's addresses: {why}"))
+    }
+
+    /// Has names lead to the guest. A sentence if they do not and that is to end the activation.
+    fn update_names(&self, plan: &Domain, outcome: &mut Outcome, progress: &mut dyn FnMut(&str)) -> Option<String> {
+        let dns = self.mapping.dns.as_ref().filter(|_| !plan.dns_names.is_empty())?;
+        progress("update names");
+        let names: Vec<String> = plan.dns_names.iter().map(|at| at.value.clone()).collect();
+        let mut addresses = Vec::new();
+        for interface in self.original.find_all("devices/interface") {
+            let said = plan.nic(interface.attribute_at("mac", "address"), source_of(interface));
+            addresses.extend(said.into_iter().flat_map(|nic| &nic.addresses).map(|at| at.value.address));
+        }
+        let failed;
+        (outcome.dns, failed) = dns::update(dns, &names, &addresses);
+        let not_done = outcome.dns.iter().filter(|change| !change.error.is_empty());
+        outcome.warnings.extend(not_done.map(|change| format!("{}: {}", change.subject, change.error)));
+        failed
     }
 }
 
@@ -178,6 +263,7 @@ mod tests {
             mapping,
             original: original.clone(),
             active: ActiveDirectory::of(directory.path()),
+            boots: false,
         };
         let none = Mapping::default();
         applied(&none).note().unwrap();
@@ -212,6 +298,7 @@ mod tests {
             mapping: &mapping,
             original: Element::parse(nics).unwrap(),
             active: ActiveDirectory::of(std::path::Path::new("/nonexistent")),
+            boots: false,
         };
         let environment = applied.environment("1-5", Some(2));
         let of = |name: &str| environment.iter().find(|(n, _)| *n == name).map(|(_, value)| value.as_str());

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tonic::Status;
 use vmdr_hypervisor::Error;
-use vmdr_hypervisor::domain_xml::{self, DomainXml};
+use vmdr_hypervisor::domain_xml::{self, DomainXml, Interface};
 use vmdr_hypervisor::host::NetworkState;
 use vmdr_hypervisor::xml::Element;
 use vmdr_plan::{At, Disk, DiskSelector, Domain, Hook, Mistake, Nic, NicSelector, NicTarget, Place, Plan, Storage};
@@ -80,8 +80,10 @@ pub fn check(plan: &Plan, standbys: &[Standby], host: &dyn Host) -> Result<Vec<F
         check.target(nic)?;
     }
     check.hooks(&plan.everyone);
-    if let Some(dns) = &plan.dns {
-        check.secret(&dns.value.key_file, "the TSIG key");
+    if let Some(dns) = &plan.dns
+        && let Err(error) = super::dns::read_key(&dns.value.key_file.value)
+    {
+        check.refused(dns.value.key_file.place, error);
     }
     for domain in &plan.domains {
         check.domain.clone_from(&domain.name.value);
@@ -161,15 +163,7 @@ impl Check<'_> {
             self.disk(disk, &known, standby);
         }
         self.limits(domain, &known);
-        let tools = [TOOLS_CHANNEL, domain_xml::GUEST_AGENT_CHANNEL];
-        if !tools.iter().any(|channel| domain_xml::channel(xml, channel).is_some()) {
-            let changed = domain.nics.iter().filter_map(|nic| nic.changed.as_ref()).map(|at| at.place);
-            for place in changed.chain(domain.hostname.iter().map(|at| at.place)) {
-                let fact =
-                    format!("{} has neither vmdr's tools nor the QEMU guest agent, which would change it", name.value);
-                self.refused(place, fact);
-            }
-        }
+        self.in_guest(domain, xml, &known);
         Ok(())
     }
 
@@ -192,6 +186,48 @@ impl Check<'_> {
                 let message = format!("{} has no such NIC; it has {has}", known.name);
                 self.refused(nic.selector.place, message);
             }
+        }
+    }
+
+    /// Whether there is somebody in the guest who can change what is to be changed there.
+    fn in_guest(&mut self, domain: &Domain, xml: &Element, known: &DomainXml) {
+        for nic in domain.nics.iter().filter(|nic| nic.changed.is_some()) {
+            let matches = |i: &&Interface| domain.nic(i.mac.as_deref(), i.source.as_deref()) == Some(nic);
+            if known.interfaces.iter().filter(matches).count() > 1 {
+                let message = format!(
+                    "{} has several NICs there, and all would have the same addresses: say which by `mac`",
+                    known.name
+                );
+                self.refused(nic.selector.place, message);
+            }
+        }
+        if let Err(error) = super::guest::wanted(xml, domain).encode() {
+            self.refused(domain.name.place, format!("its tools would not take what is to be changed: {error}"));
+        }
+        if domain_xml::channel(xml, TOOLS_CHANNEL).is_some() {
+            return;
+        }
+        let name = &domain.name.value;
+        let has_agent = domain_xml::channel(xml, domain_xml::GUEST_AGENT_CHANNEL).is_some();
+        let changed: Vec<Place> =
+            domain.nics.iter().filter_map(|nic| nic.changed.as_ref()).map(|at| at.place).collect();
+        for place in changed {
+            if has_agent {
+                let message = format!(
+                    "{name} has the QEMU guest agent and no channel to vmdr's tools: it is given the addresses, by the `ip` of the \
+                     guest and if the agent may run it, but does not have them after a reboot"
+                );
+                self.say(Severity::Warning, place, message);
+            } else {
+                let fact = format!("{name} has neither vmdr's tools nor the QEMU guest agent, which would change it");
+                self.refused(place, fact);
+            }
+        }
+        let resolver = domain.dns_servers.first().map(|at| at.place).or(domain.dns_search.first().map(|at| at.place));
+        for place in domain.hostname.iter().map(|at| at.place).chain(resolver) {
+            let fact =
+                format!("{name} has no channel to vmdr's tools, which would change it (the QEMU guest agent cannot)");
+            self.refused(place, fact);
         }
     }
 

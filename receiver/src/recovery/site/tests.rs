@@ -90,7 +90,19 @@ fn what_this_site_lacks_is_said_once_where_the_plan_names_it() {
             in_domain(
                 "[[domain.proof.nic]]\nsource = \"vmbr0\"\naddressing = \"changed\"\naddresses = [\"10.1.0.5/24\"]\n",
             ),
-            vec!["4:14: changing the addresses", "4:14: proof has neither vmdr's tools nor"],
+            vec!["4:14: proof has neither vmdr's tools nor"],
+        ),
+        (
+            in_domain("hostname = \"a\"\ndns_servers = [\"10.1.0.53\"]\n"),
+            vec!["2:12: proof has no channel to vmdr's tools", "3:16: proof has no channel to vmdr's tools"],
+        ),
+        (
+            "[dns]\nserver = \"127.0.0.1:1\"\nzone = \"example.org\"\nkey_file = \"/no/key\"\n".to_owned(),
+            vec!["4:12: the TSIG key in /no/key: No such file"],
+        ),
+        (
+            format!("[dns]\nserver = \"127.0.0.1:1\"\nzone = \"example.org\"\nkey_file = \"{}\"\n", secret.display()),
+            vec!["4:12: the TSIG key"],
         ),
     ];
     for (plan, expected) in cases {
@@ -129,12 +141,24 @@ fn a_device_that_is_too_small_is_told_with_both_sizes() {
 }
 
 #[test]
-fn a_guest_with_tools_could_be_given_other_addresses() {
-    let nic = "[[domain.proof.nic]]\nsource = \"vmbr0\"\naddressing = \"changed\"\naddresses = [\"10.1.0.5/24\"]\n";
-    let with = Standby { xml: Ok(Element::parse(Q35).unwrap()), ..standby() };
-    let found = check(&Plan::parse(nic).unwrap(), &[with], &host()).unwrap();
-    assert_eq!(found.len(), 1);
-    assert!(found[0].finding.message.contains("not supported yet"), "{found:?}");
+fn who_is_in_the_guest_decides_what_can_be_changed_there() {
+    let nic = "[domain.proof]\n[[domain.proof.nic]]\nsource = \"vmbr0\"\naddressing = \"changed\"\naddresses = [\"10.1.0.5/24\"]\n";
+    let said = |plan: &str, xml: &str| {
+        let with = Standby { xml: Ok(Element::parse(xml).unwrap()), ..standby() };
+        check(&Plan::parse(plan).unwrap(), &[with], &host()).unwrap()
+    };
+    assert_eq!(said(nic, Q35), []);
+    let agent = Q35.replace("org.vmdr.guest.0", "org.qemu.guest_agent.0");
+    let found = said(nic, &agent);
+    assert!(found.len() == 1 && found[0].finding.severity() == Severity::Warning, "{found:?}");
+    assert!(found[0].finding.message.contains("after a reboot"), "{found:?}");
+    let named = nic.replacen("[domain.proof]\n", "[domain.proof]\nhostname = \"a\"\n", 1);
+    let found = said(&named, &agent);
+    assert!(found.iter().any(|f| f.finding.severity() == Severity::Refused && f.finding.line == 2), "{found:?}");
+    let second =
+        "<interface type='bridge'><mac address='52:54:00:aa:bb:77'/><source bridge='vmbr0'/></interface></devices>";
+    let found = said(nic, &Q35.replace("</devices>", second));
+    assert!(found.len() == 1 && found[0].finding.message.contains("several NICs"), "{found:?}");
 }
 
 #[test]
