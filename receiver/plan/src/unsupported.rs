@@ -56,16 +56,6 @@ impl Domain {
         for place in self.dns_servers.iter().map(|a| a.place).chain(self.dns_search.iter().map(|a| a.place)) {
             found.push(not_yet(place, "changing the resolver in a guest", HOOK));
         }
-        const ORDER: &str = "activate the domains one after another";
-        if let Some(priority) = &self.priority {
-            found.push(not_yet(priority.place, "an order of domains", ORDER));
-        }
-        for needed in &self.needs {
-            found.push(not_yet(needed.place, "domains that wait for others", ORDER));
-        }
-        for ready in &self.ready {
-            found.push(not_yet(ready.place, "checking whether a guest is ready", "check it with a hook in `after`"));
-        }
     }
 }
 

@@ -53,7 +53,8 @@ impl Applied<'_> {
         DomainXml::from_element(&self.original).map(|domain| self.mapping.list(&domain)).unwrap_or_default()
     }
 
-    fn environment(&self, point: &str, generation: Option<u64>) -> Vec<(&'static str, String)> {
+    /// What programs are told; `generation`: in which this site owns the domain, once it does.
+    pub fn environment(&self, point: &str, generation: Option<u64>) -> Vec<(&'static str, String)> {
         let nics = self.original.find_all("devices/interface");
         let nics = nics.into_iter().map(|nic| {
             let mac = nic.attribute_at("mac", "address").unwrap_or_default();

@@ -34,6 +34,21 @@ fn a_host_that_has_everything_is_fine() {
 }
 
 #[test]
+fn a_limit_of_the_plan_is_looked_at_when_the_guest_is_activated() {
+    let element = Element::parse(Q35).unwrap();
+    let domain = DomainXml::from_element(&element).unwrap();
+    let plan = vmdr_plan::Plan::parse("[domain.proof]\nmemory_limit = \"64MiB\"\n").unwrap();
+    let plan = Some(plan.domain("proof", "").clone());
+    let bridges = BTreeMap::from([("vmbr0".to_owned(), "br-dr".to_owned())]);
+    let mapping = Mapping { bridges, plan, file: "plan.toml".to_owned(), ..Mapping::default() };
+    let found = check(&element, &domain, &mapping, &host_for_q35()).unwrap();
+    // How bad it is depends on the swap that this machine has.
+    let limit: Vec<_> = found.iter().filter(|f| f.subject == "recovery plan").collect();
+    let says = |f: &Finding| f.fact.starts_with("plan.toml:2:16: proof has 512 MiB of memory, the limit is 64 MiB");
+    assert!(!limit.is_empty() && limit.iter().any(|f| says(f)), "{found:?}");
+}
+
+#[test]
 fn each_thing_that_is_missing_is_named_with_a_remedy() {
     let other = Uuid::from_u128(9);
     type Change = Box<dyn Fn(&mut FakeHost)>;

@@ -1,0 +1,594 @@
+//! An activation of a group, from its beginning to its end.
+//!
+//! ```text
+//!  begin --- one thread for the group: who is next? --- a thread for each member under way
+//!    |          record before each step                   activate (crate::control), then its readiness checks
+//!    record of what is asked, durable                     tells the group's thread how far it is
+//! ```
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver as Events, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant, SystemTime};
+
+use tokio::runtime::Handle;
+use tonic::{Code, Status};
+use uuid::Uuid;
+use vmdr_audit::{Entry, Outcome};
+use vmdr_plan::{Domain, Group, OnFailure, Plan};
+use vmdr_proto::control::{ActivateRequest, ActivationReport, GroupMember, GroupRequest};
+
+use super::checks::{self, Ending, Subject};
+use super::order::{self, State};
+use super::record::{Record, RecordError};
+use super::{Claim, Watcher};
+use crate::activate::host::{Host, LocalHost};
+use crate::activate::record::Step;
+use crate::activate::run::unix_ns;
+use crate::control::{self, connect, find_named};
+use crate::daemon::Receiver;
+use crate::ready::Checked;
+use crate::recovery;
+
+/// A receiver that was away for longer does not go on by itself: the guests may have been brought up elsewhere meanwhile.
+const GOES_ON_MAX: Duration = Duration::from_secs(900);
+/// Rest before a libvirt that does not answer is asked again, at the start.
+const RETRY: Duration = Duration::from_secs(2);
+/// Between two looks whether the receiver ends.
+const LOOK: Duration = Duration::from_millis(250);
+/// How often the record says that somebody is at work on it.
+const TOUCH: Duration = Duration::from_secs(60);
+
+/// The activation of a group as a whole.
+pub mod state {
+    /// It goes on.
+    pub const UNDER_WAY: &str = "under way";
+    /// All members are ready.
+    pub const READY: &str = "ready";
+    /// Some are not.
+    pub const FAILED: &str = "failed";
+    /// The receiver has ended in the middle.
+    pub const INTERRUPTED: &str = "interrupted";
+    /// It was never begun.
+    pub const NONE: &str = "not activated";
+}
+
+fn now() -> u64 {
+    unix_ns(SystemTime::now())
+}
+
+pub(super) fn record_status(error: &RecordError) -> Status {
+    Status::internal(error.to_string())
+}
+
+/// The plan, and the group of this name in it.
+pub fn planned(receiver: &Receiver, name: &str) -> Result<(Plan, Group), Status> {
+    if name.is_empty() {
+        return Err(Status::invalid_argument("no group is named"));
+    }
+    let Some(path) = &receiver.config.plan else {
+        let message = "groups are in the recovery plan, and receiver.toml names none: plan = \"/etc/vmdr/plan.toml\"";
+        return Err(Status::failed_precondition(message));
+    };
+    let file = path.display().to_string();
+    let plan = recovery::load(path).map_err(|mistakes| {
+        let first = mistakes.first().map(|mistake| recovery::line(&file, mistake)).unwrap_or_default();
+        Status::failed_precondition(format!("the recovery plan is wrong ({first}): `vmdr plan check {file}`"))
+    })?;
+    let group = plan.group(name).cloned().ok_or_else(|| {
+        let known: Vec<&str> = plan.groups.iter().map(|group| group.name.value.as_str()).collect();
+        let known = if known.is_empty() { "it has none".to_owned() } else { format!("it has {}", known.join(", ")) };
+        let shown: String = name.chars().take(64).collect();
+        Status::not_found(format!("the recovery plan {file} has no group {shown:?}; {known}"))
+    })?;
+    Ok((plan, group))
+}
+
+/// Members with their tables of the plan, in the order of the group.
+pub(super) fn domains<'a>(plan: &'a Plan, group: &Group) -> Vec<&'a Domain> {
+    group.members.iter().map(|member| plan.domain(&member.value, &member.value)).collect()
+}
+
+/// Members as far as the order goes.
+pub(super) fn order_of(domains: &[&Domain], states: &[State]) -> Vec<order::Member> {
+    let index = |name: &str| domains.iter().position(|domain| domain.name.value == name);
+    let member = |(domain, state): (&&Domain, &State)| order::Member {
+        priority: domain.place(),
+        needs: domain.needs.iter().filter_map(|needed| index(&needed.value)).collect(),
+        state: *state,
+    };
+    domains.iter().zip(states).map(member).collect()
+}
+
+/// Whether what a record says of a member is so: it was activated, and still runs here from that.
+fn still_active(receiver: &Receiver, host: &LocalHost, member: &GroupMember) -> Result<bool, Status> {
+    let (Ok(uuid), Some(activation)) = (Uuid::parse_str(&member.uuid), &member.activation) else { return Ok(false) };
+    let recorded = receiver.active_directory(uuid).read(uuid).map_err(|e| Status::internal(e.to_string()))?;
+    let generation = match recorded.map(|record| record.step) {
+        Some(Step::Running { generation, .. }) => generation,
+        _ => return Ok(false),
+    };
+    let stored = receiver.store.position(&uuid.to_string()).map(|position| position.generation);
+    if generation != activation.generation || stored.ok() != Some(generation) {
+        return Ok(false);
+    }
+    let guest = host.guest(uuid).map_err(control::hypervisor_status)?;
+    Ok(guest.is_some_and(|guest| guest.state.is_active()))
+}
+
+/// What an activation of a group begins with, or goes on from.
+pub(super) struct Beginning {
+    pub(super) record: Record,
+    /// An earlier one is gone on with.
+    pub(super) goes_on: bool,
+}
+
+/// Makes the record for what is asked, of the last one as far as that still holds. Changes nothing.
+pub(super) fn beginning(
+    receiver: &Receiver,
+    (plan, group): (&Plan, &Group),
+    request: &GroupRequest,
+) -> Result<Beginning, Status> {
+    let name = &group.name.value;
+    let mut points = BTreeMap::new();
+    for of in &request.points {
+        if !group.members.iter().any(|member| member.value == of.domain) {
+            return Err(Status::invalid_argument(format!("{:?} is no member of {name}", of.domain)));
+        }
+        if points.insert(of.domain.clone(), of.point.clone()).is_some() {
+            return Err(Status::invalid_argument(format!("{} is given two points", of.domain)));
+        }
+    }
+    let last = Record::read(receiver.store.dir(), name).map_err(|error| record_status(&error))?;
+    let host = connect(receiver)?;
+    let mut kept = 0;
+    let mut members = Vec::new();
+    for domain in domains(plan, group) {
+        let its = |member: &&GroupMember| member.name == domain.name.value;
+        let before = last.as_ref().and_then(|last| last.report.members.iter().find(its));
+        let mut member = match before {
+            Some(before) if still_active(receiver, &host, before)? => {
+                kept += 1;
+                let mut member = before.clone();
+                if State::of(&member.state) != State::Ready {
+                    member = GroupMember { state: State::Waiting.word().to_owned(), checks: Vec::new(), ..member };
+                    (member.begun_unix_ns, member.ended_unix_ns) = (0, 0);
+                    member.error.clear();
+                }
+                member
+            }
+            _ => GroupMember { state: State::Waiting.word().to_owned(), ..GroupMember::default() },
+        };
+        member.step.clear();
+        domain.name.value.clone_into(&mut member.name);
+        member.priority = domain.place();
+        member.needs = domain.needs.iter().map(|needed| needed.value.clone()).collect();
+        members.push(member);
+    }
+    let broken_off = |last: &Record| matches!(last.report.state.as_str(), state::UNDER_WAY | state::INTERRUPTED);
+    let goes_on = kept > 0 || last.as_ref().is_some_and(broken_off);
+    let mut record = last.filter(|_| goes_on).unwrap_or_else(|| {
+        let mut fresh = Record::default();
+        fresh.report.run = Uuid::new_v4().simple().to_string().chars().take(12).collect();
+        fresh
+    });
+    if request.at_unix_ns > 0 {
+        // Asked anew: what was said of single members before that counts no more.
+        record.at_unix_ns = request.at_unix_ns;
+        record.points.clear();
+    }
+    record.points.append(&mut points);
+    record.damaged |= request.damaged;
+    name.clone_into(&mut record.report.group);
+    record.report.members = members;
+    Ok(Beginning { record, goes_on })
+}
+
+/// What is asked of the activation of a member.
+pub(super) fn member_request(record: &Record, name: &str) -> ActivateRequest {
+    let point = record.points.get(name).cloned().unwrap_or_default();
+    let at_unix_ns = if point.is_empty() { record.at_unix_ns } else { 0 };
+    ActivateRequest { domain: name.to_owned(), wait: true, point, at_unix_ns, damaged: record.damaged, dry_run: false }
+}
+
+/// Begins an activation of a group, goes on with it, or follows the one that is under way. `resumed`: nobody has asked, and the time of
+/// the request stays.
+pub fn begin(
+    receiver: &Arc<Receiver>,
+    request: &GroupRequest,
+    watcher: Option<&Watcher>,
+    resumed: bool,
+) -> Result<(), Status> {
+    let (plan, group) = planned(receiver, &request.group)?;
+    let name = &group.name.value;
+    let claim = loop {
+        match receiver.groups.claim(name) {
+            Ok(claim) => break claim,
+            Err(live) => {
+                if request.at_unix_ns > 0 || !request.points.is_empty() {
+                    let message = format!("{name} is being activated already: its points cannot be chosen any more");
+                    return Err(Status::failed_precondition(message));
+                }
+                let Some(watcher) = watcher else { return Ok(()) };
+                if live.attach(watcher)? {
+                    return Ok(());
+                }
+                // It has just ended.
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+    };
+    let Beginning { mut record, .. } = beginning(receiver, (&plan, &group), request)?;
+    let report = &mut record.report;
+    report.attempts = report.attempts.saturating_add(1);
+    if !resumed || report.requested_unix_ns == 0 {
+        report.requested_unix_ns = now();
+    }
+    state::UNDER_WAY.clone_into(&mut report.state);
+    report.ended_unix_ns = 0;
+    report.error.clear();
+    record.touched_unix_ns = now();
+    record.write(receiver.store.dir()).map_err(|error| record_status(&error))?;
+    claim.live.set(&record.report);
+    if let Some(watcher) = watcher {
+        claim.live.attach(watcher)?;
+    }
+    let of = Arc::clone(receiver);
+    let handle = Handle::current();
+    let spawned = std::thread::Builder::new()
+        .name("vmdr-group".to_owned())
+        .spawn(move || Run::new(of, plan, group, record, claim).run(&handle));
+    spawned.map(drop).map_err(|error| Status::internal(format!("start a thread for the group: {error}")))
+}
+
+/// Goes on with what was under way when the receiver ended, unless that was too long ago.
+pub fn resume_all(receiver: &Arc<Receiver>) {
+    for name in Record::names(receiver.store.dir()) {
+        let record = match Record::read(receiver.store.dir(), &name) {
+            Ok(Some(record)) => record,
+            Ok(None) => continue,
+            Err(error) => {
+                tracing::error!(group = name, %error, "an activation of a group");
+                continue;
+            }
+        };
+        if !matches!(record.report.state.as_str(), state::UNDER_WAY | state::INTERRUPTED) {
+            continue;
+        }
+        let away = Duration::from_nanos(now().saturating_sub(record.touched_unix_ns));
+        if away > GOES_ON_MAX {
+            tracing::warn!(
+                group = name,
+                "its activation was interrupted long ago: `vmdr group activate {name}` goes on"
+            );
+            continue;
+        }
+        let of = Arc::clone(receiver);
+        tokio::task::spawn_blocking(move || {
+            let request = GroupRequest { group: name.clone(), ..GroupRequest::default() };
+            let give_up = Instant::now() + GOES_ON_MAX;
+            while !of.is_ending() {
+                match begin(&of, &request, None, true) {
+                    Ok(()) => {
+                        let entry = Entry::new("ActivateGroup", "this daemon", &name, Outcome::Begun);
+                        of.audit.record(entry.because("gone on with after the receiver had ended"));
+                        return;
+                    }
+                    Err(status) if status.code() == Code::Unavailable && Instant::now() < give_up => {
+                        tracing::warn!(group = name, "go on with its activation: {}; tried again", status.message());
+                        std::thread::sleep(RETRY);
+                    }
+                    Err(status) => {
+                        tracing::error!(group = name, "its activation does not go on: {}", status.message());
+                        return;
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// What the thread of a member tells.
+enum Event {
+    Step(String),
+    Activated(Box<ActivationReport>),
+    Checked(Checked),
+    Ended(Result<(), Why>),
+}
+
+/// Why a member is not ready.
+enum Why {
+    Failed(String),
+    /// The receiver ends.
+    Ending,
+}
+
+impl From<Ending> for Why {
+    fn from(_: Ending) -> Self {
+        Why::Ending
+    }
+}
+
+struct Run {
+    receiver: Arc<Receiver>,
+    plan: Plan,
+    group: Group,
+    record: Record,
+    claim: Claim,
+    states: Vec<State>,
+    events: Events<(usize, Event)>,
+    tell: Sender<(usize, Event)>,
+    /// When it was asked for.
+    requested: (Instant, u64),
+}
+
+impl Run {
+    fn new(receiver: Arc<Receiver>, plan: Plan, group: Group, record: Record, claim: Claim) -> Self {
+        let states = record.report.members.iter().map(|member| State::of(&member.state)).collect();
+        let (tell, events) = channel();
+        let asked = record.report.requested_unix_ns;
+        let since = Duration::from_nanos(now().saturating_sub(asked));
+        let requested = (Instant::now().checked_sub(since).unwrap_or_else(Instant::now), asked);
+        Run { receiver, plan, group, record, claim, states, events, tell, requested }
+    }
+
+    fn run(mut self, handle: &Handle) {
+        let mut touched = Instant::now();
+        loop {
+            if self.receiver.is_ending() {
+                state::INTERRUPTED.clone_into(&mut self.record.report.state);
+                self.keep();
+                return;
+            }
+            self.settle();
+            for index in order::next(&self.order(), self.group.parallel) {
+                self.start(index);
+            }
+            if self.states.iter().all(|state| state.is_settled()) {
+                break;
+            }
+            match self.events.recv_timeout(LOOK) {
+                Ok((index, event)) => self.heard(index, event),
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
+            }
+            if touched.elapsed() >= TOUCH {
+                touched = Instant::now();
+                self.keep();
+            }
+        }
+        let ready = self.states.iter().all(|state| *state == State::Ready);
+        let report = &mut self.record.report;
+        report.ended_unix_ns = now();
+        if ready { state::READY } else { state::FAILED }.clone_into(&mut report.state);
+        self.keep();
+        let report = &self.record.report;
+        let entry = Entry::new("ActivateGroup", "this daemon", &report.group, Outcome::Noted);
+        self.receiver.audit.record(entry.because(format!("run {} has ended: {}", report.run, report.state)));
+        tracing::info!(
+            group = report.group,
+            run = report.run,
+            state = report.state,
+            "an activation of a group has ended"
+        );
+        // The last word, after which the place is free.
+        let live = Arc::clone(&self.claim.live);
+        let report = self.record.report.clone();
+        live.end(handle, &report);
+    }
+
+    fn domains(&self) -> Vec<&Domain> {
+        domains(&self.plan, &self.group)
+    }
+
+    fn order(&self) -> Vec<order::Member> {
+        order_of(&self.domains(), &self.states)
+    }
+
+    /// Writes the record. One that cannot be written keeps no guest from being brought up.
+    fn keep(&mut self) {
+        self.record.touched_unix_ns = now();
+        if let Err(error) = self.record.write(self.receiver.store.dir()) {
+            tracing::error!(group = self.record.report.group, %error, "how far its activation is");
+            self.record.report.error = format!("after a restart of the receiver it may not go on from here: {error}");
+        }
+        self.claim.live.set(&self.record.report);
+    }
+
+    fn name(&self, index: usize) -> String {
+        self.record.report.members[index].name.clone()
+    }
+
+    fn put(&mut self, index: usize, state: State, error: String) {
+        self.states[index] = state;
+        let member = &mut self.record.report.members[index];
+        state.word().clone_into(&mut member.state);
+        member.error = error;
+        member.step.clear();
+        if state.is_settled() {
+            member.ended_unix_ns = now();
+        }
+    }
+
+    /// Holds back who waits for somebody that will not be ready.
+    fn settle(&mut self) {
+        let mut order = self.order();
+        let held = order::hold_back(&mut order);
+        for (index, needed) in &held {
+            let (name, needed) = (self.name(*index), &self.record.report.members[*needed]);
+            let why = format!(
+                "it needs {}, which is {}",
+                needed.name,
+                if needed.state == State::Failed.word() { "not ready" } else { "held back" }
+            );
+            let said = format!("{name} is held back: {why}");
+            self.put(*index, State::HeldBack, why);
+            self.claim.live.say(name, said);
+        }
+        if !held.is_empty() {
+            self.keep();
+        }
+    }
+
+    fn start(&mut self, index: usize) {
+        self.put(index, State::Activating, String::new());
+        let member = &mut self.record.report.members[index];
+        (member.begun_unix_ns, member.ended_unix_ns) = (now(), 0);
+        member.checks.clear();
+        self.keep();
+        let name = self.name(index);
+        let worker = Worker {
+            receiver: Arc::clone(&self.receiver),
+            group: self.group.name.value.clone(),
+            run: self.record.report.run.clone(),
+            request: member_request(&self.record, &name),
+            ready: self.domains()[index].ready.iter().map(|at| at.value.clone()).collect(),
+            requested: self.requested,
+            told: Told { index, tell: self.tell.clone(), ended: false },
+        };
+        let spawned = std::thread::Builder::new().name("vmdr-member".to_owned()).spawn(move || worker.run());
+        if let Err(error) = spawned {
+            // Its end was told when it was dropped; this says why.
+            tracing::error!(member = name, %error, "start a thread for a member of a group");
+        }
+    }
+
+    fn heard(&mut self, index: usize, event: Event) {
+        let name = self.name(index);
+        match event {
+            Event::Step(step) => {
+                self.record.report.members[index].step.clone_from(&step);
+                self.claim.live.set(&self.record.report);
+                self.claim.live.say(format!("{name}: {step}"), String::new());
+            }
+            Event::Activated(report) => {
+                let member = &mut self.record.report.members[index];
+                member.uuid.clone_from(&report.uuid);
+                let said = format!("{name} runs here");
+                // A later look finds it running; how it came up was told the first time.
+                let same = |before: &ActivationReport| before.generation == report.generation;
+                if !(report.was_active && member.activation.as_ref().is_some_and(same)) {
+                    member.activation = Some(*report);
+                }
+                self.put(index, State::Checking, String::new());
+                self.keep();
+                self.claim.live.say(name, said);
+            }
+            Event::Checked(checked) => {
+                self.record.report.members[index].checks.push((&checked).into());
+                self.keep();
+            }
+            Event::Ended(Ok(())) => {
+                self.put(index, State::Ready, String::new());
+                self.keep();
+                self.claim.live.say(name.clone(), format!("{name} is ready"));
+            }
+            Event::Ended(Err(Why::Failed(why))) => {
+                tracing::error!(group = self.group.name.value, member = name, "{why}");
+                self.put(index, State::Failed, why.clone());
+                self.keep();
+                self.claim.live.say(name.clone(), format!("{name} is not ready: {why}"));
+            }
+            // The record has it as it is.
+            Event::Ended(Err(Why::Ending)) => {}
+        }
+    }
+}
+
+/// The way to the group's thread. If it is dropped before an end was told, the member has failed.
+struct Told {
+    index: usize,
+    tell: Sender<(usize, Event)>,
+    ended: bool,
+}
+
+impl Told {
+    fn say(&self, event: Event) {
+        // Nobody listens any more: the receiver ends.
+        let _ = self.tell.send((self.index, event));
+    }
+
+    fn end(mut self, how: Result<(), Why>) {
+        self.ended = true;
+        self.say(Event::Ended(how));
+    }
+}
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        if !self.ended {
+            let why = "what was to bring it up has ended by itself: see the receiver's log".to_owned();
+            self.say(Event::Ended(Err(Why::Failed(why))));
+        }
+    }
+}
+
+struct Worker {
+    receiver: Arc<Receiver>,
+    group: String,
+    run: String,
+    request: ActivateRequest,
+    ready: Vec<vmdr_plan::Ready>,
+    requested: (Instant, u64),
+    told: Told,
+}
+
+impl Worker {
+    fn run(self) {
+        let name = self.request.domain.clone();
+        let entry = Entry::new("Activate", "this daemon", &name, Outcome::Begun);
+        let entry = entry.because(format!("of group {}, run {}", self.group, self.run));
+        self.receiver.audit.record(entry.clone());
+        let how = self.bring_up();
+        match &how {
+            Ok(()) => self.receiver.audit.record(entry.with(Outcome::Done)),
+            Err(Why::Failed(why)) => {
+                let detail = format!("{}: {why}", entry.detail);
+                self.receiver.audit.record(entry.with(Outcome::Failed).because(detail));
+            }
+            Err(Why::Ending) => {}
+        }
+        self.told.end(how);
+    }
+
+    fn bring_up(&self) -> Result<(), Why> {
+        let domain = &self.request.domain;
+        let mut progress = |step: &str| {
+            tracing::info!(%domain, step, "activation");
+            self.told.say(Event::Step(step.to_owned()));
+        };
+        let done = control::activate(&self.receiver, &self.request, self.requested, &mut progress);
+        let report = done.map_err(|status| {
+            self.receiver.metrics.activation_failures.fetch_add(1, Ordering::Relaxed);
+            Why::Failed(status.message().to_owned())
+        })?;
+        let (failed, generation) = (report.failed.clone(), report.generation);
+        let point = report.point.as_ref().map(|point| point.id.clone()).unwrap_or_default();
+        self.told.say(Event::Activated(Box::new(report)));
+        if !failed.is_empty() {
+            return Err(Why::Failed(format!("it runs here, but {failed}")));
+        }
+        if self.ready.is_empty() {
+            return Ok(());
+        }
+        let found = find_named(&self.receiver, domain);
+        let (uuid, name) = found.map_err(|status| Why::Failed(status.message().to_owned()))?;
+        let settings = self.receiver.settings(&name, uuid);
+        let environment = checks::environment(&self.receiver, (uuid, &name), &settings.mapping, &point, generation);
+        let subject = Subject { receiver: &self.receiver, uuid, environment };
+        for ready in &self.ready {
+            let shown = ready.shown();
+            self.told.say(Event::Step(format!("check {shown}")));
+            let checked = subject.check(ready)?;
+            let (passed, said) = (checked.passed, checked.said.clone());
+            self.told.say(Event::Checked(checked));
+            if !passed && ready.on_failure == OnFailure::Abort {
+                return Err(Why::Failed(format!("it runs here, but its check {shown} did not pass: {said}")));
+            }
+            if !passed {
+                tracing::warn!(%domain, check = shown, said, "a readiness check did not pass; its group goes on");
+            }
+        }
+        Ok(())
+    }
+}
