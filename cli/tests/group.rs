@@ -10,11 +10,12 @@ use common::{Host, golden};
 #[tokio::test(flavor = "multi_thread")]
 async fn groups_are_shown_as_text_and_as_json() {
     let host = Host::with_both();
-    let cases: [(&str, &[&str], i32); 5] = [
+    let cases: [(&str, &[&str], i32); 6] = [
         ("group-plan", &["group", "activate", "shop", "--dry-run"], 0),
         ("group-plan-refused", &["group", "activate", "partly", "--dry-run"], 1),
         ("group", &["group", "activate", "shop", "--yes"], 0),
         ("group-failed", &["group", "report", "failing"], 0),
+        ("group-stop", &["group", "stop", "shop"], 0),
         ("groups", &["group", "list"], 0),
     ];
     for (name, words, code) in cases {

@@ -14,9 +14,9 @@ use vmdr_proto::control::receiver_server::Receiver as Service;
 use vmdr_proto::control::{
     ActivateRequest, ActivationPlan, ActivationReport, CheckPlanReply, CheckPlanRequest, ColdListReply,
     ColdListRequest, DivergenceReply, DivergenceRequest, DomainRequest, DomainStatus, DrillReport, DrillRequest,
-    ExportRequest, ForgetReply, GivenUp, GrantReply, GrantRequest, GroupPlan, GroupRequest, GroupsReply, GroupsRequest,
-    HookRun, ImportRequest, Point, PointRequest, PointsReply, Progress, RetentionReply, RetentionRequest, StatusReply,
-    StatusRequest, VerifyReport, VerifyRequest, VerifyStatus,
+    ExportRequest, ForgetReply, GivenUp, GrantReply, GrantRequest, GroupPlan, GroupReport, GroupRequest, GroupsReply,
+    GroupsRequest, HookRun, ImportRequest, Point, PointRequest, PointsReply, Progress, RetentionReply,
+    RetentionRequest, StatusReply, StatusRequest, VerifyReport, VerifyRequest, VerifyStatus,
 };
 use vmdr_proto::replication::RefusedCode;
 
@@ -713,6 +713,11 @@ impl Service for ControlService {
         let (messages, stream) = mpsc::channel(PROGRESS_MAX);
         self.blocking(move |receiver| group::run::begin(receiver, &request, Some(&messages), false)).await?;
         Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn stop_group(&self, request: Request<GroupsRequest>) -> Result<Response<GroupReport>, Status> {
+        let group = request.into_inner().group;
+        self.blocking(move |receiver| group::run::stop(receiver, &group)).await
     }
 
     async fn groups(&self, request: Request<GroupsRequest>) -> Result<Response<GroupsReply>, Status> {

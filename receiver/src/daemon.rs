@@ -343,6 +343,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     }
     receiver.ending.send_replace(true);
     receiver.cold.end();
+    // Their records say that this was in order.
+    receiver.groups.ended(SHUTDOWN_TIME_MAX).await;
     let both = async { (agents.await, control.await) };
     if tokio::time::timeout(SHUTDOWN_TIME_MAX, both).await.is_err() {
         tracing::warn!("something is still being answered; ending without it");

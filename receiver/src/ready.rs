@@ -110,16 +110,15 @@ pub fn ports(live: &Element, answered: &[&str]) -> (Vec<Port>, bool) {
     (tools.into_iter().chain(agent.map(|_| Port::Agent)).collect(), all)
 }
 
-/// Whether somebody answers there.
-pub fn heartbeat(domain: Result<Domain, Error>, port: &Port) -> Found {
+/// Whether somebody answers there; the QEMU guest agent is asked this.
+pub fn heartbeat(domain: Result<Domain, Error>, port: &Port, ask: &str) -> Found {
     match port {
         Port::Tools(path) => match greet(path) {
             Ok(true) => Found::Passed("its tools answer".to_owned()),
             Ok(false) => Found::NotYet("its tools do not answer".to_owned()),
             Err(error) => Found::NotYet(format!("its tools: {}: {error}", path.display())),
         },
-        // It does not thaw by itself what was frozen at the cut.
-        Port::Agent => match domain.and_then(|of| of.guest_agent("guest-fsfreeze-thaw", ANSWER_SECONDS)) {
+        Port::Agent => match domain.and_then(|of| of.guest_agent(ask, ANSWER_SECONDS)) {
             Ok(_) => Found::Passed("its QEMU guest agent answers".to_owned()),
             Err(error) => Found::NotYet(error.to_string()),
         },
@@ -134,7 +133,7 @@ pub fn connect(to: SocketAddr) -> Found {
     }
 }
 
-/// Whether the guest's tools say anything at all.
+/// Whether the guest's tools introduce themselves, as they do when they are asked.
 fn greet(path: &Path) -> std::io::Result<bool> {
     let mut stream = UnixStream::connect(path)?;
     stream.set_read_timeout(Some(CONNECT))?;
@@ -151,8 +150,10 @@ fn greet(path: &Path) -> std::io::Result<bool> {
             Err(e) => return Err(e),
         };
         let mut bytes = &buffer[..read];
-        if decoder.next(&mut bytes).is_some() {
-            return Ok(true);
+        while let Some(frame) = decoder.next(&mut bytes) {
+            if matches!(frame.message, Message::Hello(_)) {
+                return Ok(true);
+            }
         }
     }
     Ok(false)
@@ -191,17 +192,20 @@ mod tests {
     }
 
     #[test]
-    fn tools_that_say_anything_live() {
+    fn tools_that_introduce_themselves_live() {
         let dir = tempfile::tempdir().unwrap();
-        for (answer, lives) in [(true, true), (false, false)] {
-            let path = dir.path().join(answer.to_string());
+        let frame = |message| Frame { number: 1, message }.encode();
+        let hello = || frame(Message::Hello(Hello::own(0, false, "x")));
+        let late = [frame(Message::Unsupported(9)), hello()].concat();
+        let answers =
+            [(hello(), true), (late, true), (frame(Message::Unsupported(9)), false), (b"noise".to_vec(), false)];
+        for (turn, (said, lives)) in answers.into_iter().enumerate() {
+            let path = dir.path().join(turn.to_string());
             let listener = UnixListener::bind(&path).unwrap();
             let guest = std::thread::spawn(move || {
                 let (mut stream, _) = listener.accept().unwrap();
                 let mut asked = [0; 256];
                 assert!(stream.read(&mut asked).unwrap() > 0);
-                let said = Frame { number: 1, message: Message::Hello(Hello::own(0, false, "x")) }.encode();
-                let said = if answer { said } else { b"noise".to_vec() };
                 stream.write_all(&said).unwrap();
             });
             assert_eq!(greet(&path).unwrap(), lives);

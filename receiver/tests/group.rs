@@ -113,11 +113,18 @@ async fn who_needs_somebody_that_fails_is_held_back_and_the_others_go_on() {
 
 /// Changes the record of the group as if the receiver had been killed then.
 fn interrupt(daemon: &Daemon, ago: Duration) {
+    interrupt_as(daemon, ago, "under way");
+}
+
+fn interrupt_as(daemon: &Daemon, ago: Duration, state: &str) {
     let file = daemon.state().join("groups/shop.json");
     let mut record: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
     let then = (SystemTime::now() - ago).duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos() as u64;
     record["touched_unix_ns"] = then.into();
-    record["report"]["state"] = "under way".into();
+    record["report"]["state"] = state.into();
+    record["at_unix_ns"] = 7.into();
+    record["points"]["db1"] = "1-5".into();
+    record["damaged"] = true.into();
     record["report"]["members"][0]["state"] = "activating".into();
     std::fs::write(&file, record.to_string()).unwrap();
 }
@@ -134,7 +141,10 @@ async fn what_was_interrupted_goes_on_by_itself_unless_that_was_long_ago() {
     assert_eq!((waiting.state.as_str(), waiting.attempts), ("interrupted", 1));
     assert!(daemon.log().contains("vmdr group activate shop"), "{}", daemon.log());
     let plan = daemon.control().await.plan_group(request("shop")).await.unwrap().into_inner();
-    assert!(plan.goes_on);
+    assert!(
+        !plan.goes_on && plan.at_unix_ns == 0 && plan.points.is_empty(),
+        "what was chosen then counts no more: {plan:?}"
+    );
 
     daemon.kill();
     interrupt(&daemon, Duration::from_secs(60));
@@ -150,6 +160,37 @@ async fn what_was_interrupted_goes_on_by_itself_unless_that_was_long_ago() {
     };
     assert_eq!((&report.run, report.attempts, report.requested_unix_ns), (&first.run, 2, first.requested_unix_ns));
     assert_eq!(states(&report), states(&first));
+}
+
+async fn stop(daemon: &Daemon) -> Result<GroupReport, Status> {
+    let request = GroupsRequest { group: "shop".to_owned() };
+    Ok(daemon.control().await.stop_group(request).await?.into_inner())
+}
+
+#[tokio::test]
+async fn what_was_stopped_or_ended_in_order_goes_on_only_when_somebody_asks() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut daemon = with_plan(directory.path(), "test:///default").await;
+    let refused = stop(&daemon).await.unwrap_err();
+    assert!(refused.code() == Code::FailedPrecondition && refused.message().contains("no activation"), "{refused}");
+    let (_, first) = activate(&daemon, request("shop")).await.unwrap();
+    for state in ["interrupted", "stopped"] {
+        daemon.kill();
+        interrupt_as(&daemon, Duration::from_secs(60), state);
+        daemon.start_again().await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let waiting = reports(&daemon, "shop").await.unwrap().remove(0);
+        assert_eq!((waiting.state.as_str(), waiting.attempts), (state, 1));
+        // What was chosen a minute ago still counts, and is shown.
+        let plan = daemon.control().await.plan_group(request("shop")).await.unwrap().into_inner();
+        assert!(plan.goes_on && plan.damaged && plan.at_unix_ns == 7 && plan.points.len() == 1, "{plan:?}");
+        if state == "interrupted" {
+            assert_eq!(stop(&daemon).await.unwrap().state, "stopped");
+            assert_eq!(stop(&daemon).await.unwrap_err().code(), Code::FailedPrecondition);
+        }
+    }
+    let (_, report) = activate(&daemon, request("shop")).await.unwrap();
+    assert_eq!((&report.run, report.attempts), (&first.run, 2));
 }
 
 #[tokio::test]

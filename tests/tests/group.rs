@@ -186,7 +186,19 @@ fn three_guests_come_up_in_order_and_go_on_from_where_they_stopped() -> Result<(
 
     // Once more: there is nothing left to be done.
     let (code, again, said) = group(&scene, &["activate", "shop", "--yes"])?;
-    ensure!(code == Some(0) && again["members"] == report["members"], "{again} {said}");
+    ensure!(code == Some(0) && states(&again)? == ["ready"; 3], "{again} {said}");
+    for name in MEMBERS {
+        let (before, now) = (member(&report, name)?, member(&again, name)?);
+        ensure!(before["activation"] == now["activation"], "{name} was activated twice: {before} {now}");
+        ensure!(now["checks"][0]["passed"] == true, "{name} was not looked at again: {now}");
+    }
+    let words = ["group", "activate", "shop", "--yes", "--before", "1h"];
+    let output = daemon::vmdr_output(scene.rig.site(At::B), ACTIVATE_SECONDS_MAX, &words)?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.code() == Some(1) && said.contains("run here already") && said.contains("db1 (from "),
+        "{said}"
+    );
     let audit = daemon::vmdr_json(scene.rig.site(At::B), &["audit", "-n", "100"])?;
     let records = audit["records"].as_array().context("records")?;
     let of = |act: &str, detail: &str| {

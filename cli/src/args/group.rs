@@ -38,6 +38,13 @@ pub enum GroupAction {
         /// Its name in the recovery plan
         group: String,
     },
+    /// Begin no further member of a group that is being activated; those under way come to their end (backup site)
+    ///
+    /// It does not go on by itself then, nor after a restart of the receiver. Run again, `group activate` goes on.
+    Stop {
+        /// Its name in the recovery plan
+        group: String,
+    },
     /// List the groups, and how their last activations went (backup site)
     List,
 }

@@ -2,7 +2,9 @@
 
 use std::io::Write;
 
-use vmdr_proto::control::{GroupMember, GroupPlan, GroupPoint, GroupReport, GroupRequest, GroupsRequest};
+use vmdr_proto::control::{
+    GroupMember, GroupMemberPlan, GroupPlan, GroupPoint, GroupReport, GroupRequest, GroupsRequest,
+};
 
 use super::{Out, backup_side, findings_table, refused};
 use crate::args::{Common, WhichOfEach};
@@ -57,10 +59,12 @@ pub async fn activate(common: &Common, out: Out, group: &str, options: Activate<
             n => Err(Failure::Failed(format!("{n} of the {of} members of {name} cannot be activated here"))),
         };
     }
-    let begins = plan.members.iter().any(|member| member.state != "ready");
+    let runs = |member: &GroupMemberPlan| member.plan.as_ref().is_some_and(|plan| plan.already_active);
+    let begins = plan.members.iter().any(|member| member.state != "ready" && !runs(member));
     if !options.yes && begins {
         let about = format!(
-            "This starts the members of {name} here. Make sure that none of them runs at the other site any longer.\n"
+            "This starts the members of {name} here. Make sure that none of them runs at the other site any longer.\n{}",
+            chosen_text(&plan)
         );
         confirm::typed_of(&about, "group", &plan.group).await?;
     }
@@ -77,7 +81,7 @@ pub async fn activate(common: &Common, out: Out, group: &str, options: Activate<
     ended(&report)
 }
 
-fn is_refused(member: &vmdr_proto::control::GroupMemberPlan) -> bool {
+fn is_refused(member: &GroupMemberPlan) -> bool {
     member.plan.as_ref().is_some_and(|plan| refused(&plan.findings) > 0)
 }
 
@@ -93,6 +97,23 @@ pub async fn report(common: &Common, out: Out, group: &str) -> Result<(), Failur
         )));
     };
     out.result("group", || document::Group::from(report), || report_text(out, report))
+}
+
+/// Has no further member begun.
+pub async fn stop(common: &Common, out: Out, group: &str) -> Result<(), Failure> {
+    let mut receiver = client::receiver(common).await?;
+    let request = GroupsRequest { group: group.to_owned() };
+    let report = answer(Daemon::Receiver, "group stop", receiver.stop_group(request)).await?;
+    out.result("group", || document::Group::from(&report), || stopped_text(&report))
+}
+
+fn stopped_text(report: &GroupReport) -> String {
+    let name = text::one_line(&report.group);
+    let under_way = report.members.iter().filter(|member| ["activating", "checking"].contains(&member.state.as_str()));
+    let under_way: Vec<String> = under_way.map(|member| text::one_line(&member.name)).collect();
+    let end =
+        if under_way.is_empty() { String::new() } else { format!(" {} come to their end;", under_way.join(", ")) };
+    format!("no further member of {name} is begun;{end} `vmdr group activate {name}` goes on\n")
 }
 
 /// Lists all.
@@ -114,6 +135,9 @@ fn ended(report: &GroupReport) -> Result<(), Failure> {
     let name = text::one_line(&report.group);
     match report.state.as_str() {
         "ready" => Ok(()),
+        "stopped" => Err(Failure::Failed(format!(
+            "the activation of {name} was stopped; `vmdr group activate {name}` goes on from there"
+        ))),
         _ => Err(Failure::Failed(format!(
             "not all members of {name} are ready; put right what is said, and run it again: it goes on from there"
         ))),
@@ -127,7 +151,7 @@ fn count(report: &GroupReport, state: &str) -> usize {
 fn tone(state: &str) -> Tone {
     match state {
         "ready" => Tone::Good,
-        "failed" | "held back" | "interrupted" | "unknown" => Tone::Bad,
+        "failed" | "held back" | "interrupted" | "stopped" | "unknown" => Tone::Bad,
         _ => Tone::Plain,
     }
 }
@@ -149,17 +173,36 @@ pub fn line(out: Out, report: &GroupReport) -> String {
     for member in report.members.iter().filter(|member| member.state == "failed") {
         said.push_str(&format!("; {}: {}", text::one_line(&member.name), text::one_line(&member.error)));
     }
-    if matches!(report.state.as_str(), "failed" | "interrupted") {
+    if matches!(report.state.as_str(), "failed" | "interrupted" | "stopped") {
         said.push_str(&format!("; `vmdr group activate {name}` goes on"));
     }
     let line = text::wrapped(&format!("group {name}: "), &said);
     out.paint(tone(&report.state), &line)
 }
 
+/// Which points, unless they are the newest; of the last time where it goes on.
+fn chosen_text(plan: &GroupPlan) -> String {
+    let mut said = Vec::new();
+    if plan.at_unix_ns > 0 {
+        said.push(format!("each as it was at {} UTC or before", text::instant_short(plan.at_unix_ns)));
+    }
+    said.extend(
+        plan.points.iter().map(|of| format!("{} at {}", text::one_line(&of.domain), text::one_line(&of.point))),
+    );
+    if plan.damaged {
+        said.push("also points that are known to be damaged".to_owned());
+    }
+    match said.is_empty() {
+        true => String::new(),
+        false => text::wrapped("Points: ", &said.join(", ")),
+    }
+}
+
 fn plan_text(out: Out, plan: &GroupPlan) -> String {
     let goes_on = if plan.goes_on { ", going on from the last time" } else { "" };
     let mut said =
         format!("Plan: activate group {}, at most {} at once{goes_on}\n", text::one_line(&plan.group), plan.parallel);
+    said.push_str(&chosen_text(plan));
     let mut table = Table::new([
         ("WAVE", Side::Right),
         ("MEMBER", Side::Left),

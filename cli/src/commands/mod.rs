@@ -84,6 +84,7 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
         }
         Command::Group { action: GroupAction::List } => group::list(common, out).await,
         Command::Group { action: GroupAction::Report { group } } => group::report(common, out, group).await,
+        Command::Group { action: GroupAction::Stop { group } } => group::stop(common, out, group).await,
         Command::Group { action: GroupAction::Activate { group, dry_run, yes, which, damaged } } => {
             let options = group::Activate { dry_run: *dry_run, yes: *yes, which, damaged: *damaged };
             group::activate(common, out, group, options).await

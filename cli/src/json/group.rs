@@ -103,8 +103,19 @@ pub struct GroupPlan {
     /// Whether nothing is refused of any member.
     ok: bool,
     goes_on: bool,
+    /// Each at its newest point that is not younger; null: the newest.
+    at: Option<String>,
+    points: Vec<Chosen>,
+    damaged: bool,
     parallel: u32,
     members: Vec<MemberPlan>,
+}
+
+/// The point of a single member.
+#[derive(Serialize)]
+pub struct Chosen {
+    name: String,
+    point: String,
 }
 
 /// A member of it.
@@ -133,10 +144,14 @@ impl GroupPlan {
             error: word(&member.error),
             plan: member.plan.as_ref().map(super::Plan::from),
         };
+        let chosen = |of: &control::GroupPoint| Chosen { name: of.domain.clone(), point: of.point.clone() };
         GroupPlan {
             group: plan.group.clone(),
             ok: refused == 0,
             goes_on: plan.goes_on,
+            at: text::instant(plan.at_unix_ns),
+            points: plan.points.iter().map(chosen).collect(),
+            damaged: plan.damaged,
             parallel: plan.parallel,
             members: plan.members.iter().map(member).collect(),
         }

@@ -102,5 +102,17 @@ pub fn plan(group: &str, refused: bool) -> GroupPlan {
         ready: Vec::new(),
         ..member("front1", 2, &["db1"])
     };
-    GroupPlan { group: group.into(), parallel: 4, members: vec![member("db1", 1, &[]), last], goes_on: !refused }
+    let points = vec![GroupPoint { domain: "db1".into(), point: "before\u{1b}[2J".into() }];
+    let chosen = if refused {
+        GroupPlan::default()
+    } else {
+        GroupPlan { at_unix_ns: CUT_UNIX_NS, points, damaged: true, ..GroupPlan::default() }
+    };
+    GroupPlan {
+        group: group.into(),
+        parallel: 4,
+        members: vec![member("db1", 1, &[]), last],
+        goes_on: !refused,
+        ..chosen
+    }
 }

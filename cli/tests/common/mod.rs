@@ -590,6 +590,15 @@ impl Receiver for Daemon {
         Ok(stream(vec![said("db1 is ready"), progress("app1: restore", 1, 3, "ready", ""), said(app1), Ok(last)]))
     }
 
+    async fn stop_group(&self, request: Request<GroupsRequest>) -> Result<Response<GroupReport>, Status> {
+        let group = request.into_inner().group;
+        self.asked("stop-group", &group)?;
+        let mut report = about_groups::report(&group, false);
+        report.state = "under way".into();
+        report.members[1].state = "checking".into();
+        Ok(Response::new(report))
+    }
+
     async fn groups(&self, request: Request<GroupsRequest>) -> Result<Response<GroupsReply>, Status> {
         let group = request.into_inner().group;
         self.asked("groups", &group)?;

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use crate::model::{Domain, Group, Plan};
+use crate::model::{Group, Plan};
 use crate::place::Sink;
 use crate::sense::twice;
 
@@ -22,7 +22,7 @@ pub(crate) fn check(plan: &Plan, sink: &Sink<'_>) {
     for domain in &plan.domains {
         let name = domain.name.value.as_str();
         let Some(group) = groups.get(name) else {
-            alone(domain, sink);
+            // Whoever said it before there were groups loses that domain and no other: `Domain::unsupported`.
             continue;
         };
         for needed in domain.needs.iter().filter(|needed| needed.value != name) {
@@ -44,24 +44,6 @@ pub(crate) fn check(plan: &Plan, sink: &Sink<'_>) {
                 );
                 sink.wrong(needed.place, message);
             }
-        }
-    }
-}
-
-/// What is only looked at when a group is activated would be left out in silence.
-fn alone(domain: &Domain, sink: &Sink<'_>) {
-    let places = [
-        ("needs", domain.needs.first().map(|at| at.place)),
-        ("priority", domain.priority.as_ref().map(|at| at.place)),
-        ("ready", domain.ready.first().map(|at| at.place)),
-    ];
-    for (key, place) in places {
-        if let Some(place) = place {
-            let name = &domain.name.value;
-            sink.wrong(
-                place,
-                format!("`{key}` is of a domain in a group, and {name} is in none: list it in a [group.NAME]"),
-            );
         }
     }
 }

@@ -74,6 +74,8 @@ pub struct Domain {
     pub dns_names: Vec<At<String>>,
     /// Its place in an activation of its group.
     pub priority: Option<At<u64>>,
+    /// Whether it is in a group of the plan.
+    pub in_group: bool,
     /// Domains that have to be ready before.
     pub needs: Vec<At<String>>,
     /// When it is ready.

@@ -71,8 +71,13 @@ fn read_plan<'a>(table: &'a DeTable<'a>, sink: &'a Sink<'a>) -> Plan {
     let dns = root.table("dns", &schema::DNS).and_then(|table| read_dns(table, &common));
     let domains =
         root.named("domain", &schema::DOMAIN).into_iter().map(|(name, table)| read_domain(name, table, &common, &nics));
-    let domains = domains.collect();
-    let groups = root.named("group", &schema::GROUP).into_iter().map(|(name, table)| read_group(name, table)).collect();
+    let mut domains: Vec<Domain> = domains.collect();
+    let groups = root.named("group", &schema::GROUP).into_iter().map(|(name, table)| read_group(name, table));
+    let groups: Vec<Group> = groups.collect();
+    for domain in &mut domains {
+        let is_it = |member: &At<String>| member.value == domain.name.value;
+        domain.in_group = groups.iter().any(|group| group.members.iter().any(is_it));
+    }
     root.finish();
     let Common { announce, limits, dns_servers, dns_search, before, after, .. } = common;
     let everyone = Domain { announce, limits, nics, before, after, dns_servers, dns_search, ..Domain::default() };
@@ -172,6 +177,8 @@ fn read_domain(name: At<String>, table: Reader<'_>, common: &Common, defaults: &
     let servers = table.list("dns_servers", values::ip);
     let search = table.list("dns_search", values::host_name);
     let domain = Domain {
+        // Who is in which group stands elsewhere in the plan.
+        in_group: false,
         announce: announce.unwrap_or(common.announce),
         limits,
         nics,

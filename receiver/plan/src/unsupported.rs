@@ -56,6 +56,26 @@ impl Domain {
         for place in self.dns_servers.iter().map(|a| a.place).chain(self.dns_search.iter().map(|a| a.place)) {
             found.push(not_yet(place, "changing the resolver in a guest", HOOK));
         }
+        if !self.in_group {
+            self.alone_into(found);
+        }
+    }
+
+    /// What is only looked at when a group is activated would be left out in silence.
+    fn alone_into(&self, found: &mut Vec<Mistake>) {
+        let places = [
+            ("needs", self.needs.first().map(|at| at.place)),
+            ("priority", self.priority.as_ref().map(|at| at.place)),
+            ("ready", self.ready.first().map(|at| at.place)),
+        ];
+        for (key, place) in places {
+            if let Some(place) = place {
+                let name = &self.name.value;
+                let message =
+                    format!("`{key}` is of a domain in a group, and {name} is in none: list it in a [group.NAME]");
+                found.push(Mistake { place, message });
+            }
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use vmdr_hypervisor::Error;
 use vmdr_hypervisor::domain_xml::{DomainXml, Interface};
 use vmdr_hypervisor::host::NetworkState;
 use vmdr_hypervisor::xml::Element;
-use vmdr_proto::control::{Finding, Severity};
+use vmdr_proto::control::Finding;
 
 use super::findings::{refused, warning};
 use super::host::{CpuFit, Host};
@@ -99,16 +99,13 @@ fn check_memory(domain: &DomainXml, host: &dyn Host, found: &mut Vec<Finding>) {
     }
 }
 
-/// The recovery plan's limits, as `plan check` looks at them: the guest may have got more memory since.
+/// The recovery plan's limits, as `plan check` looks at them: the guest may have got more memory since. A guest without a limit is
+/// better than none: only `plan check` refuses.
 fn check_limits(domain: &DomainXml, mapping: &Mapping, found: &mut Vec<Finding>) {
     let Some(plan) = &mapping.plan else { return };
-    for (severity, mistake) in limits::trouble(&plan.limits, &domain.name, domain.memory_bytes, &Means::here()) {
+    for (_, mistake) in limits::trouble(&plan.limits, &domain.name, domain.memory_bytes, &Means::here()) {
         let fact = recovery::line(&mapping.file, &mistake);
-        let remedy = format!("mend it; `vmdr plan check {}` has everything that is wrong with it", mapping.file);
-        found.push(match severity {
-            Severity::Refused => refused("recovery plan", &fact, &remedy),
-            _ => warning("recovery plan", &fact, ""),
-        });
+        found.push(warning("recovery plan", &fact, "mend it; the guest comes up without a limit that cannot be set"));
     }
 }
 

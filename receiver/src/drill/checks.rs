@@ -37,6 +37,8 @@ use crate::ready::{self, ANSWER_SECONDS, Checked, Found, Port, Tries};
 pub const CHECKS_MAX: usize = 16;
 /// The longest command.
 const COMMAND_BYTES_MAX: usize = 4096;
+/// What its QEMU guest agent is asked: it does not thaw by itself what was frozen at the cut.
+const THAW: &str = "guest-fsfreeze-thaw";
 /// Between two looks, and two tries.
 const LOOK: Duration = Duration::from_millis(250);
 /// The same, while a command runs.
@@ -150,7 +152,7 @@ impl Subject<'_> {
         let mut made = Vec::new();
         for port in self.open_ports()? {
             progress("wait for the guest's heartbeat");
-            made.push(self.try_until("heartbeat", |_| Ok(ready::heartbeat(self.domain(), &port)))?);
+            made.push(self.try_until("heartbeat", |_| Ok(ready::heartbeat(self.domain(), &port, THAW)))?);
         }
         for check in asked {
             progress(&format!("check {check}"));

@@ -30,6 +30,8 @@ const ADDRESSES_MAX: usize = 4;
 const CONNECTION: Duration = Duration::from_secs(8);
 /// How long after its time a program may take to be gone.
 const GRACE: Duration = Duration::from_secs(5);
+/// What its QEMU guest agent is asked: a backup may have frozen the guest, and a look changes nothing.
+const PING: &str = "guest-ping";
 /// Between two looks whether the receiver ends.
 const LOOK: Duration = Duration::from_millis(200);
 
@@ -125,7 +127,7 @@ fn heartbeat(uri: &str, uuid: Uuid) -> Found {
         let (ports, _) = ready::ports(&domain()?.live_xml()?, &[]);
         let mut last = Found::NotYet("nobody in the guest has opened a channel to this host".to_owned());
         for port in ports {
-            last = ready::heartbeat(domain(), &port);
+            last = ready::heartbeat(domain(), &port, PING);
             if matches!(last, Found::Passed(_)) {
                 break;
             }

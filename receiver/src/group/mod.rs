@@ -7,9 +7,10 @@
 //!   What a record says of a member is believed only as far as the activation's own record agrees.
 //! - It does not depend on who asked: a command line that ends changes nothing, another one sees what goes on.
 //!
-//! [`run`] is an activation of a group from its beginning to its end, [`checks`] whether a member is ready, [`wire`] what the
+//! [`begin`] is what it begins with, [`run`] an activation of a group from its beginning to its end, [`checks`] whether a member is ready, [`wire`] what the
 //! `vmdr` command is told.
 
+pub mod begin;
 pub mod checks;
 pub mod order;
 pub mod record;
@@ -17,8 +18,9 @@ pub mod run;
 pub mod wire;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use tonic::Status;
@@ -29,6 +31,8 @@ pub type Watcher = mpsc::Sender<Result<Progress, Status>>;
 
 /// Who follow one at the same time, at most.
 const WATCHERS_MAX: usize = 64;
+/// Between two looks whether one has ended.
+const LOOK: Duration = Duration::from_millis(20);
 /// How long a watcher that does not read may take for the last message.
 const LAST_MAX: Duration = Duration::from_secs(30);
 
@@ -42,6 +46,7 @@ pub struct Groups {
 #[derive(Debug, Default)]
 pub struct Live {
     state: Mutex<LiveState>,
+    stopped: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -59,6 +64,14 @@ impl Groups {
     /// The activation of a group that is under way.
     pub fn of(&self, group: &str) -> Option<Arc<Live>> {
         locked(&self.under_way).get(group).cloned()
+    }
+
+    /// Waits until none is under way, no longer than that.
+    pub async fn ended(&self, limit: Duration) {
+        let end = Instant::now() + limit;
+        while !locked(&self.under_way).is_empty() && Instant::now() < end {
+            tokio::time::sleep(LOOK).await;
+        }
     }
 
     /// Takes the group's place, if it is free; else who has it.
@@ -109,6 +122,15 @@ impl Live {
         }
         state.watchers.push(watcher.clone());
         Ok(true)
+    }
+
+    /// No further member is begun.
+    fn stop(&self) {
+        self.stopped.store(true, Ordering::Relaxed);
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Relaxed)
     }
 
     fn set(&self, report: &GroupReport) {

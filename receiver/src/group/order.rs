@@ -38,7 +38,8 @@ impl State {
         Self::ALL.into_iter().find(|state| state.word() == word).unwrap_or(State::Waiting)
     }
 
-    fn is_under_way(self) -> bool {
+    /// Whether somebody is at work on it.
+    pub fn is_under_way(self) -> bool {
         matches!(self, State::Activating | State::Checking)
     }
 

@@ -21,7 +21,7 @@ const SUFFIX: &str = ".json";
 /// The record.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Record {
-    version: u32,
+    pub(super) version: u32,
     /// Each member at its newest point that is not younger; 0: the newest.
     pub at_unix_ns: u64,
     /// The point of single members, by name.

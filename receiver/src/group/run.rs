@@ -6,7 +6,6 @@
 //!    record of what is asked, durable                     tells the group's thread how far it is
 //! ```
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver as Events, RecvTimeoutError, Sender, channel};
@@ -14,31 +13,32 @@ use std::time::{Duration, Instant, SystemTime};
 
 use tokio::runtime::Handle;
 use tonic::{Code, Status};
-use uuid::Uuid;
 use vmdr_audit::{Entry, Outcome};
 use vmdr_plan::{Domain, Group, OnFailure, Plan};
-use vmdr_proto::control::{ActivateRequest, ActivationReport, GroupMember, GroupRequest};
+use vmdr_proto::control::{ActivateRequest, ActivationReport, GroupReport, GroupRequest};
 
+use super::begin::{Beginning, beginning, domains, member_request, order_of, planned, record_status};
 use super::checks::{self, Ending, Subject};
 use super::order::{self, State};
-use super::record::{Record, RecordError};
+use super::record::Record;
 use super::{Claim, Watcher};
-use crate::activate::host::{Host, LocalHost};
-use crate::activate::record::Step;
 use crate::activate::run::unix_ns;
-use crate::control::{self, connect, find_named};
+use crate::control::{self, find_named};
 use crate::daemon::Receiver;
 use crate::ready::Checked;
-use crate::recovery;
 
 /// A receiver that was away for longer does not go on by itself: the guests may have been brought up elsewhere meanwhile.
-const GOES_ON_MAX: Duration = Duration::from_secs(900);
+pub(super) const GOES_ON_MAX: Duration = Duration::from_secs(900);
 /// Rest before a libvirt that does not answer is asked again, at the start.
 const RETRY: Duration = Duration::from_secs(2);
 /// Between two looks whether the receiver ends.
 const LOOK: Duration = Duration::from_millis(250);
 /// How often the record says that somebody is at work on it.
 const TOUCH: Duration = Duration::from_secs(60);
+
+/// A member of which nothing is heard for longer is given up: those that do not need it must not wait for it. Longer than a hook or
+/// a check may take.
+const SILENT_MAX: Duration = Duration::from_secs(3600 + 900);
 
 /// The activation of a group as a whole.
 pub mod state {
@@ -48,148 +48,16 @@ pub mod state {
     pub const READY: &str = "ready";
     /// Some are not.
     pub const FAILED: &str = "failed";
-    /// The receiver has ended in the middle.
+    /// The receiver has ended in the middle; it goes on when somebody asks for it.
     pub const INTERRUPTED: &str = "interrupted";
+    /// Somebody has stopped it; it goes on when somebody asks for it.
+    pub const STOPPED: &str = "stopped";
     /// It was never begun.
     pub const NONE: &str = "not activated";
 }
 
-fn now() -> u64 {
+pub(super) fn now() -> u64 {
     unix_ns(SystemTime::now())
-}
-
-pub(super) fn record_status(error: &RecordError) -> Status {
-    Status::internal(error.to_string())
-}
-
-/// The plan, and the group of this name in it.
-pub fn planned(receiver: &Receiver, name: &str) -> Result<(Plan, Group), Status> {
-    if name.is_empty() {
-        return Err(Status::invalid_argument("no group is named"));
-    }
-    let Some(path) = &receiver.config.plan else {
-        let message = "groups are in the recovery plan, and receiver.toml names none: plan = \"/etc/vmdr/plan.toml\"";
-        return Err(Status::failed_precondition(message));
-    };
-    let file = path.display().to_string();
-    let plan = recovery::load(path).map_err(|mistakes| {
-        let first = mistakes.first().map(|mistake| recovery::line(&file, mistake)).unwrap_or_default();
-        Status::failed_precondition(format!("the recovery plan is wrong ({first}): `vmdr plan check {file}`"))
-    })?;
-    let group = plan.group(name).cloned().ok_or_else(|| {
-        let known: Vec<&str> = plan.groups.iter().map(|group| group.name.value.as_str()).collect();
-        let known = if known.is_empty() { "it has none".to_owned() } else { format!("it has {}", known.join(", ")) };
-        let shown: String = name.chars().take(64).collect();
-        Status::not_found(format!("the recovery plan {file} has no group {shown:?}; {known}"))
-    })?;
-    Ok((plan, group))
-}
-
-/// Members with their tables of the plan, in the order of the group.
-pub(super) fn domains<'a>(plan: &'a Plan, group: &Group) -> Vec<&'a Domain> {
-    group.members.iter().map(|member| plan.domain(&member.value, &member.value)).collect()
-}
-
-/// Members as far as the order goes.
-pub(super) fn order_of(domains: &[&Domain], states: &[State]) -> Vec<order::Member> {
-    let index = |name: &str| domains.iter().position(|domain| domain.name.value == name);
-    let member = |(domain, state): (&&Domain, &State)| order::Member {
-        priority: domain.place(),
-        needs: domain.needs.iter().filter_map(|needed| index(&needed.value)).collect(),
-        state: *state,
-    };
-    domains.iter().zip(states).map(member).collect()
-}
-
-/// Whether what a record says of a member is so: it was activated, and still runs here from that.
-fn still_active(receiver: &Receiver, host: &LocalHost, member: &GroupMember) -> Result<bool, Status> {
-    let (Ok(uuid), Some(activation)) = (Uuid::parse_str(&member.uuid), &member.activation) else { return Ok(false) };
-    let recorded = receiver.active_directory(uuid).read(uuid).map_err(|e| Status::internal(e.to_string()))?;
-    let generation = match recorded.map(|record| record.step) {
-        Some(Step::Running { generation, .. }) => generation,
-        _ => return Ok(false),
-    };
-    let stored = receiver.store.position(&uuid.to_string()).map(|position| position.generation);
-    if generation != activation.generation || stored.ok() != Some(generation) {
-        return Ok(false);
-    }
-    let guest = host.guest(uuid).map_err(control::hypervisor_status)?;
-    Ok(guest.is_some_and(|guest| guest.state.is_active()))
-}
-
-/// What an activation of a group begins with, or goes on from.
-pub(super) struct Beginning {
-    pub(super) record: Record,
-    /// An earlier one is gone on with.
-    pub(super) goes_on: bool,
-}
-
-/// Makes the record for what is asked, of the last one as far as that still holds. Changes nothing.
-pub(super) fn beginning(
-    receiver: &Receiver,
-    (plan, group): (&Plan, &Group),
-    request: &GroupRequest,
-) -> Result<Beginning, Status> {
-    let name = &group.name.value;
-    let mut points = BTreeMap::new();
-    for of in &request.points {
-        if !group.members.iter().any(|member| member.value == of.domain) {
-            return Err(Status::invalid_argument(format!("{:?} is no member of {name}", of.domain)));
-        }
-        if points.insert(of.domain.clone(), of.point.clone()).is_some() {
-            return Err(Status::invalid_argument(format!("{} is given two points", of.domain)));
-        }
-    }
-    let last = Record::read(receiver.store.dir(), name).map_err(|error| record_status(&error))?;
-    let host = connect(receiver)?;
-    let mut kept = 0;
-    let mut members = Vec::new();
-    for domain in domains(plan, group) {
-        let its = |member: &&GroupMember| member.name == domain.name.value;
-        let before = last.as_ref().and_then(|last| last.report.members.iter().find(its));
-        let mut member = match before {
-            Some(before) if still_active(receiver, &host, before)? => {
-                kept += 1;
-                let mut member = before.clone();
-                if State::of(&member.state) != State::Ready {
-                    member = GroupMember { state: State::Waiting.word().to_owned(), checks: Vec::new(), ..member };
-                    (member.begun_unix_ns, member.ended_unix_ns) = (0, 0);
-                    member.error.clear();
-                }
-                member
-            }
-            _ => GroupMember { state: State::Waiting.word().to_owned(), ..GroupMember::default() },
-        };
-        member.step.clear();
-        domain.name.value.clone_into(&mut member.name);
-        member.priority = domain.place();
-        member.needs = domain.needs.iter().map(|needed| needed.value.clone()).collect();
-        members.push(member);
-    }
-    let broken_off = |last: &Record| matches!(last.report.state.as_str(), state::UNDER_WAY | state::INTERRUPTED);
-    let goes_on = kept > 0 || last.as_ref().is_some_and(broken_off);
-    let mut record = last.filter(|_| goes_on).unwrap_or_else(|| {
-        let mut fresh = Record::default();
-        fresh.report.run = Uuid::new_v4().simple().to_string().chars().take(12).collect();
-        fresh
-    });
-    if request.at_unix_ns > 0 {
-        // Asked anew: what was said of single members before that counts no more.
-        record.at_unix_ns = request.at_unix_ns;
-        record.points.clear();
-    }
-    record.points.append(&mut points);
-    record.damaged |= request.damaged;
-    name.clone_into(&mut record.report.group);
-    record.report.members = members;
-    Ok(Beginning { record, goes_on })
-}
-
-/// What is asked of the activation of a member.
-pub(super) fn member_request(record: &Record, name: &str) -> ActivateRequest {
-    let point = record.points.get(name).cloned().unwrap_or_default();
-    let at_unix_ns = if point.is_empty() { record.at_unix_ns } else { 0 };
-    ActivateRequest { domain: name.to_owned(), wait: true, point, at_unix_ns, damaged: record.damaged, dry_run: false }
 }
 
 /// Begins an activation of a group, goes on with it, or follows the one that is under way. `resumed`: nobody has asked, and the time of
@@ -206,8 +74,11 @@ pub fn begin(
         match receiver.groups.claim(name) {
             Ok(claim) => break claim,
             Err(live) => {
-                if request.at_unix_ns > 0 || !request.points.is_empty() {
-                    let message = format!("{name} is being activated already: its points cannot be chosen any more");
+                if request.at_unix_ns > 0 || !request.points.is_empty() || request.damaged {
+                    let message = format!(
+                        "{name} is being activated already: its points cannot be chosen any more, nor damaged ones allowed; \
+                         without that it is followed, and `vmdr group stop {name}` stops it"
+                    );
                     return Err(Status::failed_precondition(message));
                 }
                 let Some(watcher) = watcher else { return Ok(()) };
@@ -219,7 +90,10 @@ pub fn begin(
             }
         }
     };
-    let Beginning { mut record, .. } = beginning(receiver, (&plan, &group), request)?;
+    if resumed && !is_under_way(receiver, name)? {
+        return Ok(());
+    }
+    let Beginning { mut record, .. } = beginning(receiver, (&plan, &group), request, resumed)?;
     let report = &mut record.report;
     report.attempts = report.attempts.saturating_add(1);
     if !resumed || report.requested_unix_ns == 0 {
@@ -242,7 +116,31 @@ pub fn begin(
     spawned.map(drop).map_err(|error| Status::internal(format!("start a thread for the group: {error}")))
 }
 
-/// Goes on with what was under way when the receiver ended, unless that was too long ago.
+/// Whether it was when its record was written last.
+fn is_under_way(receiver: &Receiver, name: &str) -> Result<bool, Status> {
+    let record = Record::read(receiver.store.dir(), name).map_err(|error| record_status(&error))?;
+    Ok(record.is_some_and(|record| record.report.state == state::UNDER_WAY))
+}
+
+/// Has no further member begun, and none by itself later: those under way are brought to their end.
+pub fn stop(receiver: &Receiver, name: &str) -> Result<GroupReport, Status> {
+    if let Some(live) = receiver.groups.of(name) {
+        live.stop();
+        return Ok(live.report());
+    }
+    let record = Record::read(receiver.store.dir(), name).map_err(|error| record_status(&error))?;
+    let broken_off = |record: &Record| matches!(record.report.state.as_str(), state::UNDER_WAY | state::INTERRUPTED);
+    let Some(mut record) = record.filter(broken_off) else {
+        let shown: String = name.chars().take(64).collect();
+        return Err(Status::failed_precondition(format!("no activation of a group {shown:?} is under way here")));
+    };
+    state::STOPPED.clone_into(&mut record.report.state);
+    record.write(receiver.store.dir()).map_err(|error| record_status(&error))?;
+    Ok(record.report)
+}
+
+/// Goes on with what was under way when the receiver was killed, unless that was too long ago. One that has ended in order may have
+/// been stopped to stop this.
 pub fn resume_all(receiver: &Arc<Receiver>) {
     for name in Record::names(receiver.store.dir()) {
         let record = match Record::read(receiver.store.dir(), &name) {
@@ -253,14 +151,17 @@ pub fn resume_all(receiver: &Arc<Receiver>) {
                 continue;
             }
         };
-        if !matches!(record.report.state.as_str(), state::UNDER_WAY | state::INTERRUPTED) {
+        if record.report.state == state::INTERRUPTED {
+            tracing::warn!(group = name, "its activation was interrupted: `vmdr group activate {name}` goes on");
+        }
+        if record.report.state != state::UNDER_WAY {
             continue;
         }
         let away = Duration::from_nanos(now().saturating_sub(record.touched_unix_ns));
         if away > GOES_ON_MAX {
             tracing::warn!(
                 group = name,
-                "its activation was interrupted long ago: `vmdr group activate {name}` goes on"
+                "its activation was interrupted long ago: `vmdr group activate {name}` brings up who does not run yet"
             );
             continue;
         }
@@ -317,6 +218,8 @@ struct Run {
     record: Record,
     claim: Claim,
     states: Vec<State>,
+    /// When something was heard of each last.
+    heard: Vec<Instant>,
     events: Events<(usize, Event)>,
     tell: Sender<(usize, Event)>,
     /// When it was asked for.
@@ -325,12 +228,13 @@ struct Run {
 
 impl Run {
     fn new(receiver: Arc<Receiver>, plan: Plan, group: Group, record: Record, claim: Claim) -> Self {
-        let states = record.report.members.iter().map(|member| State::of(&member.state)).collect();
+        let states: Vec<State> = record.report.members.iter().map(|member| State::of(&member.state)).collect();
+        let heard = vec![Instant::now(); states.len()];
         let (tell, events) = channel();
         let asked = record.report.requested_unix_ns;
         let since = Duration::from_nanos(now().saturating_sub(asked));
         let requested = (Instant::now().checked_sub(since).unwrap_or_else(Instant::now), asked);
-        Run { receiver, plan, group, record, claim, states, events, tell, requested }
+        Run { receiver, plan, group, record, claim, states, heard, events, tell, requested }
     }
 
     fn run(mut self, handle: &Handle) {
@@ -342,8 +246,19 @@ impl Run {
                 return;
             }
             self.settle();
-            for index in order::next(&self.order(), self.group.parallel) {
-                self.start(index);
+            if self.claim.live.is_stopped() {
+                if self.record.report.state != state::STOPPED {
+                    // Also for who finds it after a crash.
+                    state::STOPPED.clone_into(&mut self.record.report.state);
+                    self.keep();
+                }
+                if !self.states.iter().any(|state| state.is_under_way()) {
+                    break;
+                }
+            } else {
+                for index in order::next(&self.order(), self.group.parallel) {
+                    self.start(index);
+                }
             }
             if self.states.iter().all(|state| state.is_settled()) {
                 break;
@@ -351,6 +266,11 @@ impl Run {
             match self.events.recv_timeout(LOOK) {
                 Ok((index, event)) => self.heard(index, event),
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
+            }
+            for index in silent(&self.states, &self.heard, Instant::now()) {
+                let minutes = SILENT_MAX.as_secs() / 60;
+                let why = format!("nothing was heard of it for {minutes} min: see the receiver's log, and libvirt's");
+                self.failed(index, why);
             }
             if touched.elapsed() >= TOUCH {
                 touched = Instant::now();
@@ -360,7 +280,12 @@ impl Run {
         let ready = self.states.iter().all(|state| *state == State::Ready);
         let report = &mut self.record.report;
         report.ended_unix_ns = now();
-        if ready { state::READY } else { state::FAILED }.clone_into(&mut report.state);
+        match (ready, self.claim.live.is_stopped()) {
+            (true, _) => state::READY,
+            (false, true) => state::STOPPED,
+            (false, false) => state::FAILED,
+        }
+        .clone_into(&mut report.state);
         self.keep();
         let report = &self.record.report;
         let entry = Entry::new("ActivateGroup", "this daemon", &report.group, Outcome::Noted);
@@ -431,6 +356,7 @@ impl Run {
     }
 
     fn start(&mut self, index: usize) {
+        self.heard[index] = Instant::now();
         self.put(index, State::Activating, String::new());
         let member = &mut self.record.report.members[index];
         (member.begun_unix_ns, member.ended_unix_ns) = (now(), 0);
@@ -454,6 +380,11 @@ impl Run {
     }
 
     fn heard(&mut self, index: usize, event: Event) {
+        if !self.states[index].is_under_way() {
+            // It was given up.
+            return;
+        }
+        self.heard[index] = Instant::now();
         let name = self.name(index);
         match event {
             Event::Step(step) => {
@@ -466,9 +397,10 @@ impl Run {
                 member.uuid.clone_from(&report.uuid);
                 let said = format!("{name} runs here");
                 // A later look finds it running; how it came up was told the first time.
-                let same = |before: &ActivationReport| before.generation == report.generation;
-                if !(report.was_active && member.activation.as_ref().is_some_and(same)) {
-                    member.activation = Some(*report);
+                let same = |before: &&mut ActivationReport| report.was_active && before.generation == report.generation;
+                match member.activation.as_mut().filter(same) {
+                    Some(before) => follow(before, *report),
+                    None => member.activation = Some(*report),
                 }
                 self.put(index, State::Checking, String::new());
                 self.keep();
@@ -483,15 +415,36 @@ impl Run {
                 self.keep();
                 self.claim.live.say(name.clone(), format!("{name} is ready"));
             }
-            Event::Ended(Err(Why::Failed(why))) => {
-                tracing::error!(group = self.group.name.value, member = name, "{why}");
-                self.put(index, State::Failed, why.clone());
-                self.keep();
-                self.claim.live.say(name.clone(), format!("{name} is not ready: {why}"));
-            }
+            Event::Ended(Err(Why::Failed(why))) => self.failed(index, why),
             // The record has it as it is.
             Event::Ended(Err(Why::Ending)) => {}
         }
+    }
+
+    fn failed(&mut self, index: usize, why: String) {
+        let name = self.name(index);
+        tracing::error!(group = self.group.name.value, member = name, "{why}");
+        self.put(index, State::Failed, why.clone());
+        self.keep();
+        self.claim.live.say(name.clone(), format!("{name} is not ready: {why}"));
+    }
+}
+
+/// Those that are to be given up.
+fn silent(states: &[State], heard: &[Instant], now: Instant) -> Vec<usize> {
+    let of = states.iter().zip(heard).enumerate();
+    let silent =
+        of.filter(|(_, (state, heard))| state.is_under_way() && now.saturating_duration_since(**heard) > SILENT_MAX);
+    silent.map(|(index, _)| index).collect()
+}
+
+/// What a later look at a guest that ran already adds to how it came up: what was left to be done after.
+fn follow(before: &mut ActivationReport, later: ActivationReport) {
+    if !later.hooks.is_empty() || !later.failed.is_empty() {
+        before.failed = later.failed;
+        before.hooks.extend(later.hooks);
+        before.announced = later.announced;
+        before.warnings = later.warnings;
     }
 }
 
@@ -562,6 +515,13 @@ impl Worker {
             self.receiver.metrics.activation_failures.fetch_add(1, Ordering::Relaxed);
             Why::Failed(status.message().to_owned())
         })?;
+        if report.was_active && report.point.is_none() {
+            return Err(Why::Failed(format!(
+                "a guest of this UUID runs here that was not activated from what is stored: see `virsh dominfo {}`, and stop it \
+                 unless it is the right one",
+                report.uuid
+            )));
+        }
         let (failed, generation) = (report.failed.clone(), report.generation);
         let point = report.point.as_ref().map(|point| point.id.clone()).unwrap_or_default();
         self.told.say(Event::Activated(Box::new(report)));
@@ -590,5 +550,38 @@ impl Worker {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmdr_proto::control::HookRun;
+
+    use super::*;
+
+    #[test]
+    fn who_is_silent_for_too_long_is_given_up() {
+        let (begun, second) = (Instant::now(), Duration::from_secs(1));
+        let states = [State::Activating, State::Ready, State::Waiting, State::Checking];
+        let heard = [begun, begun, begun, begun + SILENT_MAX];
+        assert_eq!(silent(&states, &heard, begun + SILENT_MAX), [] as [usize; 0]);
+        assert_eq!(silent(&states, &heard, begun + SILENT_MAX + second), [0]);
+    }
+
+    #[test]
+    fn a_later_look_adds_the_hooks_that_were_left() {
+        let hook = |error: &str| HookRun { error: error.to_owned(), ..HookRun::default() };
+        let first = ActivationReport {
+            rto_seconds: 1.5,
+            hooks: vec![hook("no")],
+            failed: "no".to_owned(),
+            ..ActivationReport::default()
+        };
+        let look = ActivationReport { was_active: true, ..ActivationReport::default() };
+        let mut kept = first.clone();
+        follow(&mut kept, look.clone());
+        assert_eq!(kept, first);
+        follow(&mut kept, ActivationReport { hooks: vec![hook("")], ..look });
+        assert_eq!((kept.failed.as_str(), kept.hooks.len(), kept.rto_seconds), ("", 2, 1.5));
     }
 }

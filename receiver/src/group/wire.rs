@@ -3,11 +3,14 @@
 use std::sync::Arc;
 
 use tonic::Status;
-use vmdr_proto::control::{GroupMember, GroupMemberPlan, GroupPlan, GroupReport, GroupRequest, GroupsReply};
+use vmdr_proto::control::{
+    GroupMember, GroupMemberPlan, GroupPlan, GroupPoint, GroupReport, GroupRequest, GroupsReply,
+};
 
+use super::begin::{Beginning, beginning, domains, member_request, order_of, planned, record_status};
 use super::order::{self, State};
 use super::record::Record;
-use super::run::{Beginning, beginning, domains, member_request, order_of, planned, record_status, state};
+use super::run::state;
 use crate::control;
 use crate::daemon::Receiver;
 use crate::recovery;
@@ -15,7 +18,7 @@ use crate::recovery;
 /// What an activation of a group would do.
 pub fn plan(receiver: &Arc<Receiver>, request: &GroupRequest) -> Result<GroupPlan, Status> {
     let (plan, group) = planned(receiver, &request.group)?;
-    let Beginning { record, goes_on } = beginning(receiver, (&plan, &group), request)?;
+    let Beginning { record, goes_on } = beginning(receiver, (&plan, &group), request, false)?;
     let domains = domains(&plan, &group);
     let states: Vec<State> = record.report.members.iter().map(|member| State::of(&member.state)).collect();
     let waves = order::waves(&order_of(&domains, &states));
@@ -44,7 +47,16 @@ pub fn plan(receiver: &Arc<Receiver>, request: &GroupRequest) -> Result<GroupPla
     }
     members.sort_by_key(|member| member.wave);
     let parallel = u32::try_from(group.parallel).unwrap_or(u32::MAX);
-    Ok(GroupPlan { group: group.name.value.clone(), parallel, members, goes_on })
+    let points = record.points.into_iter().map(|(domain, point)| GroupPoint { domain, point }).collect();
+    Ok(GroupPlan {
+        group: group.name.value.clone(),
+        parallel,
+        members,
+        goes_on,
+        at_unix_ns: record.at_unix_ns,
+        points,
+        damaged: record.damaged,
+    })
 }
 
 /// How the last activation of a group went, or goes.

@@ -1,6 +1,6 @@
 //! Whether a guest that comes with its memory can be limited as the plan says: the same at `plan check` and at an activation.
 
-use vmdr_plan::{Limits, Mistake};
+use vmdr_plan::{At, Limits, Mistake};
 use vmdr_proto::control::Severity;
 
 /// What this host can do about it.
@@ -49,6 +49,16 @@ pub fn trouble(limits: &Limits, name: &str, memory_bytes: u64, means: &Means) ->
     found
 }
 
+/// The limits that can be set here, and what keeps the others from it: an activation goes on without those.
+pub fn fitting(limits: &Limits, name: &str, memory_bytes: u64, means: &Means) -> (Limits, Vec<Mistake>) {
+    let found = trouble(limits, name, memory_bytes, means).into_iter();
+    let unfit: Vec<Mistake> = found.filter(|(severity, _)| *severity == Severity::Refused).map(|(_, of)| of).collect();
+    let fits = |at: &Option<At<u64>>| at.clone().filter(|at| unfit.iter().all(|mistake| mistake.place != at.place));
+    let Limits { cpu_percent, cpu_shares, memory_bytes } = limits;
+    let fit = Limits { cpu_percent: fits(cpu_percent), cpu_shares: fits(cpu_shares), memory_bytes: fits(memory_bytes) };
+    (fit, unfit)
+}
+
 /// `SwapTotal` of /proc/meminfo, in bytes.
 fn swap_bytes() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
@@ -74,6 +84,10 @@ mod tests {
         assert_eq!(said(512, Some("cpu memory"), 0), [] as [&str; 0]);
         assert!(said(1024, Some("cpu memory"), 511)[0].starts_with("true 3:16: web1 has 1024 MiB of memory"));
         assert!(said(1024, None, 512)[0].starts_with("false 3:16: web1 has 1024 MiB of memory"));
+        let means = Means { controllers: None, swap_bytes: 0 };
+        let (fit, unfit) = fitting(limits, "web1", 1024 << 20, &means);
+        assert!(fit.cpu_percent == limits.cpu_percent && fit.memory_bytes.is_none() && unfit.len() == 1, "{fit:?}");
+        assert_eq!(fitting(limits, "web1", 512 << 20, &means), (limits.clone(), Vec::new()));
         let without = said(512, Some("io"), 0);
         assert!(without.len() == 2 && without[0].contains("(cpu)") && without[1].contains("(memory)"), "{without:?}");
     }

@@ -1,5 +1,7 @@
 use std::collections::BTreeMap;
 
+use vmdr_proto::control::Severity;
+
 use super::super::findings::refusals;
 use super::super::host::fake::{CAPABILITIES, FakeHost};
 use super::*;
@@ -45,6 +47,7 @@ fn a_limit_of_the_plan_is_looked_at_when_the_guest_is_activated() {
     // How bad it is depends on the swap that this machine has.
     let limit: Vec<_> = found.iter().filter(|f| f.subject == "recovery plan").collect();
     let says = |f: &Finding| f.fact.starts_with("plan.toml:2:16: proof has 512 MiB of memory, the limit is 64 MiB");
+    assert!(limit.iter().all(|f| f.severity() == Severity::Warning), "it refuses nothing: {found:?}");
     assert!(!limit.is_empty() && limit.iter().any(|f| says(f)), "{found:?}");
 }
 
