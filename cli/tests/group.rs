@@ -55,7 +55,7 @@ async fn a_group_is_asked_for_by_name_and_with_its_points() {
     assert!(refused.stderr.contains("the group's name"), "{}", refused.stderr);
     assert!(host.calls().is_empty(), "{:?}", host.calls());
     let words = ["group", "activate", "shop", "--yes", "--point", "db1=3-990", "--point", "a=b=before-upgrade"];
-    host.run(&words).await.succeeded();
+    assert_eq!(host.run(&words).await.code, 0);
     let asked = "receiver activate-group shop at 0 points [\"db1=3-990\", \"a=b=before-upgrade\"]";
     assert!(host.calls().contains(&asked.to_owned()), "{:?}", host.calls());
     for wrong in

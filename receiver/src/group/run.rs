@@ -90,9 +90,6 @@ pub fn begin(
             }
         }
     };
-    if resumed && !is_under_way(receiver, name)? {
-        return Ok(());
-    }
     let Beginning { mut record, .. } = beginning(receiver, (&plan, &group), request, resumed)?;
     let report = &mut record.report;
     report.attempts = report.attempts.saturating_add(1);
@@ -126,7 +123,10 @@ fn is_under_way(receiver: &Receiver, name: &str) -> Result<bool, Status> {
 pub fn stop(receiver: &Receiver, name: &str) -> Result<GroupReport, Status> {
     if let Some(live) = receiver.groups.of(name) {
         live.stop();
-        return Ok(live.report());
+        let mut report = live.report();
+        // One that has just been asked for says nothing yet.
+        name.clone_into(&mut report.group);
+        return Ok(report);
     }
     let record = Record::read(receiver.store.dir(), name).map_err(|error| record_status(&error))?;
     let broken_off = |record: &Record| matches!(record.report.state.as_str(), state::UNDER_WAY | state::INTERRUPTED);
@@ -170,8 +170,13 @@ pub fn resume_all(receiver: &Arc<Receiver>) {
             let request = GroupRequest { group: name.clone(), ..GroupRequest::default() };
             let give_up = Instant::now() + GOES_ON_MAX;
             while !of.is_ending() {
-                match begin(&of, &request, None, true) {
-                    Ok(()) => {
+                let under_way = is_under_way(&of, &name);
+                match under_way
+                    .and_then(|is| if is { begin(&of, &request, None, true).map(|()| true) } else { Ok(false) })
+                {
+                    // Somebody has stopped it meanwhile.
+                    Ok(false) => return,
+                    Ok(true) => {
                         let entry = Entry::new("ActivateGroup", "this daemon", &name, Outcome::Begun);
                         of.audit.record(entry.because("gone on with after the receiver had ended"));
                         return;
