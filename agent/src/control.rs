@@ -273,7 +273,7 @@ impl AgentService for Control {
         }
         let trust = self.agent.trust.clone();
         let notices = blocking(move || Ok(trust.notices())).await?;
-        Ok(Response::new(StatusReply { domains, notices }))
+        Ok(Response::new(StatusReply { domains, notices, ..StatusReply::default() }))
     }
 }
 

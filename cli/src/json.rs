@@ -4,6 +4,7 @@
 //! "not known, or does not apply". Units are last in names; times are UTC.
 
 pub mod cold;
+pub mod group;
 
 use serde::Serialize;
 use vmdr_proto::control;
@@ -253,6 +254,8 @@ pub struct Status {
     pub unreachable: Vec<String>,
     /// About this host: certificates that end soon, an audit log that cannot be written.
     pub notices: Vec<String>,
+    /// Of the recovery plan, and those that were activated here.
+    pub groups: Vec<group::Group>,
 }
 
 /// One domain as one daemon sees it.

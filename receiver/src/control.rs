@@ -15,9 +15,9 @@ use vmdr_proto::control::receiver_server::Receiver as Service;
 use vmdr_proto::control::{
     ActivateRequest, ActivationPlan, ActivationReport, CheckPlanReply, CheckPlanRequest, ColdListReply,
     ColdListRequest, DivergenceReply, DivergenceRequest, DomainRequest, DomainStatus, DrillReport, DrillRequest,
-    ExportRequest, ForgetReply, GivenUp, GrantReply, GrantRequest, HookRun, ImportRequest, Point, PointRequest,
-    PointsReply, Progress, RetentionReply, RetentionRequest, StatusReply, StatusRequest, VerifyReport, VerifyRequest,
-    VerifyStatus,
+    ExportRequest, ForgetReply, GivenUp, GrantReply, GrantRequest, GroupPlan, GroupReport, GroupRequest, GroupsReply,
+    GroupsRequest, HookRun, ImportRequest, Point, PointRequest, PointsReply, Progress, RetentionReply,
+    RetentionRequest, StatusReply, StatusRequest, VerifyReport, VerifyRequest, VerifyStatus,
 };
 use vmdr_proto::replication::RefusedCode;
 
@@ -32,6 +32,7 @@ use crate::activate::{ActivateError, Settings, findings, plan};
 use crate::cold;
 use crate::daemon::Receiver;
 use crate::drill;
+use crate::group;
 use crate::history;
 use crate::recovery::applied::{Applied, Outcome};
 use crate::recovery::guest;
@@ -544,7 +545,8 @@ impl Service for ControlService {
             notices.extend(receiver.trust.notices());
             notices.extend(access::notices(receiver, &domains));
             let domains = domains.into_iter().map(|d| domain_status(receiver, d)).collect();
-            Ok(StatusReply { domains, notices })
+            let groups = if wanted.is_empty() { group::wire::all(receiver) } else { Vec::new() };
+            Ok(StatusReply { domains, notices, groups })
         })
         .await
     }
@@ -717,5 +719,32 @@ impl Service for ControlService {
         let (messages, stream) = mpsc::channel(PROGRESS_MAX);
         tokio::spawn(cold::requests::import(Arc::clone(&self.receiver), request.into_inner(), messages));
         Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn plan_group(&self, request: Request<GroupRequest>) -> Result<Response<GroupPlan>, Status> {
+        let request = request.into_inner();
+        self.blocking(move |receiver| group::wire::plan(receiver, &request)).await
+    }
+
+    type ActivateGroupStream = ReceiverStream<Result<Progress, Status>>;
+
+    async fn activate_group(
+        &self,
+        request: Request<GroupRequest>,
+    ) -> Result<Response<Self::ActivateGroupStream>, Status> {
+        let request = request.into_inner();
+        let (messages, stream) = mpsc::channel(PROGRESS_MAX);
+        self.blocking(move |receiver| group::run::begin(receiver, &request, Some(&messages), false)).await?;
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn stop_group(&self, request: Request<GroupsRequest>) -> Result<Response<GroupReport>, Status> {
+        let group = request.into_inner().group;
+        self.blocking(move |receiver| group::run::stop(receiver, &group)).await
+    }
+
+    async fn groups(&self, request: Request<GroupsRequest>) -> Result<Response<GroupsReply>, Status> {
+        let wanted = request.into_inner().group;
+        self.blocking(move |receiver| group::wire::reports(receiver, &wanted)).await
     }
 }

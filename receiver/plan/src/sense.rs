@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::hash::Hash;
 
+use crate::groups;
 use crate::model::{Disk, DiskSelector, Domain, Nic, NicSelector, NicTarget, Plan, Storage};
 use crate::place::{At, Place, Sink};
 
@@ -31,10 +32,15 @@ pub(crate) fn check(plan: &Plan, sink: &Sink<'_>) {
     addresses(plan, sink);
     storages(plan, sink);
     cycles(plan, sink);
+    groups::check(plan, sink);
 }
 
 /// Says of every repetition where it was first.
-fn twice<T: Eq + Hash>(all: impl Iterator<Item = (T, Place)>, sink: &Sink<'_>, message: impl Fn(&T, Place) -> String) {
+pub(crate) fn twice<T: Eq + Hash>(
+    all: impl Iterator<Item = (T, Place)>,
+    sink: &Sink<'_>,
+    message: impl Fn(&T, Place) -> String,
+) {
     let mut seen: HashMap<T, Place> = HashMap::new();
     let mut all: Vec<_> = all.collect();
     all.sort_by_key(|(_, place)| *place);

@@ -43,15 +43,25 @@ impl Domain {
                 found.push(not_yet(mac.place, "another MAC address", why));
             }
         }
-        const ORDER: &str = "activate the domains one after another";
-        if let Some(priority) = &self.priority {
-            found.push(not_yet(priority.place, "an order of domains", ORDER));
+        if !self.in_group {
+            self.alone_into(found);
         }
-        for needed in &self.needs {
-            found.push(not_yet(needed.place, "domains that wait for others", ORDER));
-        }
-        for ready in &self.ready {
-            found.push(not_yet(ready.place, "checking whether a guest is ready", "check it with a hook in `after`"));
+    }
+
+    /// What is only looked at when a group is activated would be left out in silence.
+    fn alone_into(&self, found: &mut Vec<Mistake>) {
+        let places = [
+            ("needs", self.needs.first().map(|at| at.place)),
+            ("priority", self.priority.as_ref().map(|at| at.place)),
+            ("ready", self.ready.first().map(|at| at.place)),
+        ];
+        for (key, place) in places {
+            if let Some(place) = place {
+                let name = &self.name.value;
+                let message =
+                    format!("`{key}` is of a domain in a group, and {name} is in none: list it in a [group.NAME]");
+                found.push(Mistake { place, message });
+            }
         }
     }
 }

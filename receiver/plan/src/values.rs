@@ -171,6 +171,26 @@ pub(crate) fn reverse_zone(text: &str) -> Result<String, String> {
     ))
 }
 
+/// The name of a group, which is that of a file, too.
+pub(crate) fn group_name(text: &str) -> Result<(), String> {
+    let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    let first = text.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
+    if first && text.len() <= 64 && text.chars().all(good) {
+        return Ok(());
+    }
+    Err(format!(
+        "{text:?} is no name of a group: 1 to 64 letters, digits, dots, underscores and hyphens, the first a letter or digit"
+    ))
+}
+
+/// The name of a network namespace, as `ip netns` has it.
+pub(crate) fn namespace(text: &str) -> Result<String, String> {
+    if text.len() <= 255 && !text.contains('/') && !text.starts_with('.') {
+        return Ok(text.to_owned());
+    }
+    Err(format!("{text:?} is no name of a network namespace, as `ip netns list` has it"))
+}
+
 /// `HOST:PORT`, an IPv6 address in brackets.
 pub(crate) fn host_and_port(text: &str) -> Result<String, String> {
     let wrong = || format!("{text:?} is no address with a port: write HOST:PORT, an IPv6 address in brackets");

@@ -12,6 +12,7 @@ use vmdr_hypervisor::xml::Element;
 use vmdr_plan::{Domain, Limits};
 use vmdr_proto::control::{Change, HookRun, Mapped};
 
+use super::limits::{self, Means};
 use super::{announce, dns, guest, hooks};
 use crate::activate::host::LocalHost;
 use crate::activate::mapping::{Mapping, source_of};
@@ -59,7 +60,8 @@ impl Applied<'_> {
         DomainXml::from_element(&self.original).map(|domain| self.mapping.list(&domain)).unwrap_or_default()
     }
 
-    fn environment(&self, point: &str, generation: Option<u64>) -> Vec<(&'static str, String)> {
+    /// What programs are told; `generation`: in which this site owns the domain, once it does.
+    pub fn environment(&self, point: &str, generation: Option<u64>) -> Vec<(&'static str, String)> {
         let nics = self.original.find_all("devices/interface");
         let nics = nics.into_iter().map(|nic| {
             let mac = nic.attribute_at("mac", "address").unwrap_or_default();
@@ -146,10 +148,13 @@ impl Applied<'_> {
             }
             Err(error) => outcome.warnings.push(format!("its addresses were not announced: {error}")),
         }
-        if !plan.limits.is_empty()
+        let memory_bytes = DomainXml::from_element(&self.original).map_or(0, |known| known.memory_bytes);
+        let (limits, unfit) = limits::fitting(&plan.limits, self.name, memory_bytes, &Means::here());
+        outcome.warnings.extend(unfit.iter().map(|mistake| format!("it is not limited as the plan says: {mistake}")));
+        if !limits.is_empty()
             && let Ok(domain) = &domain
         {
-            let Limits { cpu_percent, cpu_shares, memory_bytes } = &plan.limits;
+            let Limits { cpu_percent, cpu_shares, memory_bytes } = &limits;
             let value = |at: &Option<vmdr_plan::At<u64>>| at.as_ref().map(|at| at.value);
             if let Err(error) = domain.limit(value(cpu_percent), value(cpu_shares), value(memory_bytes)) {
                 outcome.warnings.push(format!("it is not limited as the plan says: {error}"));
@@ -176,7 +181,11 @@ impl Applied<'_> {
             let again =
                 format!("`vmdr activate {}` tries again to change its addresses, and runs the hooks again", self.name);
             outcome.warnings.push(again);
-        } else if let Err(error) = durable::remove(&self.pending()) {
+        }
+        // What was to end the activation has to be put right: the next `activate` does it all again.
+        if outcome.failed.is_none()
+            && let Err(error) = durable::remove(&self.pending())
+        {
             outcome.warnings.push(format!("the hooks may run again: remove {}: {error}", self.pending().display()));
         }
         for warning in &outcome.warnings {
@@ -281,6 +290,31 @@ mod tests {
         applied.active.write(uuid, "web1", &Step::Fenced { generation: 2, point, attempt: 1 }).unwrap();
         applied.failed();
         assert!(!applied.is_noted());
+    }
+
+    #[test]
+    fn a_hook_after_that_was_to_end_it_is_run_again_the_next_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("right");
+        let plan = format!("[[domain.web1.after]]\nargv = [\"/bin/test\", \"-e\", \"{}\"]\n", file.display());
+        let plan = Plan::parse(&format!("{plan}on_failure = \"abort\"\n")).unwrap().domain("web1", "").clone();
+        let mapping = Mapping { plan: Some(plan), ..Mapping::default() };
+        let applied = Applied {
+            uuid: Uuid::from_u128(7),
+            name: "web1",
+            mapping: &mapping,
+            original: Element::new("domain"),
+            active: ActiveDirectory::of(directory.path()),
+            boots: false,
+        };
+        let uri = "test:///default";
+        let host = LocalHost::connect(uri).unwrap();
+        applied.note().unwrap();
+        let outcome = applied.after(uri, &host, "1-5", 2, &mut |_| {});
+        assert!(outcome.failed.is_some() && applied.is_noted(), "{outcome:?}");
+        std::fs::write(&file, "").unwrap();
+        let outcome = applied.after(uri, &host, "1-5", 2, &mut |_| {});
+        assert!(outcome.failed.is_none() && outcome.hooks.len() == 1 && !applied.is_noted(), "{outcome:?}");
     }
 
     #[test]

@@ -169,3 +169,31 @@ fn a_standby_that_cannot_be_looked_at_is_a_warning() {
     assert_eq!(found.len(), 1);
     assert_eq!((found[0].finding.severity(), found[0].domain.as_str()), (Severity::Warning, "proof"));
 }
+
+#[test]
+fn what_readiness_checks_need_is_looked_for() {
+    let plan = |ready: &str| format!("[group.shop]\nmembers = [\"proof\"]\n[domain.proof]\nready = [{{ {ready} }}]\n");
+    assert_eq!(said(&plan("tcp = \"10.1.0.5:80\""), &host()), [] as [&str; 0]);
+    for (ready, expected) in [
+        ("heartbeat = true", "4:10: proof has neither vmdr's tools nor the QEMU guest agent, whose heartbeat"),
+        (
+            "tcp = \"10.1.0.5:80\", namespace = \"vmdr-none\"",
+            "4:45: the network namespace vmdr-none is not on this host",
+        ),
+        ("argv = [\"/no/such/check\"]", "4:19: /no/such/check: No such file"),
+    ] {
+        let said = said(&plan(ready), &host());
+        assert!(said.len() == 1 && said[0].starts_with(expected), "{said:?}");
+    }
+}
+
+#[test]
+fn a_plan_for_the_way_home_is_no_mistake_where_the_guest_runs() {
+    let mut host = host();
+    host.names.insert("web9".to_owned(), uuid::Uuid::from_u128(9));
+    let plan = Plan::parse("[domain.web9]\n").unwrap();
+    let found = check(&plan, &[standby()], &host).unwrap();
+    assert_eq!(found.len(), 1);
+    assert_eq!(found[0].finding.severity(), Severity::Warning, "{found:?}");
+    assert!(found[0].finding.message.starts_with("web9 runs here and is not stored here"), "{found:?}");
+}
