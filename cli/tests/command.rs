@@ -499,7 +499,7 @@ async fn a_plan_is_checked_by_itself_and_against_the_site() {
     let empty = Host::empty();
     let host = Host::with_both();
     let gone = RIGHT.replace("br-dr", "br-gone");
-    let later = format!("{RIGHT}[domain.web2]\nhostname = \"web2\"\n");
+    let later = format!("{RIGHT}[domain.web2]\npriority = 7\n");
     for (name, host, plan, words, code) in [
         ("plan-right.txt", &host, RIGHT, &[][..], 0),
         ("plan-right.json", &host, RIGHT, &["-o", "json"][..], 0),
