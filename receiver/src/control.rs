@@ -489,7 +489,9 @@ fn apply_before<'a>(
         }
         ran = outcome.hooks;
     }
-    applied.note().map_err(|e| Status::internal(format!("note what is to be done after: {e}")))?;
+    if !applied.has_come_up() {
+        applied.note().map_err(|e| Status::internal(format!("note what is to be done after: {e}")))?;
+    }
     Ok((Some(applied), ran))
 }
 

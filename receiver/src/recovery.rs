@@ -107,13 +107,9 @@ mod tests {
         };
         write("[domain.web1]\ncpu_shares = 100\n", 0o644);
         assert_eq!(facts(), [] as [&str; 0]);
-        write("[domain.web1]\nhostname = \"x\"\n[domain.web2]\nhostname = \"y\"\n", 0o600);
+        write("[domain.web1]\npriority = 1\n[domain.web2]\npriority = 2\n", 0o600);
         assert_eq!(facts().len(), 1, "what another domain has is no trouble: {:?}", facts());
-        assert!(
-            facts()[0].starts_with("F:2:12: changing the host name in a guest is not supported yet"),
-            "{:?}",
-            facts()
-        );
+        assert!(facts()[0].starts_with("F:2:12: `priority` is of a domain in a group"), "{:?}", facts());
         write("[domain.web1]\nfoo = 1\n", 0o600);
         assert!(facts()[0].starts_with("F:2:1: `foo` is no key"), "{:?}", facts());
         write("", 0o664);

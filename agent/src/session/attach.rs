@@ -230,7 +230,7 @@ fn adopt(directory: &Path, disks: &[Disk], qemu_pid: u32) -> Option<(ShimClient,
         tracing::info!(domain = config.domain_name, "the shim that runs belongs to a QEMU that is gone");
         return None;
     }
-    let (shim, state) = match ShimClient::connect(&socket, ADOPT_LIMIT) {
+    let (mut shim, state) = match ShimClient::connect(&socket, ADOPT_LIMIT) {
         Ok(answer) => answer,
         Err(error) => {
             tracing::warn!("the shim at {} cannot be used: {error:#}", socket.display());
@@ -243,6 +243,10 @@ fn adopt(directory: &Path, disks: &[Disk], qemu_pid: u32) -> Option<(ShimClient,
             .iter()
             .zip(disks)
             .all(|(theirs, ours)| theirs.target == ours.target && theirs.size_bytes == ours.size_bytes);
+    if !same && let Err(error) = shim.end_mirrors() {
+        // It is about to be killed, with mirrors to it.
+        tracing::warn!("end the mirrors of the shim at {}: {error}", socket.display());
+    }
     same.then_some((shim, state))
 }
 

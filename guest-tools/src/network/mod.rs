@@ -12,6 +12,7 @@ pub mod persist;
 
 use std::fs;
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -171,11 +172,14 @@ fn link_of(links: &[Link], mac: Mac) -> Result<Option<&Link>, String> {
 /// What is given back to a NIC one day.
 fn what_it_has(kernel: &mut dyn Kernel, link: &Link, mac: Mac, system: System) -> Result<Nic, String> {
     let told = |error: io::Error| error.to_string();
-    let (held, routes) = (kernel.addresses(link).map_err(told)?, kernel.routes(link).map_err(told)?);
+    let (held, mut routes) = (kernel.addresses(link).map_err(told)?, kernel.routes(link).map_err(told)?);
     // What was leased or announced is so again, by whoever did it; but where nobody looks after it a lease is all that there is.
     let looked_after = matches!(system, System::Networkd | System::NetworkManager);
     let stays = |held: &&Held| held.permanent || (held.subnet.address.is_ipv4() && !looked_after);
     let addresses: Vec<Subnet> = held.iter().filter(stays).map(|held| held.subnet).collect();
+    // A route through a neighbour of a leased address comes with the next lease, and cannot be set without it.
+    let link_local = |via: IpAddr| matches!(via, IpAddr::V6(via) if via.is_unicast_link_local());
+    routes.retain(|route| link_local(route.via) || addresses.iter().any(|subnet| subnet.contains(route.via)));
     if addresses.len() > ADDRESSES_MAX || routes.len() > ROUTES_MAX {
         return Err(format!(
             "it has {} addresses and {} routes, more than can be noted ({ADDRESSES_MAX} and {ROUTES_MAX})",

@@ -223,7 +223,7 @@ fn what_cannot_all_be_noted_is_left() {
 
 #[test]
 fn leases_are_given_back_where_nobody_else_does() {
-    for (looked_after, back) in [(false, "10.0.0.5/24, 0.0.0.0/0 via 10.0.0.1"), (true, "0.0.0.0/0 via 10.0.0.1")] {
+    for (looked_after, back) in [(false, "10.0.0.5/24, 0.0.0.0/0 via 10.0.0.1"), (true, "")] {
         let mut guest = Guest::new();
         guest.kernel.leased = guest.kernel.addresses[&1].clone();
         if looked_after {

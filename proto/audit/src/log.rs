@@ -179,7 +179,13 @@ impl Inner {
         let hangs = self.shared.state().hangs;
         let patience = if hangs { Duration::ZERO } else { RECORD_TIME_MAX };
         if written.recv_timeout(patience).is_err() {
-            self.shared.state().hangs = true;
+            let mut state = self.shared.state();
+            // It may have been just now: that is said, and `hangs` is cleared, under this lock.
+            if written.try_recv().is_ok() {
+                return;
+            }
+            state.hangs = true;
+            drop(state);
             let why = format!("the disk of {} does not answer; the record waits", self.directory.display());
             self.shared.not_recorded(&entry, &why);
         }
@@ -208,8 +214,7 @@ impl Writer {
         loop {
             match jobs.recv_timeout(REPEAT_LOOK.saturating_sub(looked.elapsed())) {
                 Ok(Job { entry, done }) => {
-                    self.write(&entry, 1);
-                    let _ = done.try_send(()); // Nobody may wait any more.
+                    self.write(&entry, 1, Some(&done));
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return self.due(true),
@@ -221,12 +226,15 @@ impl Writer {
         }
     }
 
-    fn write(&mut self, entry: &Entry, count: u64) {
+    fn write(&mut self, entry: &Entry, count: u64, done: Option<&SyncSender<()>>) {
         let Entry { act, actor, subject, outcome, detail } = entry;
         let result = self.own_up().and_then(|()| self.chain.append(entry, count));
         let mut state = self.shared.state();
         // It has answered.
         state.hangs = false;
+        if let Some(done) = done {
+            let _ = done.try_send(()); // Nobody may wait any more.
+        }
         match result {
             Ok(()) => {
                 (state.sequence, state.trouble) = (self.chain.sequence(), None);
@@ -245,8 +253,7 @@ impl Writer {
     fn own_up(&mut self) -> Result<(), AuditError> {
         let lost = self.shared.state().lost;
         if lost > 0 {
-            let detail =
-                format!("{lost} records could not be written before this one; the daemon's ordinary log has them");
+            let detail = format!("{lost} records could not be written; the daemon's ordinary log has them");
             self.chain.append(&Entry::new("missing", &self.daemon, "", Outcome::Noted).because(detail), 1)?;
             self.shared.state().lost -= lost;
         }
@@ -268,7 +275,7 @@ impl Writer {
             again
         });
         for (entry, count) in due {
-            self.write(&entry, count);
+            self.write(&entry, count, None);
         }
     }
 }

@@ -64,6 +64,19 @@ impl Subnet {
         (prefix <= most).then_some(Self { address, prefix })
     }
 
+    /// Whether an address lies in it.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        let same = |own: u128, other: u128, bits: u32| {
+            let rest = bits.saturating_sub(u32::from(self.prefix));
+            own.checked_shr(rest) == other.checked_shr(rest)
+        };
+        match (self.address, address) {
+            (IpAddr::V4(own), IpAddr::V4(other)) => same(own.to_bits().into(), other.to_bits().into(), 32),
+            (IpAddr::V6(own), IpAddr::V6(other)) => same(own.to_bits(), other.to_bits(), 128),
+            _ => false,
+        }
+    }
+
     /// Whether this is the way to everything that no other route leads to.
     pub fn is_default(&self) -> bool {
         self.prefix == 0

@@ -124,6 +124,12 @@ pub(super) fn beginning(
                 kept += 1;
                 active_member(before.clone(), resumed)
             }
+            // It was taken home meanwhile, or has ended: whoever asks may have it started here again, and nobody has asked.
+            Some(before) if resumed && before.activation.is_some() => GroupMember {
+                state: State::Failed.word().to_owned(),
+                error: format!("it does not run here any more: `vmdr group activate {name}` activates it again"),
+                ..before.clone()
+            },
             _ => GroupMember { state: State::Waiting.word().to_owned(), ..GroupMember::default() },
         };
         member.step.clear();

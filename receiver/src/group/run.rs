@@ -445,10 +445,19 @@ fn silent(states: &[State], heard: &[Instant], now: Instant) -> Vec<usize> {
 
 /// What a later look at a guest that ran already adds to how it came up: what was left to be done after.
 fn follow(before: &mut ActivationReport, later: ActivationReport) {
-    if !later.hooks.is_empty() || !later.failed.is_empty() {
-        before.failed = later.failed;
-        before.hooks.extend(later.hooks);
+    before.failed = later.failed;
+    before.hooks.extend(later.hooks);
+    let replace = |old: &mut Vec<_>, new: Vec<_>| {
+        if !new.is_empty() {
+            *old = new;
+        }
+    };
+    replace(&mut before.network, later.network);
+    replace(&mut before.dns, later.dns);
+    if !later.announced.is_empty() {
         before.announced = later.announced;
+    }
+    if !later.warnings.is_empty() {
         before.warnings = later.warnings;
     }
 }
@@ -584,7 +593,7 @@ mod tests {
         };
         let look = ActivationReport { was_active: true, ..ActivationReport::default() };
         let mut kept = first.clone();
-        follow(&mut kept, look.clone());
+        follow(&mut kept, ActivationReport { failed: "no".to_owned(), ..look.clone() });
         assert_eq!(kept, first);
         follow(&mut kept, ActivationReport { hooks: vec![hook("")], ..look });
         assert_eq!((kept.failed.as_str(), kept.hooks.len(), kept.rto_seconds), ("", 2, 1.5));

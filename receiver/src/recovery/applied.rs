@@ -112,14 +112,22 @@ impl Applied<'_> {
         durable::write(&self.pending(), b"")
     }
 
+    /// Whether the guest came up in an earlier activation: what was to be done after that is noted, or done.
+    pub fn has_come_up(&self) -> bool {
+        let record = self.active.read(self.uuid);
+        matches!(record, Ok(Some(record)) if matches!(record.step, Step::Running { .. }))
+    }
+
     /// Whether that was noted and not done.
     pub fn is_noted(&self) -> bool {
         self.pending().exists()
     }
 
-    /// Takes the note back after an activation that has ended without a guest, unless libvirt may still be at work.
+    /// Takes the note back after an activation that has ended without a guest, unless libvirt may still be at work, or the guest
+    /// has run, and what was left to be done after is still to be done.
     pub fn failed(&self) {
-        if !matches!(self.active.read(self.uuid), Ok(Some(record)) if matches!(record.step, Step::Restoring { .. }))
+        let step = self.active.read(self.uuid).ok().flatten().map(|record| record.step);
+        if !matches!(step, Some(Step::Restoring { .. } | Step::Running { .. }))
             && let Err(error) = durable::remove(&self.pending())
         {
             tracing::warn!(domain = self.name, %error, "take the note back that hooks are to be run");

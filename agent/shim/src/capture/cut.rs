@@ -34,6 +34,8 @@ use crate::ramblock;
 
 /// How long a resumed guest's RESUME event is waited for, and a late answer to `stop`.
 const LATE_LIMIT: Duration = Duration::from_secs(30);
+/// How often a pause to end the mirrors in is tried.
+const END_TRIES: usize = 3;
 /// Arena bytes that device state and disk logs may take in a cut, beside pages.
 const CUT_SPARE_BYTES: u64 = 4 << 20;
 
@@ -310,7 +312,9 @@ impl Capture {
         let cancel = |this: &mut Self| {
             for mirror in &mirrors {
                 match this.qmp.execute("block-job-cancel", Some(mirror)) {
-                    Err(error) if error.is_fatal() => return Err(CaptureError::from(error)),
+                    Err(error) if error.is_fatal() || matches!(error, QmpError::Timeout { .. }) => {
+                        return Err(CaptureError::from(error));
+                    }
                     // It has ended by itself.
                     Err(error) => tracing::info!(domain = this.config.domain_name, %mirror, "{error}"),
                     Ok(_) => {}
@@ -318,11 +322,24 @@ impl Capture {
             }
             Ok(())
         };
-        match self.while_paused(false, [], |this, [], _| cancel(this).map(InPause::Done))? {
-            Ok(_) => Ok(()),
-            Err(no) if no.reason == NoPartReason::NotRunning => cancel(self),
-            Err(no) => Err(CaptureError::Refused(format!("the mirrors were not ended: {}", no.message))),
+        if self.fenced || self.held {
+            // It stands still, and is to stay so.
+            return cancel(self);
         }
+        let mut why = String::new();
+        for _ in 0..END_TRIES {
+            // Storage that hangs would hold the guest in its pause.
+            let paused = match self.storage_hangs()? {
+                Some(no) => Err(no),
+                None => self.while_paused(false, [], |this, [], _| cancel(this).map(InPause::Done))?.map(drop),
+            };
+            match paused {
+                Ok(()) => return Ok(()),
+                Err(no) if no.reason == NoPartReason::NotRunning => return cancel(self),
+                Err(no) => why = no.message,
+            }
+        }
+        Err(CaptureError::Refused(format!("the mirrors were not ended: {why}")))
     }
 
     /// If somebody else let the guest run within the pause that has just ended, what was captured in it is of no
