@@ -130,6 +130,9 @@ pub struct Daemon {
     /// Leave the network as it is, whatever the host asks for.
     #[arg(long)]
     pub keep_network: bool,
+    /// Leave the clock as it is, whatever the host tells: for a guest with chrony, ntpd or systemd-timesyncd.
+    #[arg(long)]
+    pub keep_clock: bool,
 }
 
 const HOOKS: &str = "/etc/vmdr/freeze.d";

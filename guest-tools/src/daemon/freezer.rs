@@ -269,6 +269,7 @@ mod tests {
             state: "/nonexistent".into(),
             not_ready: "/nonexistent".into(),
             keep_network: false,
+            keep_clock: false,
         }
     }
 

@@ -50,6 +50,7 @@ struct Asked {
 
 struct State {
     steer: Steer,
+    keep_clock: bool,
     greeted: bool,
     tells_time: bool,
     heard: Instant,
@@ -74,11 +75,14 @@ const LOG_MAX: usize = 16;
 pub fn run(options: &Daemon) -> Result<()> {
     crate::freeze::thaw_what_was_left();
     let mut port = Port::wait(options.port.as_deref())?;
-    // A predecessor may have been killed with the clock running fast.
-    kernel::set_rate(0.0).context("set the clock's rate (root is needed)")?;
+    if !options.keep_clock {
+        // A predecessor may have been killed with the clock running fast.
+        kernel::set_rate(0.0).context("set the clock's rate (root is needed)")?;
+    }
     let now = Instant::now();
     let mut state = State {
         steer: Steer::default(),
+        keep_clock: options.keep_clock,
         greeted: false,
         tells_time: false,
         heard: now,
@@ -140,7 +144,8 @@ impl State {
 
     fn speak(&mut self, port: &mut Port) -> Result<()> {
         if self.greeted && self.heard.elapsed() > SILENCE {
-            self.say("clock: the host is silent, the clock runs at its own rate".to_owned());
+            let own = if self.keep_clock { "" } else { ", the clock runs at its own rate" };
+            self.say(format!("clock: the host is silent{own}"));
             self.greeted = false;
             self.let_go()?;
         }
@@ -172,12 +177,13 @@ impl State {
                     return Ok(());
                 }
                 self.heard = Instant::now();
-                let tells_time = hello.features & features::CLOCK != 0;
+                let tells_time = !self.keep_clock && hello.features & features::CLOCK != 0;
                 if !self.greeted || self.tells_time != tells_time {
-                    self.say(format!(
-                        "clock: the host {} the time",
-                        if tells_time { "tells" } else { "does not tell" }
-                    ));
+                    self.say(match (tells_time, self.keep_clock) {
+                        (true, _) => "clock: the host tells the time".to_owned(),
+                        (false, false) => "clock: the host does not tell the time".to_owned(),
+                        (false, true) => "clock: it is left alone".to_owned(),
+                    });
                     self.next = Instant::now();
                 }
                 if self.tells_time && !tells_time {
@@ -269,12 +275,16 @@ impl State {
     fn let_go(&mut self) -> Result<()> {
         self.steer = Steer::default();
         self.asked = None;
+        if self.keep_clock {
+            return Ok(());
+        }
         kernel::set_rate(0.0).context("set the clock's rate (root is needed)")
     }
 
     fn own(&self, answer: bool) -> Hello {
         let network = if self.networker.is_some() { features::NETWORK } else { 0 };
-        let all = features::CLOCK | features::FREEZE | features::HEARTBEAT | network;
+        let clock = if self.keep_clock { 0 } else { features::CLOCK };
+        let all = clock | features::FREEZE | features::HEARTBEAT | network;
         Hello::own(all, answer, concat!("vmdr-guest-tools ", env!("CARGO_PKG_VERSION")))
     }
 }

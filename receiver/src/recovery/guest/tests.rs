@@ -184,6 +184,82 @@ fn a_guest_that_talks_nonsense_without_an_end_holds_up_nobody_for_ever() {
     }
 }
 
+/// What this process has in memory, in KiB.
+fn resident_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+#[test]
+fn a_guest_that_floods_takes_no_memory_and_no_more_than_its_time() {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
+    // It answers what it can guess, as fast as it is read, with all that a guest can say and with what is none of it.
+    let asked = Arc::new(AtomicU32::new(0));
+    let heard = Arc::clone(&asked);
+    let (_directory, path) = guest(move |stream, frame| {
+        heard.store(frame.number, Ordering::Relaxed);
+        if !greet(stream, &frame, features::NETWORK | features::HEARTBEAT | features::FREEZE | features::CLOCK) {
+            return;
+        }
+        let (mut stream, heard) = (stream.try_clone().unwrap(), Arc::clone(&heard));
+        std::thread::spawn(move || {
+            let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+            loop {
+                random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                let number = heard.load(Ordering::Relaxed).wrapping_add((random >> 60) as u32);
+                let (at, total, seconds) = ((random >> 32) as u16, random as u16, random as u32);
+                let bytes = vec![random as u8; 480];
+                let text = "\u{1b}]0;".repeat(20);
+                let message = match (random >> 40) % 8 {
+                    0 => Message::NetworkIs { phase: Phase::Done, at, total, bytes },
+                    1 => Message::NetworkIs { phase: Phase::Receiving, at: 0, total: u16::MAX, bytes },
+                    2 => Message::Heartbeat { up_seconds: seconds, ready: true },
+                    3 => {
+                        Message::ClockAsk { guest_unix_ns: random, offset_ns: random as i64, rate_ppm: seconds as i32 }
+                    }
+                    4 => Message::Hello(Hello::own(features::NETWORK, true, &text)),
+                    5 => Message::Unsupported(at),
+                    6 => Message::Unknown(7),
+                    _ => {
+                        // The beginning of one that never ends.
+                        let frame =
+                            Frame { number, message: Message::NetworkIs { phase: Phase::Done, at, total, bytes } };
+                        if stream.write_all(&frame.encode()[..40]).is_err() {
+                            return;
+                        }
+                        continue;
+                    }
+                };
+                if stream.write_all(&Frame { number, message }.encode()).is_err() {
+                    return;
+                }
+            }
+        });
+    });
+    let channel = GuestChannel::open("web1", path, true).unwrap();
+    let until = Instant::now() + Duration::from_secs(20);
+    while !channel.is_greeted() {
+        assert!(Instant::now() < until, "not heard of");
+        std::thread::sleep(REST);
+    }
+    let before = resident_kib();
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(5) {
+        if let Ok(line) = channel.networker() {
+            let limit = Duration::from_secs(1);
+            let called = Instant::now();
+            // It may guess right; what matters is that it ends.
+            let _ = converse(&line, &network(), limit);
+            assert!(called.elapsed() < Duration::from_secs(15), "{:?}", called.elapsed());
+        }
+        let _ = channel.heartbeat(Duration::from_millis(200));
+    }
+    let grown = resident_kib().saturating_sub(before);
+    assert!(grown < 16 << 10, "{grown} KiB more after five seconds of a flood");
+}
+
 fn interfaces() -> Value {
     json!([
         { "name": "lo", "hardware-address": "00:00:00:00:00:00" },
