@@ -27,6 +27,7 @@ pub mod probe;
 pub mod recovery;
 pub mod replication;
 pub mod reverse;
+pub mod silence;
 pub mod stats;
 pub mod store;
 pub mod takeover;
