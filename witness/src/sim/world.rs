@@ -345,7 +345,7 @@ impl World {
             What::ToA(stream, process, message) if process == self.a.process => self.a_hears(stream, message)?,
             What::Asked { by_a, process, sent, ask } if self.witness.up => {
                 let answer = self.witness.answer(ask, self.now);
-                if let Some(delay) = self.to_witness(by_a) {
+                if let Some(delay) = self.travel(by_a) {
                     self.at(delay, What::Answered { by_a, process, sent, answer });
                 }
             }
@@ -453,7 +453,7 @@ impl World {
     }
 
     /// How long a request to the witness, or its answer, takes; nothing: it is lost.
-    fn to_witness(&mut self, by_a: bool) -> Option<u64> {
+    fn travel(&mut self, by_a: bool) -> Option<u64> {
         let way = if by_a { 2 } else { 3 };
         if self.now < self.cut[way] {
             // Some are only late.
@@ -466,7 +466,7 @@ impl World {
 
     fn ask(&mut self, by_a: bool, ask: Ask) {
         let (process, sent) = if by_a { (self.a.process, self.local_a()) } else { (self.b.process, self.local_b()) };
-        if let Some(delay) = self.to_witness(by_a) {
+        if let Some(delay) = self.travel(by_a) {
             self.at(delay, What::Asked { by_a, process, sent, ask });
         }
     }
