@@ -25,7 +25,7 @@ use vmdr_proto::control::{
     StatusRequest, SuspendReply, UnprotectReply,
 };
 use vmdr_proto::host::host_server::HostServer;
-use vmdr_proto::replication::{NamePointRequest, ProbeReply, ProbeRequest, RestRequest};
+use vmdr_proto::replication::{NamePointRequest, ProbeReply, ProbeRequest};
 use vmdr_trust::Trust;
 
 use crate::config::check_interval;
@@ -35,7 +35,7 @@ use crate::preflight::domain::PASSTHROUGH_INTERVAL_MS_MIN;
 use crate::preflight::{self, DomainOptions, Finding, HostFacts, Severity};
 use crate::quiesce;
 use crate::registry::Protection;
-use crate::session::{Answer, Input, Phase, Session};
+use crate::session::{Answer, Input, Phase, Session, rest};
 use vmdr_daemon::guest_channel::GuestChannel;
 
 const RECEIVER_REMEDY: &str = "start vmdr-receiver there, correct the address, or pair the two hosts (`vmdr pair`)";
@@ -47,8 +47,6 @@ const REPORTS_MAX: usize = 16;
 const APPLICATION_LIMIT: Duration = Duration::from_secs(20);
 /// Between application-consistent points of a schedule, in seconds: each makes the guest's writers wait for a moment.
 const APPLICATION_EVERY_SECONDS: std::ops::RangeInclusive<u64> = 10..=30 * 24 * 3600;
-/// How long the receiver may take to hear that silence is meant.
-const REST_LIMIT: Duration = Duration::from_secs(5);
 const PROGRESS_LOOK: Duration = Duration::from_millis(100);
 
 type Reports = Pin<Box<dyn tokio_stream::Stream<Item = Result<Progress, Status>> + Send>>;
@@ -168,7 +166,11 @@ impl AgentService for Control {
             Ok(session.protection.clone())
         })
         .await?;
-        self.rest(&protection, "its protection was ended").await;
+        let why = "its protection was ended";
+        if let Err(error) = rest::tell(&self.agent.trust, &protection, why).await {
+            let domain = &protection.name;
+            tracing::warn!(domain, "tell the receiver that {why}, so that it raises no alarm: {error}");
+        }
         Ok(Response::new(UnprotectReply { domain: protection.name }))
     }
 
@@ -183,16 +185,7 @@ impl AgentService for Control {
     }
 
     async fn suspend(&self, request: Request<DomainRequest>) -> Result<Response<SuspendReply>, Status> {
-        let name = request.into_inner().domain;
-        let epoch = self.ask(&name, ANSWER_LIMIT, Input::Suspend).await?;
-        let protection = {
-            let uuid = self.agent.find(&name);
-            let sessions = self.agent.sessions();
-            uuid.and_then(|uuid| sessions.get(&uuid).map(|session| session.protection.clone()))
-        };
-        if let Some(protection) = protection {
-            self.rest(&protection, "its protection is suspended").await;
-        }
+        let epoch = self.ask(&request.into_inner().domain, ANSWER_LIMIT, Input::Suspend).await?;
         Ok(Response::new(SuspendReply { epoch }))
     }
 
@@ -403,18 +396,6 @@ impl Control {
             Ok(Err(_)) => Err(Status::unavailable(format!("the protection of {name} is being set up anew"))),
             Err(_) => Err(Status::deadline_exceeded(format!("no answer within {limit:?}; see `vmdr status {name}`"))),
         }
-    }
-
-    /// Tells the receiver that silence is meant from now on. One that cannot be told raises an alarm, which says what to do.
-    async fn rest(&self, protection: &Protection, why: &str) {
-        let request = RestRequest { domain_uuid: protection.uuid.clone(), why: why.to_owned() };
-        let told = async { Questions::connect(&self.agent.trust, &protection.receiver).await?.rest(request).await };
-        let failed = match tokio::time::timeout(REST_LIMIT, told).await {
-            Ok(Ok(_)) => return,
-            Ok(Err(error)) => error,
-            Err(_) => format!("no answer within {REST_LIMIT:?}"),
-        };
-        tracing::warn!(domain = protection.name, "tell the receiver that {why}, so that it raises no alarm: {failed}");
     }
 
     /// Has the receiver keep a point under a name. What it takes up there, in bytes.

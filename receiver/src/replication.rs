@@ -43,6 +43,8 @@ use crate::takeover;
 const OPEN_TIME_MAX: Duration = Duration::from_secs(10);
 /// Messages between network and disk: some 8 MiB, at most 32.
 const QUEUE_MESSAGES: usize = 8;
+/// How often it is said that nothing is read, while the disk takes no more.
+const BUSY_LOOK: Duration = Duration::from_millis(500);
 /// Replies that the agent has not read yet; more and the stream waits for it.
 const REPLIES_MAX: usize = 64;
 /// The longest name of a domain or host taken over into messages and figures.
@@ -288,8 +290,14 @@ async fn pass_on(
         match message {
             Ok(Some(message)) => {
                 receiver.silence.heard(uuid, number);
-                if queue.send(message).await.is_err() {
-                    return None;
+                let mut queued = std::pin::pin!(queue.send(message));
+                loop {
+                    match tokio::time::timeout(BUSY_LOOK, &mut queued).await {
+                        Ok(Ok(())) => break,
+                        Ok(Err(_)) => return None,
+                        // A store that is busy for long, or whose disk hangs, is not the agent's silence.
+                        Err(_) => receiver.silence.not_read(uuid, number),
+                    }
                 }
             }
             Ok(None) => return None,

@@ -8,9 +8,10 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use common::{AGENT, Daemon, Stream, WAIT, delta, seed};
+use rustix::process::Signal;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use vmdr_proto::control::{DomainStatus, StatusRequest};
-use vmdr_proto::replication::{Heartbeat, RestRequest, to_receiver};
+use vmdr_proto::control::{DomainRequest, DomainStatus, StatusRequest};
+use vmdr_proto::replication::{Heartbeat, RestReply, RestRequest, to_receiver};
 
 const UUID: &str = "22222222-1111-4111-8111-111111111111";
 const BOUND: Duration = Duration::from_secs(3);
@@ -72,6 +73,14 @@ async fn protected(daemon: &Daemon) -> Stream {
     }
     while !stream.durable().await.last {}
     stream
+}
+
+fn resting(why: &str, token: u64) -> RestRequest {
+    RestRequest { domain_uuid: UUID.to_owned(), why: why.to_owned(), token }
+}
+
+async fn rest(daemon: &Daemon, token: u64) -> RestReply {
+    daemon.agent().await.rest(resting("its protection is suspended", token)).await.unwrap().into_inner()
 }
 
 async fn beat(stream: &mut Stream) {
@@ -138,11 +147,11 @@ async fn who_says_that_it_rests_is_not_waited_for() {
     let directory = tempfile::tempdir().unwrap();
     let (mut daemon, file) = receiver(&directory).await;
     drop(protected(&daemon).await);
-    let rest = |why: &str| RestRequest { domain_uuid: UUID.to_owned(), why: why.to_owned() };
     daemon.introduce("other");
-    let denied = daemon.agent_of("other").await.rest(rest("no")).await.unwrap_err();
+    let denied = daemon.agent_of("other").await.rest(resting("no", 0)).await.unwrap_err();
     assert_eq!(denied.code(), tonic::Code::PermissionDenied, "{AGENT}'s alone: {denied:?}");
-    daemon.agent().await.rest(rest("its protection is suspended")).await.unwrap();
+    let token = rest(&daemon, 0).await.token;
+    assert!(rest(&daemon, token).await.applied);
     for again in [false, true] {
         if again {
             daemon.kill();
@@ -157,5 +166,60 @@ async fn who_says_that_it_rests_is_not_waited_for() {
     // It sends again, and is waited for again.
     let mut agent = daemon.agent().await;
     drop(Stream::welcome(&mut agent, UUID, 1).await);
+    wait_for(&daemon, "an alarm", |s| !s.silent.is_empty()).await;
+}
+
+/// What an agent said before it opened a stream, and arrives after it.
+#[tokio::test]
+async fn a_word_of_resting_that_comes_late_silences_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let (daemon, _) = receiver(&directory).await;
+    drop(protected(&daemon).await);
+    let token = rest(&daemon, 0).await.token;
+    let mut agent = daemon.agent().await;
+    let (stream, _) = Stream::welcome(&mut agent, UUID, 1).await;
+    for late in [0, token] {
+        let reply = rest(&daemon, late).await;
+        assert!(!reply.applied && reply.token != token, "{reply:?}");
+    }
+    drop(stream);
+    let silent = wait_for(&daemon, "an alarm", |s| !s.silent.is_empty()).await;
+    assert!(silent.advice.contains("vmdr activate"), "{silent:?}");
+    // What is said now ends it.
+    let token = rest(&daemon, 0).await.token;
+    assert!(rest(&daemon, token).await.applied);
+    wait_for(&daemon, "over", |s| s.silent.is_empty()).await;
+}
+
+#[tokio::test]
+async fn an_alarm_ends_with_its_domain() {
+    let directory = tempfile::tempdir().unwrap();
+    let (daemon, file) = receiver(&directory).await;
+    drop(protected(&daemon).await);
+    wait_for(&daemon, "an alarm", |s| !s.silent.is_empty()).await;
+    daemon.control().await.forget(DomainRequest { domain: UUID.to_owned() }).await.unwrap();
+    let text = told(&file, 2).await;
+    assert!(text.contains("VMDR_ALARM=ended"), "{text}");
+    let audit = vmdr_audit::last_lines(&daemon.directory.path().join("audit"), "receiver", 1000).unwrap();
+    assert!(audit.iter().any(|line| line.contains("Alarm") && line.contains("ended: ")), "{audit:?}");
+}
+
+/// While the receiver stands still nobody can be heard.
+#[tokio::test]
+async fn a_receiver_that_was_stopped_does_not_blame_its_agents() {
+    let directory = tempfile::tempdir().unwrap();
+    let (daemon, file) = receiver(&directory).await;
+    let mut stream = protected(&daemon).await;
+    for _ in 0..2 {
+        beat(&mut stream).await;
+        daemon.signal(Signal::STOP);
+        tokio::time::sleep(BOUND + Duration::from_secs(2)).await;
+        daemon.signal(Signal::CONT);
+        // Long enough that it has looked.
+        tokio::time::sleep(Duration::from_millis(800)).await;
+        assert_eq!(status(&daemon).await.silent, "");
+    }
+    assert!(!file.exists(), "{}", std::fs::read_to_string(&file).unwrap());
+    // It counts all the same.
     wait_for(&daemon, "an alarm", |s| !s.silent.is_empty()).await;
 }

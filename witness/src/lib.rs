@@ -15,6 +15,7 @@
 
 pub mod holder;
 mod rule;
+mod silence;
 #[cfg(test)]
 mod sim;
 pub mod standby;
@@ -24,6 +25,7 @@ use std::time::Duration;
 
 pub use holder::{Holder, May};
 pub use rule::{Allowed, Claim, Owner, View, allows};
+pub use silence::Silence;
 pub use standby::{Stance, Standby};
 pub use terms::{DRIFT_PPM, Terms, TermsError};
 
