@@ -23,8 +23,8 @@ mod terms;
 
 use std::time::Duration;
 
-pub use holder::{Holder, May};
-pub use rule::{Allowed, Claim, Owner, View, allows};
+pub use holder::{Backup, Holder, May};
+pub use rule::{Allowed, Claim, Over, Owner, View, allows};
 pub use silence::Silence;
 pub use standby::{Stance, Standby};
 pub use terms::{DRIFT_PPM, Terms, TermsError};

@@ -68,6 +68,11 @@ impl Terms {
         self.hold() / 8
     }
 
+    /// How long an answer to a renewal is waited for before it is asked again.
+    pub fn answer_limit(&self) -> Duration {
+        self.hold() / 4
+    }
+
     /// With less left of it than this a lease is in danger, and the backup site is asked to stand down.
     pub fn in_danger(&self) -> Duration {
         self.hold() / 2

@@ -119,7 +119,7 @@ impl Etcd {
         self.within(self.read(uuid)).await.map(|read| read.view)
     }
 
-    /// Claims the lease of a domain, or renews it, for `ttl` (whole seconds; rounded up) from some moment after this was called.
+    /// Claims the lease of a domain, or renews it, if what the claim goes by is there, for `ttl` (whole seconds; rounded up) from some moment after this was called.
     /// An error: it is not known whether it was granted.
     pub async fn claim(&self, uuid: &str, claim: &Claim, ttl: Duration) -> Result<Allowed, WitnessError> {
         self.within(self.try_claim(uuid, claim, ttl)).await

@@ -48,14 +48,19 @@ fn every_check_is_needed() {
         Holder(holder::Without::Margin),
         Holder(holder::Without::Narrowing),
         Holder(holder::Without::Number),
+        Holder(holder::Without::Opening),
+        Holder(holder::Without::Confirmed),
         Standby(standby::Without::Durable),
+        Standby(standby::Without::Dirty),
         Standby(standby::Without::Taking),
         Standby(standby::Without::Armed),
         Standby(standby::Without::Stream),
         Standby(standby::Without::Granted),
         Mutant::WitnessLease,
         Mutant::WitnessGeneration,
+        Mutant::WitnessEmpty,
         Mutant::Shim,
+        Mutant::Guard,
         Mutant::Boot,
     ] {
         let found = (0..MUTANT_SEEDS).find_map(|seed| {
@@ -87,6 +92,10 @@ fn one_thing_that_fails_stops_no_guest() {
         vec![Fault::Cut { way: 3, length: long }],
         vec![Fault::Receiver { length: long }],
         vec![Fault::Agent { length: SECOND }],
+        vec![Fault::Wipe],
+        vec![Fault::Shim { length: long }],
+        vec![Fault::Disk { length: long }],
+        vec![Fault::Automatic(false)],
     ] {
         let mut world = quiet();
         for fault in &faults {

@@ -1,6 +1,6 @@
 //! etcd, as far as this protocol sees it: a key of the owner, a key of the lease, transactions.
 
-use crate::{Allowed, Claim, Owner, Terms, View, allows};
+use crate::{Allowed, Claim, Over, Owner, Terms, View, allows};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Ask {
@@ -10,7 +10,7 @@ pub(crate) enum Ask {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Answer {
-    Granted(Claim),
+    Granted,
     Refused(Allowed),
     View(View),
 }
@@ -22,14 +22,16 @@ pub(crate) struct Witness {
     lease: Option<(String, u64)>,
     /// Life of a lease in real time: by its clock, which drifts too.
     life_us: u64,
-    /// The check of the transaction that is left out: the other's lease, the owner's generation.
-    pub(crate) without: (bool, bool),
+    /// How often it has lost everything: what is on its way to the one before does not arrive.
+    pub(crate) wiped: u32,
+    /// The check of the transaction that is left out: the other's lease, the owner's generation, that there is an owner.
+    pub(crate) without: (bool, bool, bool),
 }
 
 impl Witness {
     pub(crate) fn new(terms: Terms, ppm: i64) -> Self {
         let life_us = terms.ttl().as_micros() as i64 * 1_000_000 / (1_000_000 + ppm);
-        Self { up: true, owner: None, lease: None, life_us: life_us as u64, without: (false, false) }
+        Self { up: true, owner: None, lease: None, life_us: life_us as u64, wiped: 0, without: (false, false, false) }
     }
 
     pub(crate) fn restart(&mut self, now: u64) {
@@ -38,6 +40,11 @@ impl Witness {
         if let Some(lease) = &mut self.lease {
             lease.1 = now + self.life_us;
         }
+    }
+
+    pub(crate) fn wipe(&mut self) {
+        (self.owner, self.lease) = (None, None);
+        self.wiped += 1;
     }
 
     pub(crate) fn view(&mut self, now: u64) -> View {
@@ -58,11 +65,16 @@ impl Witness {
                 if self.without.1 {
                     view.owner = None;
                 }
-                match allows(&view, &claim) {
+                let over = if self.without.1 || self.without.2 && view.owner.is_none() {
+                    Over::Anything
+                } else {
+                    claim.over.clone()
+                };
+                match allows(&view, &Claim { over, ..claim.clone() }) {
                     Allowed::Yes => {
                         self.owner = Some(Owner { generation: claim.generation, holder: claim.holder.clone() });
                         self.lease = Some((claim.holder.clone(), now + self.life_us));
-                        Answer::Granted(claim)
+                        Answer::Granted
                     }
                     no => Answer::Refused(no),
                 }

@@ -20,7 +20,7 @@ const SHIM_LOOK: u64 = 50_000;
 const PAUSE_MAX: u64 = 300_000;
 const TICK: u64 = 200_000;
 const BEAT: u64 = SECOND;
-const RPC_LIMIT: u64 = 4 * SECOND;
+const RPC_LIMIT: u64 = 2 * SECOND;
 const SILENT: u64 = 3 * SECOND;
 /// No more faults from here on, and everything is mended.
 const MENDED: u64 = 90 * SECOND;
@@ -35,8 +35,12 @@ pub(crate) enum Mutant {
     WitnessLease,
     /// The witness grants a lease to an older generation.
     WitnessGeneration,
+    /// A witness that has lost everything grants any claim.
+    WitnessEmpty,
     /// The shim does not look at the deadline.
     Shim,
+    /// The agent does not look whether the shim does.
+    Guard,
     /// A host that was started anew runs its guest before it has asked.
     Boot,
 }
@@ -49,6 +53,7 @@ enum Message {
     Disarm(u64),
     Welcome { disarmed: bool },
     Fenced(u64),
+    Armed(u64),
     Disarmed(u64),
     Pong,
 }
@@ -65,14 +70,21 @@ enum What {
     Asked {
         by_a: bool,
         process: u64,
-        sent: Time,
+        number: u64,
+        wiped: u32,
         ask: Ask,
     },
     Answered {
         by_a: bool,
         process: u64,
-        sent: Time,
+        number: u64,
         answer: Answer,
+    },
+    /// No answer has come in time, as whoever asked sees it.
+    Late {
+        by_a: bool,
+        process: u64,
+        number: u64,
     },
     Activated(u64),
     Fault,
@@ -124,7 +136,6 @@ enum Guest {
 
 struct Agent {
     holder: Holder,
-    asking: Option<u64>,
     stream: Option<u64>,
     tried: u64,
     heard: u64,
@@ -139,6 +150,12 @@ struct A {
     thaws: u64,
     process: u64,
     agent: Option<Agent>,
+    automatic: bool,
+    confirmed: bool,
+    /// The shim looks again from here on.
+    hung: u64,
+    /// When neither shim nor agent looked last.
+    unguarded: u64,
     page: May,
     guest: Guest,
     own: Option<(Role, u64)>,
@@ -152,6 +169,8 @@ struct B {
     /// Streams that were opened to this process.
     opened: Vec<u64>,
     stance: Stance,
+    /// Its disk is sound again from here on.
+    sound: u64,
     stored: u64,
     own: Option<(Role, u64)>,
     active: Option<u64>,
@@ -188,7 +207,8 @@ pub(crate) struct World {
 impl World {
     pub(crate) fn new(seed: u64, mutant: Option<Mutant>, tracing: bool) -> Self {
         let mut random = Random::new(seed);
-        let margin = Duration::from_micros(SHIM_LOOK + PAUSE_MAX + 50_000);
+        // The agent looks, too, in case that the shim hangs.
+        let margin = Duration::from_micros(TICK + PAUSE_MAX + 50_000);
         let terms = Terms::new(Duration::from_secs(6), margin).unwrap();
         // Extremes are worth more than what lies between.
         let mut clock = || {
@@ -197,7 +217,8 @@ impl World {
         };
         let (clock_a, clock_b, clock_w) = (clock(), clock(), clock());
         let mut witness = Witness::new(terms, clock_w.ppm);
-        witness.without = (mutant == Some(Mutant::WitnessLease), mutant == Some(Mutant::WitnessGeneration));
+        let is = |of: Mutant| mutant == Some(of);
+        witness.without = (is(Mutant::WitnessLease), is(Mutant::WitnessGeneration), is(Mutant::WitnessEmpty));
         let mut world = Self {
             random,
             now: 0,
@@ -212,6 +233,10 @@ impl World {
                 thaws: 0,
                 process: 0,
                 agent: None,
+                automatic: true,
+                confirmed: false,
+                hung: 0,
+                unguarded: 0,
                 page: May::Never,
                 guest: Guest::Off,
                 own: next(None, &Owning::Protected(1)).unwrap(),
@@ -222,6 +247,7 @@ impl World {
                 standby: None,
                 opened: Vec::new(),
                 stance: Stance::Disarmed,
+                sound: 0,
                 stored: 1,
                 own: None,
                 active: None,
@@ -283,8 +309,14 @@ impl World {
                 self.stopped_us += self.now - before;
             }
             self.happen(event.what)?;
-            // One that was frozen whole and goes on: until its shim has looked and stopped the guest (docs/failover.md).
-            let thawing = self.now <= self.a.thaws + SHIM_LOOK + PAUSE_MAX;
+            if self.a.up && self.now < self.a.hung && self.a.agent.is_none() {
+                self.a.unguarded = self.now;
+            }
+            // One that was frozen whole and goes on, or of which neither shim nor agent looked: until the guest was stopped
+            // (docs/failover.md).
+            let looks = if self.now < self.a.hung + SHIM_LOOK + PAUSE_MAX { TICK } else { SHIM_LOOK };
+            let thawing = self.now <= self.a.thaws + looks + PAUSE_MAX
+                || (self.a.unguarded > 0 && self.now <= self.a.unguarded + SHIM_LOOK + TICK + PAUSE_MAX);
             if self.a_runs() && self.b_runs() && !thawing {
                 return Err(format!("at {} ms both sites run the guest", self.now_ms()));
             }
@@ -321,7 +353,7 @@ impl World {
     fn happen(&mut self, what: What) -> Result<(), String> {
         // A host that is frozen does everything later.
         let of_a = matches!(what, What::AgentTick(_) | What::ShimLook(_) | What::GuestPaused(_) | What::ToA(..))
-            || matches!(what, What::Answered { by_a: true, .. });
+            || matches!(what, What::Answered { by_a: true, .. } | What::Late { by_a: true, .. });
         if of_a && self.now < self.a.thaws {
             let wait = self.a.thaws - self.now + self.random.range(0, SHIM_LOOK);
             self.at(wait, what);
@@ -343,17 +375,28 @@ impl World {
             }
             What::ToB(stream, process, message) if process == self.b.process => self.b_hears(stream, message)?,
             What::ToA(stream, process, message) if process == self.a.process => self.a_hears(stream, message)?,
-            What::Asked { by_a, process, sent, ask } if self.witness.up => {
+            What::Asked { by_a, process, number, wiped, ask } if self.witness.up && wiped == self.witness.wiped => {
                 let answer = self.witness.answer(ask, self.now);
                 if let Some(delay) = self.travel(by_a) {
-                    self.at(delay, What::Answered { by_a, process, sent, answer });
+                    self.at(delay, What::Answered { by_a, process, number, answer });
                 }
             }
-            What::Answered { by_a: true, process, sent, answer } if process == self.a.process => {
-                self.a_answered(sent, answer)?;
+            What::Answered { by_a: true, process, number, answer } if process == self.a.process => {
+                self.a_answered(number, answer)?;
             }
-            What::Answered { by_a: false, process, answer, .. } if process == self.b.process => {
-                self.b_answered(answer)?;
+            What::Answered { by_a: false, process, number, answer } if process == self.b.process => {
+                self.b_answered(number, answer)?;
+            }
+            What::Late { by_a: true, process, number } if process == self.a.process => {
+                if let Some(agent) = &mut self.a.agent {
+                    agent.holder.unanswered(number);
+                }
+            }
+            What::Late { by_a: false, process, number } if process == self.b.process => {
+                let local = self.local_b();
+                if let Some(standby) = &mut self.b.standby {
+                    standby.unanswered(number, local);
+                }
             }
             What::Activated(generation) if self.b.active == Some(generation) && !self.b.runs => {
                 self.b.runs = true;
@@ -396,12 +439,23 @@ impl World {
                 self.a.boot += 1;
                 self.a.process += 1;
                 (self.a.agent, self.a.guest, self.a.thaws) = (None, Guest::Off, 0);
+                (self.a.hung, self.a.unguarded) = (0, 0);
                 self.at(until(self.now, length).saturating_sub(self.now), What::Mend(fault));
             }
             Fault::Receiver { length } => self.crash_receiver(until(self.now, length).saturating_sub(self.now)),
+            Fault::Wipe if self.witness.up => self.witness.wipe(),
+            Fault::Shim { length } if self.a.up => self.a.hung = until(self.now, length),
+            Fault::Disk { length } => self.b.sound = until(self.now, length),
             Fault::Operator => {
                 if let Some(standby) = &mut self.b.standby {
                     standby.ask();
+                }
+            }
+            Fault::ByHand if !self.a.up && self.b.active.is_none() => self.activate_by_hand(),
+            Fault::Automatic(automatic) => {
+                self.a.automatic = automatic;
+                if let Some(agent) = &mut self.a.agent {
+                    agent.holder.set_automatic(automatic);
                 }
             }
             _ => {}
@@ -417,6 +471,7 @@ impl World {
                 self.a.up = true;
                 let boots = self.mutant == Some(Mutant::Boot);
                 self.a.page = if boots { May::Always } else { May::Never };
+                self.a.confirmed = false;
                 self.start_agent();
                 self.at(SHIM_LOOK, What::ShimLook(self.a.boot));
             }
@@ -464,11 +519,13 @@ impl World {
         Some(if late { self.random.spread_ms(100, 3_500) } else { self.random.range(500, 20_000) })
     }
 
-    fn ask(&mut self, by_a: bool, ask: Ask) {
-        let (process, sent) = if by_a { (self.a.process, self.local_a()) } else { (self.b.process, self.local_b()) };
+    fn ask(&mut self, by_a: bool, number: u64, ask: Ask) {
+        let process = if by_a { self.a.process } else { self.b.process };
         if let Some(delay) = self.travel(by_a) {
-            self.at(delay, What::Asked { by_a, process, sent, ask });
+            let wiped = self.witness.wiped;
+            self.at(delay, What::Asked { by_a, process, number, wiped, ask });
         }
+        self.at(RPC_LIMIT, What::Late { by_a, process, number });
     }
 
     fn local_a(&self) -> Time {

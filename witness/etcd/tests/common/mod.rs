@@ -1,16 +1,18 @@
 //! A real etcd, and certificates for one.
 #![allow(dead_code)]
 
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use vmdr_etcd::{Config, Etcd};
-use vmdr_witness::Claim;
+use vmdr_witness::{Claim, Over, Owner};
 
 pub const WAIT: Duration = Duration::from_secs(60);
+/// To find ports that stay free.
+const ATTEMPTS: u32 = 5;
 
 /// Files of an authority, and of a certificate of its for both ends.
 #[derive(Clone)]
@@ -60,17 +62,54 @@ impl Server {
     }
 
     pub fn start_with(tls: Option<Tls>) -> Self {
-        let free = || TcpListener::bind("127.0.0.1:0").unwrap();
-        // Both are held until both are known.
-        let (client, peer) = (free(), free());
-        let port = |listener: &TcpListener| listener.local_addr().unwrap().port();
-        let (client, peer) = (port(&client), port(&peer));
-        let mut server = Self { directory: tempfile::tempdir().unwrap(), client, peer, process: None, tls };
-        server.up();
-        server
+        let directory = tempfile::tempdir().unwrap();
+        let mut server = Self { directory, client: 0, peer: 0, process: None, tls };
+        // Somebody else can get a port between its being free and its being used.
+        for _ in 0..ATTEMPTS {
+            let free = || TcpListener::bind("127.0.0.1:0").unwrap();
+            // Both are held until both are known.
+            let (client, peer) = (free(), free());
+            let port = |listener: &TcpListener| listener.local_addr().unwrap().port();
+            (server.client, server.peer) = (port(&client), port(&peer));
+            drop((client, peer));
+            server.begin();
+            if server.listens() {
+                return server;
+            }
+            server.kill();
+            std::fs::remove_dir_all(server.data()).ok();
+        }
+        panic!("etcd does not start:\n{}", server.log());
     }
 
+    /// Starts it again, where it was before.
     pub fn up(&mut self) {
+        self.begin();
+        assert!(self.listens(), "etcd does not start again:\n{}", self.log());
+    }
+
+    /// Whether it accepts connections; nothing else has its port.
+    fn listens(&mut self) -> bool {
+        let until = Instant::now() + WAIT;
+        while Instant::now() < until {
+            if self.process.as_mut().is_none_or(|process| process.try_wait().unwrap().is_some()) {
+                return false;
+            }
+            if TcpStream::connect(("127.0.0.1", self.client)).is_ok() {
+                // One that could not listen ends at once; the port may be somebody else's.
+                std::thread::sleep(Duration::from_millis(200));
+                return self.process.as_mut().is_some_and(|process| process.try_wait().unwrap().is_none());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        false
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
+    }
+
+    fn begin(&mut self) {
         let (client, peer) = (self.url(), format!("http://127.0.0.1:{}", self.peer));
         let log = std::fs::File::create(self.directory.path().join("log")).unwrap();
         let mut command = Command::new("etcd");
@@ -135,6 +174,13 @@ impl Drop for Server {
     }
 }
 
+/// By the owner that is there, or whatever is.
 pub fn claim(holder: &str, generation: u64) -> Claim {
-    Claim { holder: holder.to_owned(), generation }
+    Claim { holder: holder.to_owned(), generation, over: Over::Anything }
+}
+
+/// By what is there of `a` in the generation before, and nothing else.
+pub fn take(holder: &str, generation: u64) -> Claim {
+    let from = Owner { generation: generation - 1, holder: "a".to_owned() };
+    Claim { over: Over::Owner(from), ..claim(holder, generation) }
 }

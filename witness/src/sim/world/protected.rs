@@ -4,12 +4,15 @@ use vmdr_daemon::ownership::{Event as Owning, Role, next};
 
 use super::super::faults::Fault;
 use super::super::witness::{Answer, Ask};
-use super::{Agent, BEAT, Guest, MENDED, Message, Mutant, PAUSE_MAX, RPC_LIMIT, SECOND, SHIM_LOOK, TICK, What, World};
-use crate::{Allowed, Claim, Holder, Time, holder};
+use super::{Agent, BEAT, Guest, MENDED, Message, Mutant, PAUSE_MAX, SECOND, SHIM_LOOK, TICK, What, World};
+use crate::{Allowed, Claim, Holder, holder};
 
 impl World {
     pub(super) fn start_agent(&mut self) {
-        let mut holder = Holder::new(self.terms, self.a.page);
+        let mut holder = Holder::new(self.terms, self.a.page, self.a.confirmed);
+        holder.set_automatic(self.a.automatic);
+        // Streams of the process before are not this one's.
+        holder.opening(self.streams);
         if let Some(Mutant::Holder(without)) = self.mutant {
             holder.without = Some(without);
         }
@@ -17,7 +20,7 @@ impl World {
             holder.taken(generation);
         }
         let now = self.now;
-        self.a.agent = Some(Agent { holder, asking: None, stream: None, tried: 0, heard: now, beat: now });
+        self.a.agent = Some(Agent { holder, stream: None, tried: 0, heard: now, beat: now });
         self.publish();
         self.at(TICK, What::AgentTick(self.a.process));
     }
@@ -51,14 +54,12 @@ impl World {
             agent.tried = now;
             self.streams += 1;
             let stream = self.streams;
+            agent.holder.opening(stream);
             self.send(0, stream, Message::Open { generation });
         }
         let Some(agent) = &mut self.a.agent else { return };
-        if agent.asking.is_some_and(|sent| now - sent > RPC_LIMIT) {
-            agent.asking = None;
-        }
         let acts = agent.holder.tick(local);
-        let (stream, asking) = (agent.stream, agent.asking);
+        let stream = agent.stream;
         if let Some(stream) = stream
             && now - agent.beat >= BEAT
         {
@@ -66,18 +67,20 @@ impl World {
             self.send(0, stream, Message::Beat);
         }
         self.publish();
+        if self.a.guest == Guest::Running && !self.a.page.at(local) && self.mutant != Some(Mutant::Guard) {
+            // The shim should have seen that. It is killed, and the guest stopped without it.
+            let takes = self.random.range(1_000, PAUSE_MAX);
+            self.at(takes, What::GuestPaused(self.a.boot));
+        }
         // It can die between the two.
         if self.random.per_mille(1) && self.now < MENDED {
             return self.inject(Fault::Agent { length: SECOND });
         }
         for act in acts {
             match (act, stream) {
-                (holder::Act::Renew, _) if asking.is_none() => {
-                    let claim = Claim { holder: "a".to_owned(), generation };
-                    if let Some(agent) = &mut self.a.agent {
-                        agent.asking = Some(now);
-                    }
-                    self.ask(true, Ask::Claim(claim));
+                (holder::Act::Renew { number, over }, _) => {
+                    let claim = Claim { holder: "a".to_owned(), generation, over };
+                    self.ask(true, number, Ask::Claim(claim));
                 }
                 (holder::Act::Arm { number }, Some(stream)) => {
                     self.say(|| format!("A: arm {number}"));
@@ -92,14 +95,14 @@ impl World {
         }
     }
 
-    pub(super) fn a_answered(&mut self, sent: Time, answer: Answer) -> Result<(), String> {
+    pub(super) fn a_answered(&mut self, number: u64, answer: Answer) -> Result<(), String> {
         let local = self.local_a();
         let Some(agent) = &mut self.a.agent else { return Ok(()) };
-        agent.asking = None;
         match answer {
-            Answer::Granted(_) => agent.holder.renewed(sent, local),
-            Answer::Refused(Allowed::Outdated(generation)) => agent.holder.outdated(generation),
-            Answer::Refused(_) => agent.holder.lost(),
+            Answer::Granted => agent.holder.renewed(number, local),
+            Answer::Refused(Allowed::Outdated(generation)) => agent.holder.outdated(number, generation),
+            Answer::Refused(Allowed::Missing) => agent.holder.unanswered(number),
+            Answer::Refused(_) => agent.holder.lost(number),
             Answer::View(_) => return Err("a view that nobody asked for".to_owned()),
         }
         self.publish();
@@ -110,10 +113,15 @@ impl World {
         let now = self.now;
         let Some(agent) = &mut self.a.agent else { return Ok(()) };
         match message {
-            // An answer to one that was given up is not read.
-            Message::Welcome { disarmed } if stream == self.streams => {
-                (agent.stream, agent.heard) = (Some(stream), now);
-                agent.holder.opened(stream, disarmed);
+            Message::Welcome { disarmed } => {
+                if agent.holder.opened(stream, disarmed) {
+                    (agent.stream, agent.heard) = (Some(stream), now);
+                    self.a.confirmed = true;
+                }
+            }
+            Message::Armed(number) => {
+                agent.holder.armed(stream, number);
+                agent.heard = now;
             }
             Message::Fenced(generation) => agent.holder.taken(generation),
             Message::Disarmed(number) => {
@@ -129,7 +137,7 @@ impl World {
 
     pub(super) fn shim_look(&mut self) {
         self.at(SHIM_LOOK, What::ShimLook(self.a.boot));
-        if self.mutant == Some(Mutant::Shim) && self.a.guest == Guest::Running {
+        if self.now < self.a.hung || self.mutant == Some(Mutant::Shim) && self.a.guest == Guest::Running {
             return;
         }
         let may = self.a.page.at(self.local_a());
