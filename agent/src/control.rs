@@ -35,7 +35,7 @@ use crate::preflight::domain::PASSTHROUGH_INTERVAL_MS_MIN;
 use crate::preflight::{self, DomainOptions, Finding, HostFacts, Severity};
 use crate::quiesce;
 use crate::registry::Protection;
-use crate::session::{Answer, Input, Phase, Session};
+use crate::session::{Answer, Input, Phase, Session, rest};
 use vmdr_daemon::guest_channel::GuestChannel;
 
 const RECEIVER_REMEDY: &str = "start vmdr-receiver there, correct the address, or pair the two hosts (`vmdr pair`)";
@@ -159,14 +159,19 @@ impl AgentService for Control {
             return Err(Status::not_found(format!("domain {name} is not protected")));
         };
         let agent = self.agent.clone();
-        let domain = blocking(move || {
+        let protection = blocking(move || {
             session.end(Input::Unprotect);
             agent.registry.remove(&session.protection.uuid)?;
             agent.ended(&session.protection)?;
-            Ok(session.protection.name.clone())
+            Ok(session.protection.clone())
         })
         .await?;
-        Ok(Response::new(UnprotectReply { domain }))
+        let why = "its protection was ended";
+        if let Err(error) = rest::tell(&self.agent.trust, &protection, why).await {
+            let domain = &protection.name;
+            tracing::warn!(domain, "tell the receiver that {why}, so that it raises no alarm: {error}");
+        }
+        Ok(Response::new(UnprotectReply { domain: protection.name }))
     }
 
     async fn hold(&self, request: Request<DomainRequest>) -> Result<Response<HoldReply>, Status> {

@@ -18,7 +18,8 @@ use vmdr_proto::replication::replication_client::ReplicationClient;
 use vmdr_proto::replication::{
     DescribeReply, DescribeRequest, Durable, FromReceiver, GiveBackReply, GiveBackRequest, HashesReply, HashesRequest,
     Heartbeat, NamePointReply, NamePointRequest, Open, OwnerReply, OwnerRequest, Position, ProbeReply, ProbeRequest,
-    Refused, ReverseReply, ReverseRequest, SettleReply, SettleRequest, ToReceiver, from_receiver, to_receiver,
+    Refused, RestReply, RestRequest, ReverseReply, ReverseRequest, SettleReply, SettleRequest, ToReceiver,
+    from_receiver, to_receiver,
 };
 use vmdr_proto::{MESSAGE_BYTES_MAX, REPLICATION_VERSION};
 use vmdr_trust::{Partner, PeerInfo, Trust};
@@ -162,6 +163,11 @@ impl Questions {
     /// Has the receiver make ready for a domain that ran there.
     pub async fn reverse(&mut self, request: ReverseRequest) -> Result<ReverseReply, String> {
         answer(&self.receiver, self.client.reverse(request)).await
+    }
+
+    /// Tells the receiver that this host does not send for the time being, on purpose.
+    pub async fn rest(&mut self, request: RestRequest) -> Result<RestReply, String> {
+        answer(&self.receiver, self.client.rest(request)).await
     }
 
     /// Has the receiver give a domain back.

@@ -14,6 +14,7 @@ use vmdr_proto::{RECEIVER_PORT, RECEIVER_SOCKET};
 use crate::cold::ColdConfig;
 use crate::drill::checks;
 use crate::history;
+use crate::silence::AlarmConfig;
 use crate::store::{Retention, StoreOptions};
 
 /// Where the configuration is, unless given on the command line.
@@ -61,6 +62,8 @@ pub struct Config {
     pub verify: VerifyConfig,
     /// How activations are rehearsed.
     pub drill: DrillConfig,
+    /// When silence of an agent is an alarm, and who is told.
+    pub alarm: AlarmConfig,
     /// Object storage for recovery points.
     pub cold: ColdConfig,
     /// The recovery plan: an absolute path. None: guests find what they had under the same names.
@@ -246,6 +249,7 @@ impl Default for Config {
             retention: RetentionConfig::default(),
             verify: VerifyConfig::default(),
             drill: DrillConfig::default(),
+            alarm: AlarmConfig::default(),
             cold: ColdConfig::default(),
             plan: None,
             bridges: BTreeMap::new(),
@@ -346,6 +350,9 @@ impl Config {
         if let Some(what) = config.drill.nonsense() {
             return Err(invalid(text.find("[drill").unwrap_or(0), what));
         }
+        if let Some(what) = config.alarm.nonsense() {
+            return Err(invalid(text.find("[alarm]").unwrap_or(0), what));
+        }
         if let Err(what) = config.retention.policy() {
             return Err(invalid(text.find("retention").unwrap_or(0), what));
         }
@@ -390,6 +397,7 @@ mod tests {
              [drill]\nevery_seconds = 604800\nrun_seconds = 9\ncheck_seconds = 8\nchecks = [\"tcp:22\"]\n\
              copy_bytes_per_second = 7\n[drill.domain.web1]\nevery_seconds = 0\nchecks = []\n\
              [retention]\nbudget_bytes = 2097152\ntiers = [{ every_seconds = 0, for_seconds = 60 }]\n\
+             [alarm]\nafter_seconds = 9\nhook = [\"/bin/page\", \"oncall\"]\nhook_timeout_seconds = 4\n\
              [cold]\nurl = \"s3://b/p\"\nendpoint = \"https://s\"\nregion = \"r\"\nkey_file = \"/k\"\nold_key_files = [\"/o\"]\n\
              every_seconds = 3600\ndomains = [\"web1\"]\nkeep = [{ every_seconds = 1, for_seconds = 2 }]\n\
              grace_seconds = 7\nbytes_per_second = 8\nparallel = 9\n",
@@ -428,6 +436,11 @@ mod tests {
                         ..DomainDrillConfig::default()
                     },
                 )]),
+            },
+            alarm: AlarmConfig {
+                after_seconds: 9,
+                hook: vec!["/bin/page".to_owned(), "oncall".to_owned()],
+                hook_timeout_seconds: 4,
             },
             cold: ColdConfig {
                 url: "s3://b/p".to_owned(),

@@ -173,6 +173,16 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
     } else {
         ("ready", format!("no agent is connected; if its host is lost: `vmdr activate {name}`"))
     };
+    let silent = receiver.silence.alarm(&domain, &last_error);
+    let rest = receiver.silence.rest(uuid).filter(|_| state == "ready" && !domain.receiving);
+    let advice = match (&silent, rest) {
+        (Some(_), _) => format!(
+            "find out whether its host is lost; if it is: `vmdr activate {name}`. If its protection was ended on purpose: \
+             `vmdr forget {name}`"
+        ),
+        (None, Some(why)) => format!("its agent does not send: {why}"),
+        (None, None) => advice,
+    };
     let file = receiver.config.plan.as_deref();
     let unfit = if active { String::new() } else { receiver.watched.advice(file, &domain.name, &domain.uuid) };
     let advice = [unfit, advice].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; ");
@@ -220,6 +230,8 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
         granted: access.granted.iter().map(|id| receiver.peer_shown(id)).collect(),
         exported_unix_ns: exported.as_ref().map_or(0, |record| record.exported_unix_ns),
         exported_point: exported.map(|record| record.point).unwrap_or_default(),
+        silent: silent.as_ref().map(|silent| silent.sentence.clone()).unwrap_or_default(),
+        silent_seconds: silent.map_or(0.0, |silent| silent.seconds),
         export_error: receiver.cold.exported(uuid).error,
         ..DomainStatus::default()
     }

@@ -39,8 +39,9 @@ use crate::metrics::{DomainSample, DrillSample, Metrics, Sample};
 use crate::recovery::{self, watch::Watched};
 use crate::replication::ReplicationService;
 use crate::reverse::{self, Reversal};
+use crate::silence;
 use crate::stats::Stats;
-use crate::store::{Store, StoreOptions};
+use crate::store::{DomainSummary, Store, StoreOptions};
 use crate::takeover;
 use crate::verify::{self, Verifier};
 
@@ -93,6 +94,8 @@ pub struct Receiver {
     pub trust: Trust,
     /// What is counted.
     pub metrics: Metrics,
+    /// Since when nothing was heard of agents.
+    pub silence: silence::Watches,
     /// Which domains this host owns.
     pub ownerships: Ownerships,
     /// Standbys that are being made of what is here already.
@@ -138,6 +141,7 @@ impl Receiver {
         Ok(Receiver {
             troubles,
             cold: Cold::new(config.cold.clone()),
+            silence: silence::Watches::new(&config.alarm),
             config,
             audit,
             trust,
@@ -173,6 +177,7 @@ impl Receiver {
     /// What is remembered of a domain that is no longer there.
     pub fn forget_session(&self, uuid: Uuid) {
         self.sessions().remove(&uuid);
+        self.silence.forget(uuid);
     }
 
     /// The lock under which a domain is activated or forgotten.
@@ -229,8 +234,14 @@ impl Receiver {
                 rto_seconds: last.rto_seconds,
             })
         };
+        let silent = |d: &DomainSummary| {
+            let uuid = Uuid::parse_str(&d.uuid).ok().filter(|_| !d.frozen)?;
+            self.silence.seconds(uuid)
+        };
         let domains = self.store.domains().into_iter().map(|d| DomainSample {
             drill: drill(&d.uuid),
+            silent_seconds: silent(&d),
+            alarm: self.silence.alarm(&d, "").is_some(),
             name: d.name,
             generation: d.position.generation,
             epoch: d.position.epoch,
@@ -283,6 +294,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     verify::start(&receiver).context("start the thread that verifies")?;
     recovery::watch::start(&receiver).context("start the thread that looks at the recovery plan")?;
     drill::tend::start(&receiver).context("start the thread that looks after drills")?;
+    silence::start(&receiver).context("start the thread that raises alarms")?;
 
     let listener = listen(receiver.config.listen).await?;
     let address = listener.local_addr().context("ask for the address listened on")?;

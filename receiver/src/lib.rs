@@ -12,6 +12,7 @@
 //! - [`control`]: the `vmdr` command's requests.
 //! - [`verify`]: points are read again in the background.
 //! - [`drill`]: an activation rehearsed on a copy, cut off from everything.
+//! - [`silence`]: alarms where nothing is heard of a protected host; [`running`]: the clock for that.
 //! - [`daemon`]: all of it together; [`config`], [`metrics`], [`stats`].
 
 pub mod access;
@@ -30,6 +31,8 @@ pub mod ready;
 pub mod recovery;
 pub mod replication;
 pub mod reverse;
+pub mod running;
+pub mod silence;
 pub mod stats;
 pub mod store;
 pub mod takeover;

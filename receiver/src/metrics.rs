@@ -111,6 +111,10 @@ pub struct DomainSample {
     pub verified_seconds: Option<f64>,
     /// Its last drill; `None`: there was none.
     pub drill: Option<DrillSample>,
+    /// For how long nothing was heard of its agent; `None`: it is not waited for.
+    pub silent_seconds: Option<f64>,
+    /// That is too long.
+    pub alarm: bool,
     /// A stream is open.
     pub receiving: bool,
     /// It was activated here.
@@ -165,7 +169,7 @@ impl Metrics {
             let _ = writeln!(out, "{name} {checked}");
         }
         type Value = fn(&DomainSample) -> Option<f64>;
-        let gauges: [(&str, &str, Value); 16] = [
+        let gauges: [(&str, &str, Value); 18] = [
             ("vmdr_receiver_domain_generation", "Stored generation.", |d| Some(d.generation as f64)),
             ("vmdr_receiver_domain_durable_epoch", "Newest durable epoch.", |d| Some(d.epoch as f64)),
             ("vmdr_receiver_domain_recovery_point_age_seconds", "Age of the newest recovery point.", |d| {
@@ -197,6 +201,10 @@ impl Metrics {
             }),
             ("vmdr_receiver_domain_drill_rto_seconds", "RTO that the last drill found.", |d| {
                 d.drill.and_then(|drill| drill.rto_seconds)
+            }),
+            ("vmdr_receiver_domain_silent_seconds", "Since its agent was heard last.", |d| d.silent_seconds),
+            ("vmdr_receiver_domain_alarm", "1 while nothing was heard of its agent for too long.", |d| {
+                Some(f64::from(d.alarm))
             }),
             ("vmdr_receiver_domain_receiving", "1 while a stream is open.", |d| Some(f64::from(d.receiving))),
             ("vmdr_receiver_domain_active", "1 once it was activated here.", |d| Some(f64::from(d.active))),
@@ -243,6 +251,8 @@ mod tests {
             damaged: true,
             verified_seconds: None,
             drill: Some(DrillSample { ended_seconds: 1.5, passed: true, rto_seconds: None }),
+            silent_seconds: Some(1.5),
+            alarm: true,
             receiving: true,
             active: false,
         };
@@ -275,6 +285,8 @@ mod tests {
             "vmdr_receiver_plan_checked_timestamp_seconds 1.5",
             "vmdr_receiver_domain_durable_epoch{domain=\"new\",uuid=\"u\"} 9",
             "vmdr_receiver_domain_active{domain=\"new\",uuid=\"u\"} 0",
+            "vmdr_receiver_domain_silent_seconds{domain=\"new\",uuid=\"u\"} 1.5",
+            "vmdr_receiver_domain_alarm{domain=\"new\",uuid=\"u\"} 1",
             "vmdr_receiver_domain_drill_passed{domain=\"new\",uuid=\"u\"} 1",
             "vmdr_receiver_domain_drill_timestamp_seconds{domain=\"new\",uuid=\"u\"} 1.5",
         ] {

@@ -24,7 +24,8 @@ use vmdr_proto::replication::replication_server::Replication;
 use vmdr_proto::replication::{
     Compare, DescribeReply, DescribeRequest, FromReceiver, GiveBackReply, GiveBackRequest, HashesReply, HashesRequest,
     NamePointReply, NamePointRequest, Open, OwnerReply, OwnerRequest, ProbeReply, ProbeRequest, Refused, RefusedCode,
-    ReverseReply, ReverseRequest, SettleReply, SettleRequest, Taken, ToReceiver, Welcome, from_receiver, to_receiver,
+    RestReply, RestRequest, ReverseReply, ReverseRequest, SettleReply, SettleRequest, Taken, ToReceiver, Welcome,
+    from_receiver, to_receiver,
 };
 use vmdr_trust::PeerInfo;
 
@@ -34,6 +35,7 @@ use crate::hashes;
 use crate::history;
 use crate::probe;
 use crate::reverse;
+use crate::silence;
 use crate::store::{Ingest, PartTail, StoreError, part_head, part_tail};
 use crate::takeover;
 
@@ -41,6 +43,8 @@ use crate::takeover;
 const OPEN_TIME_MAX: Duration = Duration::from_secs(10);
 /// Messages between network and disk: some 8 MiB, at most 32.
 const QUEUE_MESSAGES: usize = 8;
+/// How often it is said that nothing is read, while the disk takes no more.
+const BUSY_LOOK: Duration = Duration::from_millis(500);
 /// Replies that the agent has not read yet; more and the stream waits for it.
 const REPLIES_MAX: usize = 64;
 /// The longest name of a domain or host taken over into messages and figures.
@@ -155,6 +159,13 @@ impl Replication for ReplicationService {
         self.blocking(request, allowed, reverse::reverse).await
     }
 
+    async fn rest(&self, request: Request<RestRequest>) -> Result<Response<RestReply>, Status> {
+        let allowed = |receiver: &Receiver, peer: &PeerInfo, asked: &RestRequest| {
+            receiver.authorise_stored(peer, "Rest", &asked.domain_uuid)
+        };
+        self.blocking(request, allowed, |receiver, _, asked| silence::rest(receiver, asked)).await
+    }
+
     async fn give_back(&self, request: Request<GiveBackRequest>) -> Result<Response<GiveBackReply>, Status> {
         let allowed = |receiver: &Receiver, peer: &PeerInfo, asked: &GiveBackRequest| {
             receiver.authorise_stored(peer, "GiveBack", &asked.domain_uuid)
@@ -219,6 +230,11 @@ async fn serve(receiver: Arc<Receiver>, from: PeerInfo, mut incoming: Streaming<
         session.last_error.clear();
         session.streams
     });
+    let (of, shown) = (Arc::clone(&receiver), receiver.session(uuid, |session| session.peer.clone()));
+    let noted = tokio::task::spawn_blocking(move || silence::opened(&of, uuid, number, &shown)).await;
+    if let Err(error) = noted {
+        tracing::error!(%uuid, %error, "note that a stream was opened");
+    }
     let position = ingest.position();
     tracing::info!(domain = %name, %uuid, %peer, host, generation = position.generation, epoch = position.epoch, "stream opened");
     let welcome = Welcome { protocol_version: REPLICATION_VERSION, position: Some(position.into()) };
@@ -242,7 +258,7 @@ async fn serve(receiver: Arc<Receiver>, from: PeerInfo, mut incoming: Streaming<
             return refuse(Some((uuid, Some(number))), Refusal { code: RefusedCode::Io, message }).await;
         }
     };
-    let why = pass_on(&receiver, &mut incoming, queue).await;
+    let why = pass_on(&receiver, (uuid, number), &mut incoming, queue).await;
     let result = tokio::task::spawn_blocking(move || thread.join()).await;
     match result {
         Ok(Ok(Ok(()))) => {
@@ -260,6 +276,7 @@ async fn serve(receiver: Arc<Receiver>, from: PeerInfo, mut incoming: Streaming<
 /// Moves messages from the network to the thread, until one of them ends. Says why, unless the agent ended it.
 async fn pass_on(
     receiver: &Receiver,
+    (uuid, number): (Uuid, u64),
     incoming: &mut Streaming<ToReceiver>,
     queue: mpsc::Sender<ToReceiver>,
 ) -> Option<String> {
@@ -272,8 +289,15 @@ async fn pass_on(
         };
         match message {
             Ok(Some(message)) => {
-                if queue.send(message).await.is_err() {
-                    return None;
+                receiver.silence.heard(uuid, number);
+                let mut queued = std::pin::pin!(queue.send(message));
+                loop {
+                    match tokio::time::timeout(BUSY_LOOK, &mut queued).await {
+                        Ok(Ok(())) => break,
+                        Ok(Err(_)) => return None,
+                        // A store that is busy for long, or whose disk hangs, is not the agent's silence.
+                        Err(_) => receiver.silence.not_read(uuid, number),
+                    }
                 }
             }
             Ok(None) => return None,

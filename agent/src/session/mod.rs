@@ -20,6 +20,7 @@ mod ended;
 pub mod figures;
 pub mod moving;
 pub mod off;
+pub mod rest;
 mod resume;
 mod suspend;
 
@@ -44,6 +45,7 @@ use self::attach::Attached;
 use self::figures::Figures;
 use self::moving::Moved;
 use self::off::{NotRunning, Off};
+use self::rest::Resting;
 use crate::config::Config;
 use crate::guard;
 use crate::limits;
@@ -57,6 +59,8 @@ use crate::shim_client::ShimError;
 const RETRY: Duration = Duration::from_secs(1);
 /// A part that is not acknowledged for this long is a link, or a receiver, that does not keep up.
 const BEHIND_AFTER: Duration = Duration::from_secs(2);
+/// What the receiver is told of a protection that is suspended.
+const SUSPENDED: &str = "its protection is suspended";
 
 /// Where a protection stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -289,6 +293,7 @@ impl Session {
             ownerships,
             mover: None,
             application_due: None,
+            resting: None,
         };
         let thread = std::thread::Builder::new()
             .name(format!("session {}", protection.name))
@@ -372,6 +377,8 @@ struct Worker {
     mover: Option<Answer<Moved>>,
     /// When the next application-consistent point is due by the schedule.
     application_due: Option<Instant>,
+    /// While nothing is sent on purpose.
+    resting: Option<Resting>,
 }
 
 impl Worker {
@@ -424,6 +431,7 @@ impl Worker {
             }
             let stop = match self.attach() {
                 Ok(attached) => {
+                    self.resting = None;
                     let link = self.link();
                     let mut active = Active::new(&mut self, attached);
                     let stop = match active.run() {
@@ -499,6 +507,8 @@ impl Worker {
         };
         if recorded.is_ok() {
             self.set_phase(Phase::Suspended);
+            self.rests(SUSPENDED.to_owned());
+            self.wait_rests();
         }
         let _ = answer.send(recorded.map_err(|error| format!("{error:#}")));
     }

@@ -53,6 +53,11 @@ impl Off {
         }
     }
 
+    /// Whether somebody has wanted it, the guest itself included: nobody is to be called because of it.
+    pub fn is_meant(self) -> bool {
+        !matches!(self, Self::Crashed | Self::Unknown)
+    }
+
     /// What `status` calls it.
     pub fn phase(self) -> Phase {
         if self == Self::Crashed { Phase::Crashed } else { Phase::ShutOff }
@@ -102,7 +107,7 @@ impl Worker {
     }
 
     /// Says that the guest does not run. `note`: why what can be activated is not what it left on its disks; nothing: it is.
-    pub(super) fn set_off(&self, off: Off, note: Option<String>) {
+    pub(super) fn set_off(&mut self, off: Off, note: Option<String>) {
         let (mut message, epoch) = (String::new(), self.shared.status().durable_epoch);
         let point = if epoch == 0 {
             "there is no recovery point".to_owned()
@@ -120,10 +125,11 @@ impl Worker {
         }
         self.set_error(message);
         self.set_phase(off.phase());
+        self.rests_off(off);
     }
 
     /// The guest was found not to run, when it was to be protected. Said once.
-    pub(super) fn found_off(&self, off: Off) {
+    pub(super) fn found_off(&mut self, off: Off) {
         if self.protection.fenced {
             return self.set_phase(Phase::Fenced);
         }
@@ -133,6 +139,13 @@ impl Worker {
         tracing::info!(domain = self.protection.name, %off, "the guest does not run");
         self.set_error(format!("the guest does not run, {off}"));
         self.set_phase(off.phase());
+        self.rests_off(off);
+    }
+
+    fn rests_off(&mut self, off: Off) {
+        if off.is_meant() {
+            self.rests(format!("the guest does not run, {off}"));
+        }
     }
 }
 
@@ -152,6 +165,9 @@ mod tests {
         assert_eq!(Off::of(DomainState::ShutOff, 3).map(Off::phase), Some(Phase::Crashed));
         assert_eq!(Off::of(DomainState::Crashed, 0), Some(Off::Crashed));
         assert_eq!(Off::of(DomainState::ShutOff, 8), Some(Off::Unknown));
+        assert!(
+            Off::ShutDown.is_meant() && Off::Saved.is_meant() && !Off::Crashed.is_meant() && !Off::Unknown.is_meant()
+        );
         for runs in [DomainState::Running, DomainState::Paused, DomainState::ShuttingDown, DomainState::PmSuspended] {
             assert_eq!(Off::of(runs, 3), None);
         }

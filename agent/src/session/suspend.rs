@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::attach;
 use super::moving::BEING_MOVED;
-use super::{Input, Phase, Stop, Worker};
+use super::{Input, Phase, SUSPENDED, Stop, Worker};
 use crate::registry::Suspended;
 
 /// How often the age of the recovery point is looked at.
@@ -61,6 +61,9 @@ impl Worker {
             }
         }
         self.set_phase(Phase::Suspended);
+        if self.resting.is_none() {
+            self.rests(SUSPENDED.to_owned());
+        }
         self.shared.status().since_unix_ns = suspended.since_unix_ns;
         loop {
             match self.received.recv_timeout(LOOK) {

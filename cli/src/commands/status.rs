@@ -107,6 +107,7 @@ fn table(out: Out, rows: &Rows) -> String {
             ("  limited by: ", &status.limited_by),
             ("  last error: ", &status.last_error),
             ("  no application-consistent point: ", &status.application_error),
+            ("  ALARM: ", &status.silent),
             ("  alarm: ", &status.alarm),
             ("  export: ", &status.export_error),
             ("  advice: ", &status.advice),

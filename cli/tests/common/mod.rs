@@ -461,6 +461,8 @@ impl Receiver for Daemon {
             monitor: String::new(),
             peer: "a.example".into(),
             drill: Some(drill("web2", true)),
+            silent: "nothing was heard of the agent on a.example for 41 s (bound 30 s)".into(),
+            silent_seconds: 41.5,
             ..protected("web2")
         };
         let groups = vec![about_groups::report("shop", false)];

@@ -144,6 +144,12 @@ impl Daemon {
         child.wait().unwrap();
     }
 
+    /// Sends it a signal.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_raw(self.child.as_ref().unwrap().id() as i32).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
     /// SIGTERM; gives the exit code.
     pub async fn terminate(&mut self) -> Option<i32> {
         let mut child = self.child.take().unwrap();
