@@ -66,7 +66,7 @@ pub(crate) fn store_status(error: &StoreError) -> Status {
     match error {
         StoreError::Unknown(_) | StoreError::NoPoint(_) | StoreError::NoSuchPoint { .. } => Status::not_found(message),
         StoreError::BadUuid(_) => Status::invalid_argument(message),
-        StoreError::Flawed { .. } => Status::failed_precondition(message),
+        StoreError::Flawed { .. } | StoreError::Sealed { .. } => Status::failed_precondition(message),
         StoreError::Busy { .. } | StoreError::Frozen(_) | StoreError::Fenced { .. } | StoreError::Refused { .. } => {
             Status::failed_precondition(message)
         }

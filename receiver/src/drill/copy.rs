@@ -116,7 +116,7 @@ pub fn copy(
     let device_state = directory.join("device.state");
     fs::write(&device_state, reader.device_state()).map_err(DrillError::io("write", &device_state))?;
     let copy =
-        RecoveryPoint { ram, disks, device_state, dir: directory.to_owned(), older: None, checked: None, ..standby };
+        RecoveryPoint { ram, disks, device_state, dir: directory.to_owned(), older: None, checked: None, sealed: false, ..standby };
     Ok((copy, cost))
 }
 

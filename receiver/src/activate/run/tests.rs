@@ -80,6 +80,7 @@ fn fixture() -> Fixture {
         machine: "pc-q35-10.0".to_owned(),
         dir: domain.clone(),
         layout: vmdr_codec::Layout::default(),
+        sealed: false,
         older: None,
         checked: None,
     };
