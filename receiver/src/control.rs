@@ -21,6 +21,7 @@ use vmdr_proto::control::{
 use vmdr_proto::replication::RefusedCode;
 
 use crate::access;
+use crate::activate::clear;
 use crate::activate::host::{Host, LocalHost};
 use crate::activate::record::ActiveDirectory;
 use crate::activate::record::{PointId, Step};
@@ -505,7 +506,16 @@ fn forget(receiver: &Arc<Receiver>, wanted: &str) -> Result<ForgetReply, Status>
             receiver.store.set_frozen(&id, false).map_err(|e| store_status(&e))?;
         }
     }
+    let clear = clear::linked(ActiveDirectory::of(&receiver.store.dir().join(&id)).path());
     let freed_bytes = receiver.store.forget(&id).map_err(|e| store_status(&e))?;
+    if let Some(files) = clear {
+        clear::remove_files(&files).map_err(|error| {
+            Status::internal(format!(
+                "it is forgotten, but what of it lies in the clear stays in {}: {error}",
+                files.display()
+            ))
+        })?;
+    }
     receiver.forget_session(uuid);
     tracing::info!(domain = %summary.name, %uuid, freed_bytes, "forgotten");
     Ok(ForgetReply { freed_bytes })

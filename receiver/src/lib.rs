@@ -20,6 +20,7 @@ pub mod config;
 pub mod control;
 pub mod daemon;
 pub mod drill;
+pub mod encryption;
 pub mod hashes;
 pub mod history;
 pub mod metrics;

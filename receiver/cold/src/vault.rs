@@ -22,8 +22,8 @@ use crate::bucket::Bucket;
 use crate::chunk;
 use crate::error::ColdError;
 use crate::keys::{
-    DataKey, KEY_ID_BYTES, KEY_RECORD_BYTES, KEY_RECORD_HEAD_BYTES, KeyError, KeyId, MasterKey, RecordFault, WRAPPED_BYTES,
-    key_record, wrapped_key,
+    DataKey, KEY_ID_BYTES, KEY_RECORD_BYTES, KEY_RECORD_HEAD_BYTES, KeyError, KeyId, MasterKey, RecordFault,
+    WRAPPED_BYTES, key_record, wrapped_key,
 };
 use crate::manifest::{HEAD_BYTES_USUAL, Head, MANIFEST_BYTES_MAX, Manifest, Name, check_head};
 use crate::sealed::{self, MANIFEST, Place};

@@ -35,6 +35,8 @@ const TRIES: u32 = 3;
 const UNKNOWN: u64 = u64::MAX;
 /// EBADMSG: what is said of a block that does not open.
 const BAD_MESSAGE: i32 = 74;
+/// EIO.
+const FAILED: i32 = 5;
 
 /// What a file is used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,11 +50,7 @@ pub(crate) enum Kind {
 impl Kind {
     pub fn of(path: &Path) -> Self {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        if name.ends_with(".img") || name.ends_with(".raw") {
-            Kind::Image
-        } else {
-            Kind::Other
-        }
+        if name.ends_with(".img") || name.ends_with(".raw") { Kind::Image } else { Kind::Other }
     }
 
     fn byte(self) -> u8 {
@@ -125,6 +123,20 @@ struct Writer {
     /// Blocks of which the version that counts is durable for certain; `None`: all that are not dirty, because nobody else has
     /// ever written this file.
     settled: Option<HashSet<u64>>,
+    /// A sync of our own has failed: what was written before it may be lost, and another sync would not say so.
+    failed: bool,
+}
+
+impl Writer {
+    fn check(&self) -> io::Result<()> {
+        // EIO, so that nobody takes it for a want of space, after which one goes on.
+        if self.failed { Err(io::Error::from_raw_os_error(FAILED)) } else { Ok(()) }
+    }
+
+    fn sync(&mut self, inner: &dyn File) -> io::Result<()> {
+        self.failed = inner.sync().is_err();
+        self.check()
+    }
 }
 
 fn entry_at(block: u64, side: u64) -> u64 {
@@ -159,7 +171,7 @@ impl SealedFile {
     pub fn new(inner: Box<dyn File>, key: BlockKey, kind: Kind, mode: Mode) -> Self {
         let settled = (mode != Mode::Create).then(HashSet::new);
         let length = if mode == Mode::Create { 0 } else { UNKNOWN };
-        let writer = Mutex::new(Writer { dirty: HashMap::new(), settled });
+        let writer = Mutex::new(Writer { dirty: HashMap::new(), settled, failed: false });
         Self { inner, key, kind, length: AtomicU64::new(length), writer }
     }
 
@@ -319,7 +331,6 @@ impl SealedFile {
 
     /// Makes versions that count durable, before the other side of these blocks is written: whoever wrote them may have failed to.
     fn settle(&self, writer: &mut Writer, blocks: &[(u64, u64)]) -> io::Result<()> {
-        let Some(settled) = &mut writer.settled else { return Ok(()) };
         let mut slot = vec![0; BLOCK];
         let mut entry = [0; ENTRY];
         for (block, side) in blocks {
@@ -328,14 +339,17 @@ impl SealedFile {
             write_all(&*self.inner, &slot, slot_at(*block, *side))?;
             write_all(&*self.inner, &entry, entry_at(*block, *side))?;
         }
-        self.inner.sync()?;
-        settled.extend(blocks.iter().map(|(block, _)| *block));
+        writer.sync(&*self.inner)?;
+        if let Some(settled) = &mut writer.settled {
+            settled.extend(blocks.iter().map(|(block, _)| *block));
+        }
         Ok(())
     }
 
     /// Writes bytes; the file has `length` before, and `length_after` then.
     fn put(&self, bytes: &[u8], offset: u64, length: u64, length_after: u64) -> io::Result<()> {
         let mut writer = self.writer();
+        writer.check()?;
         let end = offset + bytes.len() as u64;
         let block_bytes = BLOCK as u64;
         for blocks in by_group(offset / block_bytes..end.div_ceil(block_bytes)) {
@@ -421,7 +435,7 @@ impl SealedFile {
         for (block, within) in holes {
             self.write_sealed(writer, &(*block..block + 1), &mut [0; BLOCK], &[(0, 1, *within, false)])?;
         }
-        self.inner.sync()?;
+        writer.sync(&*self.inner)?;
         if let Some(settled) = &mut writer.settled {
             settled.extend(holes.iter().map(|(block, _)| *block));
         }
@@ -661,6 +675,7 @@ impl File for SealedFile {
 
     fn sync(&self) -> io::Result<()> {
         let mut writer = self.writer();
+        writer.check()?;
         self.inner.sync()?;
         let written = std::mem::take(&mut writer.dirty);
         if let Some(settled) = &mut writer.settled {

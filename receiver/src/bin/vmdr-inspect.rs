@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use vmdr_keys::{KeyError, MasterKey};
 use vmdr_receiver::store::inspect::{DomainReport, Report, Soundness, Wanted, inspect};
 
 /// Explains a receiver's state directory, and says which recovery points can be restored from it.
@@ -30,6 +31,9 @@ struct Arguments {
     /// Every record of every segment.
     #[arg(long)]
     records: bool,
+    /// The key that domains are encrypted under, of the receiver's [encryption]; may be given several times.
+    #[arg(long, value_name = "FILE")]
+    key_file: Vec<PathBuf>,
     /// One JSON document.
     #[arg(long)]
     json: bool,
@@ -37,7 +41,15 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let wanted = Wanted { domain: arguments.domain.clone(), records: arguments.records };
+    let keys: Result<Vec<MasterKey>, KeyError> = arguments.key_file.iter().map(|path| MasterKey::read(path)).collect();
+    let keys = match keys {
+        Ok(keys) => keys,
+        Err(error) => {
+            eprintln!("vmdr-inspect: {error}");
+            return ExitCode::from(3);
+        }
+    };
+    let wanted = Wanted { domain: arguments.domain.clone(), records: arguments.records, keys };
     let mut report = match inspect(&arguments.directory, &wanted) {
         Ok(report) => report,
         Err(error) => {
@@ -106,6 +118,10 @@ fn about(report: &Report, domain: &DomainReport, records: bool) -> String {
     for damage in &domain.damage {
         let at = damage.offset.map_or_else(String::new, |at| format!(" at {at}"));
         text += &format!("  DAMAGED {}{at}: {}\n", short(&damage.path), damage.what);
+    }
+    if let Some(what) = &domain.closed {
+        text += &format!("  CLOSED: {what}\n");
+        return text;
     }
     for point in &domain.points {
         let word = match point.soundness {

@@ -86,6 +86,34 @@ fn images(reader: &PointReader, point: &RecoveryPoint) -> Vec<(Array, PathBuf)> 
     reader.arrays().zip(paths.cloned()).collect()
 }
 
+/// The file of a RAM block, by its number in the layout.
+pub fn ram_path(directory: &Path, number: usize) -> PathBuf {
+    directory.join("ram").join(format!("{number}.img"))
+}
+
+/// The file of a disk, by its number among the images. (Targets come from outside.)
+pub fn disk_path(directory: &Path, number: usize) -> PathBuf {
+    directory.join("disk").join(format!("{number}.raw"))
+}
+
+/// The file with the device state.
+pub fn device_path(directory: &Path) -> PathBuf {
+    directory.join("device.state")
+}
+
+/// Makes a copy durable.
+pub fn sync(directory: &Path) -> Result<(), DrillError> {
+    for entry in fs::read_dir(directory).map_err(DrillError::io("list", directory))? {
+        let path = entry.map_err(DrillError::io("list", directory))?.path();
+        if path.is_dir() {
+            sync(&path)?;
+        } else {
+            File::open(&path).and_then(|file| file.sync_all()).map_err(DrillError::io("sync", &path))?;
+        }
+    }
+    File::open(directory).and_then(|own| own.sync_all()).map_err(DrillError::io("sync", directory))
+}
+
 /// Copies the point into `directory`, which is there and empty.
 pub fn copy(
     reader: &Arc<PointReader>,
@@ -102,9 +130,8 @@ pub fn copy(
     let mut paths = Vec::new();
     for (array, from) in images(reader, &standby) {
         let path = match array {
-            Array::Ram(n) => directory.join("ram").join(format!("{n}.img")),
-            // Targets come from outside.
-            _ => directory.join("disk").join(format!("{}.raw", paths.len())),
+            Array::Ram(n) => ram_path(directory, usize::from(n)),
+            _ => disk_path(directory, paths.len()),
         };
         image(reader, array, &from, &path, clone, pace, &mut cost)?;
         paths.push(path);
@@ -113,10 +140,18 @@ pub fn copy(
     let mut next = |old: &PathBuf| paths.next().unwrap_or_else(|| old.clone());
     let ram = standby.ram.iter().map(|block| RamImage { path: next(&block.path), ..block.clone() }).collect();
     let disks = standby.disks.iter().map(|disk| DiskImage { path: next(&disk.path), ..disk.clone() }).collect();
-    let device_state = directory.join("device.state");
+    let device_state = device_path(directory);
     fs::write(&device_state, reader.device_state()).map_err(DrillError::io("write", &device_state))?;
-    let copy =
-        RecoveryPoint { ram, disks, device_state, dir: directory.to_owned(), older: None, checked: None, sealed: false, ..standby };
+    let copy = RecoveryPoint {
+        ram,
+        disks,
+        device_state,
+        dir: directory.to_owned(),
+        older: None,
+        checked: None,
+        sealed: false,
+        ..standby
+    };
     Ok((copy, cost))
 }
 

@@ -211,6 +211,12 @@ impl Drill {
         let point = {
             let reader = self.reader.take().ok_or_else(|| DrillError::Stopped("it has no point".to_owned()))?;
             let standby = Arc::clone(&reader).recovery_point();
+            if standby.sealed {
+                return Err(DrillError::Refused(format!(
+                    "{} is encrypted at rest, and a drill's copy would lie in the clear in the state directory",
+                    self.name
+                )));
+            }
             let mut plan = plan::make(&standby, &attempt, &settings, &host)?;
             self.refuse(&plan, &host)?;
             let original = Element::parse(&standby.domain_xml);

@@ -377,11 +377,12 @@ impl Store {
         for _ in 0..NEWEST_TRIES {
             let Ok(newest) = &mut point else { return point };
             let domain = self.domain(uuid)?;
-            if damaged || domain.newest_is_damaged() {
+            let as_it_is = damaged || domain.newest_is_damaged();
+            if as_it_is && !newest.sealed {
                 return point;
             }
             let id = PointId { generation: newest.generation, epoch: newest.epoch };
-            match PointReader::open(domain, Some(id), false) {
+            match PointReader::open(domain, Some(id), as_it_is) {
                 Ok(reader) => {
                     newest.checked = Some(Arc::new(reader));
                     return point;

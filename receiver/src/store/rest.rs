@@ -2,7 +2,7 @@
 //!
 //! A domain with a file `key` is encrypted: everything that the store writes in its directory goes through a
 //! [`SealedDisk`]. The file has the domain's data key, wrapped under the operator's master key, in the form that object
-//! storage has it in too. Another master key therefore means writing these 144 bytes anew, aside and renamed.
+//! storage has it in too. Another master key therefore means writing these 128 bytes anew, aside and renamed.
 //!
 //! A domain is encrypted from its beginning or not at all. With a key configured, nothing more is taken for one that is not:
 //! a setting must not claim what is not so.
@@ -102,7 +102,9 @@ pub(super) fn place(
         if let Some(first) = ring.keys.first().filter(|first| first.id() != under) {
             // As good as it was if it fails: it is tried again at the next start.
             match write(disk, dir, uuid, &key, first) {
-                Ok(()) => tracing::info!(domain = %uuid, from = %under, to = %first.id(), "the data key is wrapped anew"),
+                Ok(()) => {
+                    tracing::info!(domain = %uuid, from = %under, to = %first.id(), "the data key is wrapped anew")
+                }
                 Err(error) => tracing::error!(domain = %uuid, %error, "the data key is not wrapped anew yet"),
             }
         }

@@ -8,6 +8,7 @@ mod fixtures;
 mod history;
 mod ownership;
 mod refuse;
+mod rest;
 mod round_trip;
 mod sim;
 mod verify;
