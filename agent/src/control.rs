@@ -30,13 +30,13 @@ use vmdr_trust::Trust;
 
 use crate::config::check_interval;
 use crate::daemon::Agent;
-use crate::guest_channel::GuestChannel;
 use crate::link::Questions;
 use crate::preflight::domain::PASSTHROUGH_INTERVAL_MS_MIN;
 use crate::preflight::{self, DomainOptions, Finding, HostFacts, Severity};
 use crate::quiesce;
 use crate::registry::Protection;
 use crate::session::{Answer, Input, Phase, Session};
+use vmdr_daemon::guest_channel::GuestChannel;
 
 const RECEIVER_REMEDY: &str = "start vmdr-receiver there, correct the address, or pair the two hosts (`vmdr pair`)";
 /// How long a session may take for what it was asked, the receiver's acknowledgement included.
@@ -273,7 +273,7 @@ impl AgentService for Control {
         }
         let trust = self.agent.trust.clone();
         let notices = blocking(move || Ok(trust.notices())).await?;
-        Ok(Response::new(StatusReply { domains, notices }))
+        Ok(Response::new(StatusReply { domains, notices, ..StatusReply::default() }))
     }
 }
 

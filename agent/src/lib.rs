@@ -7,7 +7,6 @@
 //! | [`link`] | the stream to the receiver |
 //! | [`resync`] | leaves out what the receiver has |
 //! | [`limits`] | what protection may take of link, processors and memory, and which guests are paused when |
-//! | [`guest_channel`] | tells the time to the tools in a guest, and asks them |
 //! | [`quiesce`] | brings a guest's file systems to rest for a cut |
 //! | [`encode`] | from what a shim captured to what goes over the wire |
 //! | [`shim_client`], [`arena_map`], [`guard`] | the shim: asked, read, watched |
@@ -20,7 +19,6 @@ pub mod control;
 pub mod daemon;
 pub mod encode;
 pub mod guard;
-pub mod guest_channel;
 pub mod limits;
 pub mod link;
 pub mod metrics;

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use vmdr_proto::shim::{
-    Arm, Cut, Detach, Fence, Fill, Finish, FromShim, GetState, Hello, NoPart, Part, Pass, Passed, Release, Resend,
-    Resume, State, ToShim, from_shim, to_shim,
+    Arm, Cut, Detach, EndMirrors, Fence, Fill, Finish, FromShim, GetState, Hello, NoPart, Part, Pass, Passed, Release,
+    Resend, Resume, State, ToShim, from_shim, to_shim,
 };
 use vmdr_proto::{SHIM_VERSION, SHIM_VERSION_MIN, frame};
 use vmdr_shim::capture::Whole;
@@ -114,17 +114,21 @@ impl ShimClient {
         self.state_after(to_shim::Request::Resume(Resume {}))
     }
 
-    /// See `shim.proto`. The shim exits afterwards. `suspend`: a resync will follow; a shim of version 1 does not know
-    /// that, and the resync compares everything.
+    /// See `shim.proto`. A shim of version 2 cannot: then nothing is done.
+    pub fn end_mirrors(&mut self) -> Result<(), ShimError> {
+        if self.version < 3 {
+            return Ok(());
+        }
+        self.state_after(to_shim::Request::EndMirrors(EndMirrors {})).map(drop)
+    }
+
+    /// See `shim.proto`. The shim exits afterwards. `suspend`: a resync will follow.
     pub fn detach(&mut self, suspend: bool) -> Result<State, ShimError> {
         self.state_after(to_shim::Request::Detach(Detach { suspend }))
     }
 
     /// See `shim.proto`.
     pub fn finish(&mut self) -> Result<Result<Part, NoPart>, ShimError> {
-        if self.version < 2 {
-            return Err(ShimError::Failed("a shim of protocol 1 cannot make a last epoch".to_owned()));
-        }
         self.part(to_shim::Request::Finish(Finish {}))
     }
 
@@ -199,7 +203,7 @@ mod tests {
 
     use super::*;
 
-    /// A shim that speaks `newest` and nothing else, as version 1 did; it answers `hello` and `get_state`.
+    /// A shim that speaks `newest` and nothing else; it answers `hello` and `get_state`.
     fn shim_of(newest: u32, also_before: bool) -> (tempfile::TempDir, std::path::PathBuf) {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("control.sock");
@@ -231,7 +235,7 @@ mod tests {
         assert_eq!((client.version(), state.protocol_version), (SHIM_VERSION - 1, SHIM_VERSION - 1));
         client.state().unwrap();
         // What it does not know is not asked of it; the connection stays good.
-        assert!(matches!(client.finish(), Err(ShimError::Failed(_))));
+        client.end_mirrors().unwrap();
         client.state().unwrap();
     }
 

@@ -9,6 +9,10 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use crate::failure::Failure;
 use crate::text;
 
+mod group;
+
+pub use group::{GroupAction, WhichOfEach};
+
 /// The shortest epoch: below it the pauses alone (3-5 ms) would take a fifth of the guest's time.
 pub const INTERVAL_MIN: Duration = Duration::from_millis(25);
 /// The longest epoch: with more the loss at a disaster is that of an ordinary snapshot.
@@ -20,7 +24,8 @@ checkpoint of the whole guest (memory, devices, disks) many times a second and s
 site, which can resume the guest from the newest one: same processes, same memory, same disks.
 
 On the protected host:  doctor, prepare, protect, status, hold, release, suspend, resume, unprotect, move.
-At the backup site:     status, points, point, retention, verify, inspect, plan, activate, export, import, forget.
+At the backup site:     status, points, point, retention, verify, inspect, plan, activate, group, drill, export,
+                        import, forget.
 After an activation:    reprotect and failback where the guest runs now; own and divergence where it ran.
 On both:                pair, peers, audit.";
 
@@ -462,6 +467,13 @@ pub enum Command {
         /// This point, GENERATION-EPOCH [default: the newest]
         #[arg(long, value_name = "ID", value_parser = point)]
         point: Option<String>,
+    },
+    /// Activate domains together that need each other: a group of the recovery plan
+    #[command(subcommand_value_name = "ACTION", subcommand_help_heading = "Actions")]
+    Group {
+        /// What to do with it.
+        #[command(subcommand)]
+        action: GroupAction,
     },
     /// Check a recovery plan: how domains map onto the backup site
     #[command(subcommand_value_name = "ACTION", subcommand_help_heading = "Actions")]

@@ -4,6 +4,7 @@
 //! "not known, or does not apply". Units are last in names; times are UTC.
 
 pub mod cold;
+pub mod group;
 
 use serde::Serialize;
 use vmdr_proto::control;
@@ -253,6 +254,8 @@ pub struct Status {
     pub unreachable: Vec<String>,
     /// About this host: certificates that end soon, an audit log that cannot be written.
     pub notices: Vec<String>,
+    /// Of the recovery plan, and those that were activated here.
+    pub groups: Vec<group::Group>,
 }
 
 /// One domain as one daemon sees it.
@@ -615,6 +618,8 @@ pub struct Report {
     mapping: Vec<Mapped>,
     hooks: Vec<HookRun>,
     announced: Vec<String>,
+    network: Vec<Change>,
+    dns: Vec<Change>,
     warnings: Vec<String>,
     failed: Option<String>,
 }
@@ -633,6 +638,8 @@ impl From<&control::ActivationReport> for Report {
             mapping: mapping(&report.mapping),
             hooks: report.hooks.iter().map(HookRun::from).collect(),
             announced: report.announced.clone(),
+            network: report.network.iter().map(Change::from).collect(),
+            dns: report.dns.iter().map(Change::from).collect(),
             warnings: report.warnings.clone(),
             failed: (!report.failed.is_empty()).then(|| report.failed.clone()),
         }
@@ -687,6 +694,21 @@ pub struct Mapped {
 fn mapping(mapped: &[control::Mapped]) -> Vec<Mapped> {
     let mapped = mapped.iter().cloned();
     mapped.map(|control::Mapped { device, from, to }| Mapped { device, from, to }).collect()
+}
+
+/// Something that a recovery plan changes, and what came of it.
+#[derive(Serialize)]
+pub struct Change {
+    subject: String,
+    done: Option<String>,
+    error: Option<String>,
+}
+
+impl From<&control::Change> for Change {
+    fn from(change: &control::Change) -> Change {
+        let some = |text: &String| (!text.is_empty()).then(|| text.clone());
+        Change { subject: change.subject.clone(), done: some(&change.done), error: some(&change.error) }
+    }
 }
 
 /// A hook that was run.

@@ -7,7 +7,7 @@ use std::io::{IsTerminal, Write};
 
 use tonic::Streaming;
 use vmdr_proto::control::{
-    ActivationReport, DrillReport, ExportReport, ImportReport, MoveReport, Progress, VerifyReport,
+    ActivationReport, DrillReport, ExportReport, GroupReport, ImportReport, MoveReport, Progress, VerifyReport,
 };
 
 use crate::client::Daemon;
@@ -34,6 +34,8 @@ pub struct Outcome {
     pub exported: Option<ExportReport>,
     /// That of an import.
     pub imported: Option<ImportReport>,
+    /// That of an activation of a group.
+    pub group: Option<GroupReport>,
 }
 
 impl Outcome {
@@ -46,7 +48,16 @@ impl Outcome {
 }
 
 /// Reads until the daemon ends the stream.
-pub async fn follow(daemon: Daemon, request: &str, mut stream: Streaming<Progress>) -> Result<Outcome, Failure> {
+pub async fn follow(daemon: Daemon, request: &str, stream: Streaming<Progress>) -> Result<Outcome, Failure> {
+    read(daemon, request, stream, false).await
+}
+
+/// The same, and each message stays, a line on stderr, terminal or not.
+pub async fn follow_aloud(daemon: Daemon, request: &str, stream: Streaming<Progress>) -> Result<Outcome, Failure> {
+    read(daemon, request, stream, true).await
+}
+
+async fn read(daemon: Daemon, request: &str, mut stream: Streaming<Progress>, aloud: bool) -> Result<Outcome, Failure> {
     let mut line = Line::new(std::io::stderr().is_terminal());
     let mut outcome = Outcome::default();
     loop {
@@ -54,6 +65,10 @@ pub async fn follow(daemon: Daemon, request: &str, mut stream: Streaming<Progres
             Ok(Some(progress)) => {
                 line.show(&rendered(&progress));
                 let message = text::one_line(&progress.message);
+                if aloud && !message.is_empty() {
+                    line.clear();
+                    line.write(&text::wrapped("", &message));
+                }
                 if !message.is_empty() && outcome.messages.last() != Some(&message) {
                     if outcome.messages.len() == MESSAGES_MAX {
                         outcome.messages.remove(0);
@@ -74,6 +89,7 @@ pub async fn follow(daemon: Daemon, request: &str, mut stream: Streaming<Progres
                 }
                 outcome.exported = progress.exported.or(outcome.exported);
                 outcome.imported = progress.imported.or(outcome.imported);
+                outcome.group = progress.group.or(outcome.group);
             }
             Ok(None) => return Ok(outcome),
             Err(status) => return Err(Failure::from_status(daemon, request, &status)),

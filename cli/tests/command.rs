@@ -5,18 +5,7 @@
 
 mod common;
 
-use common::{Host, UUID};
-
-/// Compares with the file of that name. `VMDR_GOLDEN=write` writes it instead, for a change that is meant.
-#[track_caller]
-fn golden(name: &str, text: &str) {
-    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
-    if std::env::var_os("VMDR_GOLDEN").is_some_and(|value| value == "write") {
-        std::fs::write(&path, text).unwrap();
-    }
-    let expected = std::fs::read_to_string(&path).unwrap();
-    assert!(text == expected, "{} is not what the command writes now:\n{text}", path.display());
-}
+use common::{Host, UUID, golden};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn json_keeps_its_shape() {
@@ -486,9 +475,14 @@ async fn colour_and_progress_only_on_a_terminal() {
 
 /// A plan in a file of its own, and what the command says of it with the file's path left out.
 async fn check_plan(host: &Host, plan: &str, words: &[&str]) -> (i32, String) {
+    check_plan_with(host, plan, words, 0o640).await
+}
+
+async fn check_plan_with(host: &Host, plan: &str, words: &[&str], mode: u32) -> (i32, String) {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("plan.toml");
     std::fs::write(&file, plan).unwrap();
+    std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
     let file = file.to_str().unwrap();
     let ran = host.run(&[&["plan", "check", file][..], words].concat()).await;
     let json = words.contains(&"json");
@@ -505,7 +499,7 @@ async fn a_plan_is_checked_by_itself_and_against_the_site() {
     let empty = Host::empty();
     let host = Host::with_both();
     let gone = RIGHT.replace("br-dr", "br-gone");
-    let later = format!("{RIGHT}[domain.web2]\npriority = 1\n");
+    let later = format!("{RIGHT}[domain.web2]\npriority = 7\n");
     for (name, host, plan, words, code) in [
         ("plan-right.txt", &host, RIGHT, &[][..], 0),
         ("plan-right.json", &host, RIGHT, &["-o", "json"][..], 0),
@@ -522,6 +516,15 @@ async fn a_plan_is_checked_by_itself_and_against_the_site() {
     }
     assert_eq!(host.calls(), vec!["receiver check-plan"; 4]);
     assert_eq!(check_plan(&empty, RIGHT, &[]).await.0, 3, "without a receiver");
+    // The receiver would not take it: the programs that it names run as root.
+    for mode in [0o660, 0o646] {
+        let (code, said) = check_plan_with(&empty, RIGHT, &["--offline"], mode).await;
+        assert_eq!(code, 1, "{said}");
+        assert!(
+            said.starts_with("plan.toml: refused: others than its owner can write it: `chmod go-w plan.toml`"),
+            "{said}"
+        );
+    }
     let missing = empty.run(&["plan", "check", "/no/such/plan.toml"]).await;
     assert_eq!(missing.failed(2), "there is no plan /no/such/plan.toml");
 }

@@ -20,7 +20,8 @@ pub enum Command {
     Workload(Workload),
     /// Send one request to a running workload and print its answer.
     Ask(Ask),
-    /// Keep the clock with the host's and freeze file systems when the host asks for it, over the virtio port of vmdr.
+    /// Keep the clock with the host's, and freeze file systems and change addresses when the host asks for it, over the virtio port
+    /// of vmdr.
     Daemon(Daemon),
     /// Freeze file systems until a line comes, the input ends or the time is over: the daemon runs this.
     #[command(hide = true)]
@@ -120,6 +121,15 @@ pub struct Daemon {
     /// Seconds that file systems stay frozen at most, whatever the host asks for.
     #[arg(long, default_value_t = 10)]
     pub freeze_seconds_max: u32,
+    /// Directory for what the network was like before a host changed it; on a disk, so that it outlives a reboot.
+    #[arg(long, default_value = "/var/lib/vmdr-guest-tools")]
+    pub state: PathBuf,
+    /// The guest does not count as ready while this file is there.
+    #[arg(long, default_value = "/run/vmdr-not-ready")]
+    pub not_ready: PathBuf,
+    /// Leave the network as it is, whatever the host asks for.
+    #[arg(long)]
+    pub keep_network: bool,
 }
 
 const HOOKS: &str = "/etc/vmdr/freeze.d";

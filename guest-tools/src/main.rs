@@ -2,8 +2,8 @@
 //!
 //! `workload` writes stamped pages all over a RAM area and stamped records to a disk in a known order, counts on the
 //! console and over UDP, and checks at any time whether RAM and disk still agree with each other (see [`workload`]).
-//! `daemon` keeps the guest's clock with the host's and freezes file systems on request (see [`daemon`], [`freeze`]); it is for
-//! any guest, not for tests alone.
+//! `daemon` keeps the guest's clock with the host's, and on request freezes file systems and changes addresses (see [`daemon`],
+//! [`freeze`], [`network`]); it is for any guest, not for tests alone.
 //! `job` does work of a fixed amount, for benchmarks.
 
 mod aligned;
@@ -14,6 +14,7 @@ mod disk;
 mod freeze;
 mod ioctl;
 mod job;
+mod network;
 mod ram;
 mod readers;
 mod scratch;

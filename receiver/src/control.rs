@@ -9,20 +9,22 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 use vmdr_daemon::ownership::{Event, Ownerships};
+use vmdr_hypervisor::domain_xml::DomainXml;
 use vmdr_hypervisor::xml::Element;
 use vmdr_proto::control::receiver_server::Receiver as Service;
 use vmdr_proto::control::{
     ActivateRequest, ActivationPlan, ActivationReport, CheckPlanReply, CheckPlanRequest, ColdListReply,
     ColdListRequest, DivergenceReply, DivergenceRequest, DomainRequest, DomainStatus, DrillReport, DrillRequest,
-    ExportRequest, ForgetReply, GivenUp, GrantReply, GrantRequest, HookRun, ImportRequest, Point, PointRequest,
-    PointsReply, Progress, RetentionReply, RetentionRequest, StatusReply, StatusRequest, VerifyReport, VerifyRequest,
-    VerifyStatus,
+    ExportRequest, ForgetReply, GivenUp, GrantReply, GrantRequest, GroupPlan, GroupReport, GroupRequest, GroupsReply,
+    GroupsRequest, HookRun, ImportRequest, Point, PointRequest, PointsReply, Progress, RetentionReply,
+    RetentionRequest, StatusReply, StatusRequest, VerifyReport, VerifyRequest, VerifyStatus,
 };
 use vmdr_proto::replication::RefusedCode;
 
 use crate::access;
 use crate::activate::clear;
 use crate::activate::host::{Host, LocalHost};
+use crate::activate::memory::{self, Memory};
 use crate::activate::record::ActiveDirectory;
 use crate::activate::record::{PointId, Step};
 use crate::activate::run::{Activated, Activation, Standby, age_seconds, unix_ns};
@@ -31,8 +33,10 @@ use crate::activate::{ActivateError, Settings, findings, plan};
 use crate::cold;
 use crate::daemon::Receiver;
 use crate::drill;
+use crate::group;
 use crate::history;
 use crate::recovery::applied::{Applied, Outcome};
+use crate::recovery::guest;
 use crate::recovery::site;
 use crate::reverse::divergence;
 use crate::store::{DomainSummary, PointId as StoredPoint, RecoveryPoint, Store, StoreError};
@@ -301,6 +305,13 @@ fn plan_with(
     if let Some(recovery) = &settings.mapping.plan {
         let run = |hook: &vmdr_plan::Hook| format!("run {}", hook.argv.value.join(" "));
         steps.splice(0..0, recovery.before.iter().map(run));
+        if let Ok(original) = Element::parse(&point.domain_xml) {
+            steps.extend(guest::steps(&guest::wanted(&original, recovery)));
+        }
+        if let (Some(dns), [_, ..]) = (&settings.mapping.dns, recovery.dns_names.as_slice()) {
+            let names: Vec<&str> = recovery.dns_names.iter().map(|name| name.value.as_str()).collect();
+            steps.push(format!("tell {} that {} is there", dns.server, names.join(", ")));
+        }
         steps.extend(recovery.after.iter().map(run));
     }
     Ok(ActivationPlan {
@@ -390,6 +401,8 @@ pub(crate) fn activate_in(
         if let Some(applied) = applied.as_ref().filter(|applied| applied.is_noted()) {
             let id = stored_point(point).to_string();
             outcome = applied.after(&receiver.config.libvirt_uri, &host, &id, generation, progress);
+        } else if !was_active {
+            guest::tell_time(&receiver.config.libvirt_uri, uuid, &name);
         }
     }
     Ok(ActivationReport {
@@ -397,6 +410,8 @@ pub(crate) fn activate_in(
         mapping: applied.map(|applied| applied.list()).unwrap_or_default(),
         hooks: ran_before.into_iter().chain(outcome.hooks).collect(),
         announced: outcome.announced,
+        network: outcome.network,
+        dns: outcome.dns,
         warnings: outcome.warnings,
         failed: outcome.failed.unwrap_or_default(),
         uuid: uuid.to_string(),
@@ -440,10 +455,19 @@ fn apply_before<'a>(
     let original = Element::parse(&point.domain_xml);
     let original = original.map_err(|e| activate_status(&ActivateError::DomainXml(e.to_string())))?;
     let active = receiver.active_directory(uuid);
-    let applied = Applied { uuid, name, mapping: &settings.mapping, original, active };
+    let xml =
+        DomainXml::from_element(&original).map_err(|e| activate_status(&ActivateError::DomainXml(e.to_string())))?;
+    let boots = matches!(memory::choose(&xml, &point.ram), Ok(Memory::Off));
+    let applied = Applied { uuid, name, mapping: &settings.mapping, original, active, boots };
     let runs = host.guest(uuid).map_err(hypervisor_status)?.is_some_and(|guest| guest.state.is_active());
     if runs {
         return Ok((Some(applied), Vec::new()));
+    }
+    // One that was handed over stands still already: it is better off with the addresses that it has.
+    if only.is_none()
+        && let Some(why) = guest::refusal(&applied.original, recovery)
+    {
+        return Err(Status::failed_precondition(format!("{name} was not activated, nothing was changed: {why}")));
     }
     let mut ran = Vec::new();
     if !recovery.before.is_empty() {
@@ -466,7 +490,9 @@ fn apply_before<'a>(
         }
         ran = outcome.hooks;
     }
-    applied.note().map_err(|e| Status::internal(format!("note what is to be done after: {e}")))?;
+    if !applied.has_come_up() {
+        applied.note().map_err(|e| Status::internal(format!("note what is to be done after: {e}")))?;
+    }
     Ok((Some(applied), ran))
 }
 
@@ -531,7 +557,8 @@ impl Service for ControlService {
             notices.extend(receiver.trust.notices());
             notices.extend(access::notices(receiver, &domains));
             let domains = domains.into_iter().map(|d| domain_status(receiver, d)).collect();
-            Ok(StatusReply { domains, notices })
+            let groups = if wanted.is_empty() { group::wire::all(receiver) } else { Vec::new() };
+            Ok(StatusReply { domains, notices, groups })
         })
         .await
     }
@@ -704,5 +731,32 @@ impl Service for ControlService {
         let (messages, stream) = mpsc::channel(PROGRESS_MAX);
         tokio::spawn(cold::requests::import(Arc::clone(&self.receiver), request.into_inner(), messages));
         Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn plan_group(&self, request: Request<GroupRequest>) -> Result<Response<GroupPlan>, Status> {
+        let request = request.into_inner();
+        self.blocking(move |receiver| group::wire::plan(receiver, &request)).await
+    }
+
+    type ActivateGroupStream = ReceiverStream<Result<Progress, Status>>;
+
+    async fn activate_group(
+        &self,
+        request: Request<GroupRequest>,
+    ) -> Result<Response<Self::ActivateGroupStream>, Status> {
+        let request = request.into_inner();
+        let (messages, stream) = mpsc::channel(PROGRESS_MAX);
+        self.blocking(move |receiver| group::run::begin(receiver, &request, Some(&messages), false)).await?;
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn stop_group(&self, request: Request<GroupsRequest>) -> Result<Response<GroupReport>, Status> {
+        let group = request.into_inner().group;
+        self.blocking(move |receiver| group::run::stop(receiver, &group)).await
+    }
+
+    async fn groups(&self, request: Request<GroupsRequest>) -> Result<Response<GroupsReply>, Status> {
+        let wanted = request.into_inner().group;
+        self.blocking(move |receiver| group::wire::reports(receiver, &wanted)).await
     }
 }

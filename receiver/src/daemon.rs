@@ -34,6 +34,7 @@ use crate::config::Config;
 use crate::control::ControlService;
 use crate::drill::record::{Book, Outcome};
 use crate::drill::{self, Drills};
+use crate::group::{self, Groups as DomainGroups};
 use crate::metrics::{DomainSample, DrillSample, Metrics, Sample};
 use crate::recovery::{self, watch::Watched};
 use crate::replication::ReplicationService;
@@ -63,7 +64,7 @@ const RESETS_MAX: usize = 16;
 const SHUTDOWN_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// What those may ask on the control socket who may only look.
-const READABLE: &[&str] = &["Peers", "PlanActivation", "Points", "Status"];
+const READABLE: &[&str] = &["Groups", "Peers", "PlanActivation", "PlanGroup", "Points", "Status"];
 
 /// What is known of a domain's stream while the receiver runs.
 #[derive(Debug, Default)]
@@ -100,6 +101,8 @@ pub struct Receiver {
     pub verifier: Verifier,
     /// Drills that are under way.
     pub drills: Arc<Drills>,
+    /// Groups of domains that are being activated.
+    pub groups: Arc<DomainGroups>,
     /// Object storage.
     pub cold: Cold,
     /// What the last look at the recovery plan has found.
@@ -146,6 +149,7 @@ impl Receiver {
             verifier: Verifier::default(),
             watched: Watched::default(),
             drills: Arc::default(),
+            groups: Arc::default(),
             sessions: Mutex::default(),
             activations: Mutex::default(),
             started: Instant::now(),
@@ -320,6 +324,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         .add_service(ReceiverServer::new(ControlService::new(Arc::clone(&receiver))))
         .serve_with_incoming_shutdown(vmdr_daemon::socket::incoming(socket, groups, audit), ended(receiver.ending()));
     takeover::resume_all(&receiver);
+    group::run::resume_all(&receiver);
     tokio::spawn(reverse::expire_for_ever(Arc::clone(&receiver)));
     let mut agents = tokio::spawn(agents);
     let mut control = tokio::spawn(control);
@@ -340,6 +345,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     }
     receiver.ending.send_replace(true);
     receiver.cold.end();
+    // Their records say that this was in order.
+    receiver.groups.ended(SHUTDOWN_TIME_MAX).await;
     let both = async { (agents.await, control.await) };
     if tokio::time::timeout(SHUTDOWN_TIME_MAX, both).await.is_err() {
         tracing::warn!("something is still being answered; ending without it");

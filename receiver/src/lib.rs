@@ -8,6 +8,7 @@
 //! - [`takeover`]: a guest that its owner hands over; [`reverse`]: a standby made of a former owner's disks.
 //! - [`cold`]: recovery points to and from object storage.
 //! - [`recovery`]: the recovery plan: hooks, announcements, and whether it fits this site.
+//! - [`group`]: domains that are activated together, in order; [`ready`]: whether a guest does its work again.
 //! - [`control`]: the `vmdr` command's requests.
 //! - [`verify`]: points are read again in the background.
 //! - [`drill`]: an activation rehearsed on a copy, cut off from everything.
@@ -21,10 +22,12 @@ pub mod control;
 pub mod daemon;
 pub mod drill;
 pub mod encryption;
+pub mod group;
 pub mod hashes;
 pub mod history;
 pub mod metrics;
 pub mod probe;
+pub mod ready;
 pub mod recovery;
 pub mod replication;
 pub mod reverse;

@@ -2,15 +2,19 @@
 //!
 //! - [`mapping`]: what it says of a domain, for [`crate::activate`]; a plan that is wrong refuses an activation before anything is
 //!   started.
-//! - [`hooks`]: programs before and after; [`announce`]: the guest's addresses, told to its new neighbours; [`applied`]: both, in
-//!   their order around an activation.
+//! - [`hooks`]: programs before and after; [`announce`]: the guest's addresses, told to its new neighbours; [`guest`]: other addresses
+//!   in the guest; [`dns`]: names that lead to them; [`applied`]: all of that, in its order around an activation.
+//! - [`limits`]: what a guest may take of this host.
 //! - [`site`]: whether this site has what the plan names; [`watch`]: the same every day.
 //!
 //! The file is read each time: there is nothing to be told of a change.
 
 pub mod announce;
 pub mod applied;
+pub mod dns;
+pub mod guest;
 pub mod hooks;
+pub mod limits;
 pub mod packet;
 pub mod site;
 pub mod watch;
@@ -69,6 +73,7 @@ pub fn mapping(config: &Config, name: &str, uuid: &str) -> Mapping {
             let domain = plan.domain(name, uuid).clone();
             let unsupported = domain.unsupported();
             mapping.plan = Some(domain);
+            mapping.dns = plan.dns.map(|dns| dns.value);
             unsupported
         }
         Err(mistakes) => mistakes,
@@ -102,9 +107,9 @@ mod tests {
         };
         write("[domain.web1]\ncpu_shares = 100\n", 0o644);
         assert_eq!(facts(), [] as [&str; 0]);
-        write("[domain.web1]\npriority = 1\n[domain.web2]\nhostname = \"x\"\n", 0o600);
+        write("[domain.web1]\npriority = 1\n[domain.web2]\npriority = 2\n", 0o600);
         assert_eq!(facts().len(), 1, "what another domain has is no trouble: {:?}", facts());
-        assert!(facts()[0].starts_with("F:2:12: an order of domains is not supported yet"), "{:?}", facts());
+        assert!(facts()[0].starts_with("F:2:12: `priority` is of a domain in a group"), "{:?}", facts());
         write("[domain.web1]\nfoo = 1\n", 0o600);
         assert!(facts()[0].starts_with("F:2:1: `foo` is no key"), "{:?}", facts());
         write("", 0o664);

@@ -70,9 +70,9 @@ pub struct DiskShape {
 }
 
 impl DiskShape {
-    /// On this bus, with TRIM.
+    /// On this bus, with TRIM where such a disk is protected.
     pub fn on(bus: Bus) -> Self {
-        Self { bus, discard: true, ..Self::default() }
+        Self { bus, discard: bus != Bus::Ide, ..Self::default() }
     }
 
     /// In this store.
@@ -280,6 +280,13 @@ impl GuestSpec {
         if self.own_qmp {
             let value = format!("unix:{},server=on,wait=off", self.qmp_socket());
             qmp = format!("<qemu:commandline><qemu:arg value='-qmp'/><qemu:arg value='{value}'/></qemu:commandline>");
+        }
+        if (0..self.disks_mib.len()).any(|number| self.shape(number).bus == Bus::Ide) {
+            // Otherwise the first IDE disk, of which there is one, is refused.
+            let trim_off = "<qemu:property name='discard_granularity' type='unsigned' value='0'/>";
+            qmp += &format!(
+                "<qemu:override><qemu:device alias='ide0-0-0'><qemu:frontend>{trim_off}</qemu:frontend></qemu:device></qemu:override>"
+            );
         }
         format!(
             "<domain type='{domain_type}' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>\

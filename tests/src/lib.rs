@@ -15,6 +15,7 @@
 //! - [`scene`]: what most end-to-end cases begin with.
 //! - [`pair`]: the same where either site protects to the other.
 //! - [`nbd_store`]: a guest's own storage that can be disturbed: flushes that take long, writes that are refused.
+//! - [`knot`]: a name server that takes signed updates.
 //! - [`wait`]: waiting with a limit.
 //!
 //! Everything here needs root. Nothing outlives the process that made it: see [`rig`] for how.
@@ -26,6 +27,7 @@ pub mod footprint;
 pub mod guest;
 pub mod huge_pages;
 pub mod images;
+pub mod knot;
 pub mod leftovers;
 pub mod nbd_store;
 pub mod oracle;

@@ -163,6 +163,9 @@ pub struct Disk {
     pub driver_type: Option<String>,
     /// Cache mode.
     pub cache: Option<String>,
+    /// The guest is told that it knows no TRIM: `discard_granularity` of its device is 0 in `<qemu:override>`. (libvirt drops a 0 in
+    /// `<blockio>`.)
+    pub trim_off: bool,
     /// What QEMU does on a write error.
     pub error_policy: Option<String>,
     /// `<readonly/>`.
@@ -255,7 +258,8 @@ impl DomainXml {
         let os_type = root.find("os/type").ok_or(DomainXmlError::Missing("os/type"))?;
         let memory = root.find("memory").ok_or(DomainXmlError::Missing("memory"))?;
         let nodes = || root.find("devices").into_iter().flat_map(Element::elements);
-        let disks = nodes().filter(|e| e.name == "disk").map(disk).collect::<Result<_, _>>()?;
+        let disks =
+            nodes().filter(|e| e.name == "disk").map(|element| disk(root, element)).collect::<Result<_, _>>()?;
         Ok(DomainXml {
             name,
             uuid,
@@ -298,6 +302,12 @@ impl DomainXml {
 pub fn channel<'a>(root: &'a Element, name: &str) -> Option<&'a Element> {
     let mut channels = root.find("devices")?.elements().filter(|device| device.name == "channel");
     channels.find(|channel| channel.attribute_at("target", "name") == Some(name))
+}
+
+/// The unix socket at which QEMU listens for the other end of a running domain's channel of this name, if it has one.
+pub fn channel_socket(live: &Element, name: &str) -> Option<PathBuf> {
+    let channel = channel(live, name).filter(|channel| channel.attribute("type") == Some("unix"))?;
+    channel.attribute_at("source", "path").map(PathBuf::from)
 }
 
 /// The path that [`add_own_qmp_socket`] uses for a domain.
@@ -447,7 +457,7 @@ fn firmware(root: &Element) -> Firmware {
     }
 }
 
-fn disk(element: &Element) -> Result<Disk, DomainXmlError> {
+fn disk(root: &Element, element: &Element) -> Result<Disk, DomainXmlError> {
     let target = element.attribute_at("target", "dev").ok_or(DomainXmlError::Missing("disk/target/@dev"))?;
     let driver = element.find("driver");
     let driver_value = |name: &str| driver.and_then(|d| d.attribute(name)).map(str::to_owned);
@@ -471,6 +481,7 @@ fn disk(element: &Element) -> Result<Disk, DomainXmlError> {
         source: source(element, kind),
         driver_type: driver_value("type"),
         cache: driver_value("cache"),
+        trim_off: trim_off(root, element),
         error_policy: driver_value("error_policy"),
         readonly: element.find("readonly").is_some(),
         shareable: element.find("shareable").is_some(),
@@ -480,6 +491,15 @@ fn disk(element: &Element) -> Result<Disk, DomainXmlError> {
         backing,
         mirror: element.find("mirror").map(|m| m.attribute("job").unwrap_or("copy").to_owned()),
         kind: kind.to_owned(),
+    })
+}
+
+fn trim_off(root: &Element, disk: &Element) -> bool {
+    let Some(alias) = disk.attribute_at("alias", "name") else { return false };
+    let devices = root.find_all("qemu:override/qemu:device");
+    let own = devices.into_iter().filter(|device| device.attribute("alias") == Some(alias));
+    own.flat_map(|device| device.find_all("qemu:frontend/qemu:property")).any(|property| {
+        property.attribute("name") == Some("discard_granularity") && property.attribute("value") == Some("0")
     })
 }
 
@@ -541,5 +561,25 @@ fn device(element: &Element) -> Device {
         model: model.or_else(|| nested("model", "name")).or_else(|| nested("model", "type")).unwrap_or_default(),
         alias: nested("alias", "name"),
         element: element.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_channels_socket_is_found_by_its_name() {
+        let domain = |name: &str| {
+            let text = format!(
+                "<domain><devices><channel type='unix'><source mode='bind' path='/run/other'/>\
+                 <target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
+                 <channel type='unix'><source mode='bind' path='/run/port'/><target type='virtio' name='{name}'/></channel>\
+                 </devices></domain>"
+            );
+            Element::parse(&text).unwrap()
+        };
+        assert_eq!(channel_socket(&domain("one"), "one"), Some(PathBuf::from("/run/port")));
+        assert_eq!(channel_socket(&domain("another"), "one"), None);
     }
 }

@@ -222,6 +222,7 @@ fn answer(capture: &mut Capture, request: to_shim::Request) -> (from_shim::Reply
             Err(no) => no_part(no),
         }),
         Request::Fence(_) => capture.fence().and_then(|()| state(capture)),
+        Request::EndMirrors(_) => capture.end_mirrors().and_then(|()| state(capture)),
         Request::Detach(detach) => {
             capture.keep_bitmaps(detach.suspend);
             return (

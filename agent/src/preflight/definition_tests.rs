@@ -131,6 +131,11 @@ fn one_device_more_is_refused() {
         ("<hologram model='x'/>", "hologram x", "does not know"),
         ("<nvram/>", "nvram", "does not know"),
         (
+            "<disk type='file' device='disk'><source file='/a'/><target dev='sdz' bus='sata'/></disk>",
+            "disk sdz",
+            "TRIM",
+        ),
+        (
             "<disk type='file' device='disk'><source file='/a'/><target dev='xvda' bus='xen'/></disk>",
             "disk xen (xvda)",
             "not on the list",
@@ -141,6 +146,22 @@ fn one_device_more_is_refused() {
         assert_eq!(refusals.len(), 1, "{device}: {refusals:#?}");
         assert_eq!(refusals[0].subject, subject, "{device}");
         assert!(refusals[0].fact.contains(fact), "{device}: {}", refusals[0]);
+    }
+}
+
+#[test]
+fn a_sata_disk_is_taken_without_trim() {
+    let disk = "<disk type='file' device='disk'><source file='/a'/><target dev='sdz' bus='sata'/><alias name='sata0-0-5'/></disk>";
+    for (alias, granularity, refused) in [("sata0-0-5", "0", 0), ("sata0-0-5", "512", 1), ("sata0-0-1", "0", 1)] {
+        let mut root = with_device(disk);
+        let text = format!(
+            "<qemu:override><qemu:device alias='{alias}'><qemu:frontend>\
+             <qemu:property name='discard_granularity' type='unsigned' value='{granularity}'/>\
+             </qemu:frontend></qemu:device></qemu:override>"
+        );
+        root.push(Element::parse(&text).unwrap());
+        let findings = judge(&root);
+        assert_eq!(refusals(&findings).count(), refused, "{alias} {granularity}: {findings:#?}");
     }
 }
 

@@ -2,7 +2,7 @@
 
 use vmdr_hypervisor::domain_xml::{Disk, DiskDevice, DomainXml};
 
-use super::Finding;
+use super::{Finding, Severity};
 
 /// Judges the disks of a live definition. `own_mirrors`: the domain is protected already, so that mirrors are vmdr's.
 pub fn disks(domain: &DomainXml, own_mirrors: bool) -> Vec<Finding> {
@@ -78,7 +78,21 @@ fn one(disk: &Disk, own_mirrors: bool, findings: &mut Vec<Finding>) {
             "wait for it, or end it: virsh blockjob DOMAIN DISK --abort",
         );
     }
-    if findings.len() > before {
+    if matches!(disk.bus.as_str(), "ide" | "sata") && !disk.trim_off {
+        let fact = format!(
+            "on bus {}, where the guest can TRIM: QEMU (10.0.2 at least) can hang for ever, or crash, when it waits for such a disk in \
+             the middle of that, as every cut and every mirror makes it do",
+            disk.bus
+        );
+        let remedy = "put it on virtio or scsi, or have <qemu:override> give its device discard_granularity 0 from the guest's next \
+                      start on (docs/design.md, Traps)";
+        // One that is protected already goes on: to stop watching it now would be no help to it.
+        findings.push(match own_mirrors {
+            true => Finding::warning(subject.clone(), fact, remedy),
+            false => Finding::refused(subject.clone(), fact, remedy),
+        });
+    }
+    if findings[before..].iter().any(|finding| finding.severity == Severity::Refused) {
         return;
     }
     if disk.error_policy.as_deref() == Some("ignore") {

@@ -21,7 +21,7 @@ use uuid::Uuid;
 use vmdr_hypervisor::libvirt::{Connection, Domain};
 
 use super::{Frozen, Held, Limits, Thawed};
-use crate::guest_channel::printable;
+use vmdr_daemon::guest_channel::printable;
 
 /// As the operator is told.
 const WAY: &str = "the QEMU guest agent";

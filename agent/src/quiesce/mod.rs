@@ -32,7 +32,7 @@ use vmdr_hypervisor::libvirt::Connection;
 use vmdr_hypervisor::xml::Element;
 
 use crate::config::Config;
-use crate::guest_channel::{Line, NoAnswer};
+use vmdr_daemon::guest_channel::{Line, NoAnswer};
 
 /// How long the answer to a thaw is waited for. Without one the point counts as crash-consistent.
 pub const THAW_LIMIT: Duration = Duration::from_secs(2);

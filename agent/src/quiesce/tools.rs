@@ -6,7 +6,7 @@ use std::time::Duration;
 use vmdr_guest_channel::{Message, Outcome};
 
 use super::{Frozen, Held, Limits, Thawed, unanswered};
-use crate::guest_channel::{Line, printable};
+use vmdr_daemon::guest_channel::{Line, printable};
 
 /// As the operator is told.
 const WAY: &str = "vmdr's tools in the guest";

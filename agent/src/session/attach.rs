@@ -147,6 +147,10 @@ pub fn mirror(config: &Config, domain: &Domain, uuid: &Uuid, target: &str) -> an
 /// Ends what protects a domain: mirrors, watch, shim. Does as much as is possible and reports the first failure.
 /// `suspend`: a resync will follow.
 pub fn detach(domain: &Domain, disks: &[Disk], shim: &mut ShimClient, suspend: bool) -> anyhow::Result<()> {
+    if let Err(error) = shim.end_mirrors() {
+        // The guest's storage hangs, perhaps. Then libvirt ends them as they are.
+        tracing::warn!(domain = domain.name(), "end the mirrors in a pause: {error}");
+    }
     let mut result = Ok(());
     for disk in disks {
         if let Err(error) = domain.block_job_abort(&disk.target, true) {
@@ -226,7 +230,7 @@ fn adopt(directory: &Path, disks: &[Disk], qemu_pid: u32) -> Option<(ShimClient,
         tracing::info!(domain = config.domain_name, "the shim that runs belongs to a QEMU that is gone");
         return None;
     }
-    let (shim, state) = match ShimClient::connect(&socket, ADOPT_LIMIT) {
+    let (mut shim, state) = match ShimClient::connect(&socket, ADOPT_LIMIT) {
         Ok(answer) => answer,
         Err(error) => {
             tracing::warn!("the shim at {} cannot be used: {error:#}", socket.display());
@@ -239,6 +243,10 @@ fn adopt(directory: &Path, disks: &[Disk], qemu_pid: u32) -> Option<(ShimClient,
             .iter()
             .zip(disks)
             .all(|(theirs, ours)| theirs.target == ours.target && theirs.size_bytes == ours.size_bytes);
+    if !same && let Err(error) = shim.end_mirrors() {
+        // It is about to be killed, with mirrors to it.
+        tracing::warn!("end the mirrors of the shim at {}: {error}", socket.display());
+    }
     same.then_some((shim, state))
 }
 

@@ -31,7 +31,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use uuid::Uuid;
+use vmdr_daemon::guest_channel::GuestChannel;
 use vmdr_daemon::ownership::{Event, Ownerships};
+use vmdr_guest_channel::PORT;
+use vmdr_hypervisor::domain_xml::channel_socket;
 use vmdr_hypervisor::libvirt::{Connection, Domain};
 use vmdr_trust::Trust;
 
@@ -43,7 +46,6 @@ use self::moving::Moved;
 use self::off::{NotRunning, Off};
 use crate::config::Config;
 use crate::guard;
-use crate::guest_channel::{self, GuestChannel};
 use crate::limits;
 use crate::link::{self, LinkEvent, Target};
 use crate::quiesce::Frozen;
@@ -513,7 +515,7 @@ impl Worker {
 
     /// Talks to the guest's tools from now on, if the domain has a channel to them.
     fn open_channel(&self, domain: &Domain) {
-        let socket = domain.live_xml().ok().as_ref().and_then(guest_channel::socket);
+        let socket = domain.live_xml().ok().as_ref().and_then(|live| channel_socket(live, PORT));
         let opened =
             socket.map(|socket| GuestChannel::open(domain.name(), socket, self.config.guest_clock)).transpose();
         *self.shared.tools() = opened.unwrap_or_else(|error| {

@@ -1,7 +1,7 @@
 //! Commands to the receiver: `activate`, `forget`.
 
 use std::io::Write;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use vmdr_proto::control::{
     ActivateRequest, ActivationPlan, ActivationReport, DomainRequest, GivenUp, Mapped, Point, StatusRequest,
@@ -31,11 +31,16 @@ pub struct Activate<'a> {
 impl Which {
     /// The time that it means; 0: none.
     pub fn at(&self) -> Result<u64, Failure> {
-        let Some(before) = self.before else { return Ok(self.at_unix_ns.unwrap_or(0)) };
-        let then = SystemTime::now().checked_sub(before).and_then(|then| then.duration_since(UNIX_EPOCH).ok());
-        let ns = then.and_then(|then| u64::try_from(then.as_nanos()).ok()).filter(|ns| *ns > 0);
-        ns.ok_or_else(|| Failure::Usage("--before goes back to before there was anything".to_owned()))
+        at(self.before, self.at_unix_ns)
     }
+}
+
+/// The time that is meant by `--before` or `--at`; 0: none.
+pub fn at(before: Option<Duration>, at_unix_ns: Option<u64>) -> Result<u64, Failure> {
+    let Some(before) = before else { return Ok(at_unix_ns.unwrap_or(0)) };
+    let then = SystemTime::now().checked_sub(before).and_then(|then| then.duration_since(UNIX_EPOCH).ok());
+    let ns = then.and_then(|then| u64::try_from(then.as_nanos()).ok()).filter(|ns| *ns > 0);
+    ns.ok_or_else(|| Failure::Usage("--before goes back to before there was anything".to_owned()))
 }
 
 /// Shows the plan, asks, activates, reports.
@@ -145,7 +150,7 @@ fn point_text(point: &Point) -> String {
 }
 
 /// What is somewhere else here.
-fn mapping_text(mapping: &[Mapped]) -> String {
+pub(super) fn mapping_text(mapping: &[Mapped]) -> String {
     let line = |mapped: &Mapped| {
         let said = format!("{}: {} -> {}", mapped.device, mapped.from, mapped.to);
         text::wrapped("  mapped:         ", &text::one_line(&said))
@@ -154,10 +159,17 @@ fn mapping_text(mapping: &[Mapped]) -> String {
 }
 
 /// What was done by the recovery plan.
-fn applied_text(out: Out, report: &ActivationReport) -> String {
+pub(super) fn applied_text(out: Out, report: &ActivationReport) -> String {
     let mut applied = mapping_text(&report.mapping);
     for announced in &report.announced {
         applied.push_str(&format!("  announced:      {}\n", text::one_line(announced)));
+    }
+    for (label, changes) in [("  in the guest:   ", &report.network), ("  names:          ", &report.dns)] {
+        for change in changes {
+            let how = if change.error.is_empty() { &change.done } else { &change.error };
+            let said = text::wrapped(label, &text::one_line(&format!("{}: {how}", change.subject)));
+            applied.push_str(&if change.error.is_empty() { said } else { out.paint(Tone::Bad, &said) });
+        }
     }
     for hook in &report.hooks {
         let how = if hook.error.is_empty() { "done".to_owned() } else { text::one_line(&hook.error) };

@@ -4,7 +4,7 @@ use std::io::{ErrorKind, Write};
 
 use vmdr_proto::control;
 
-use crate::args::{self, AuditAction, Cli, Command, Output, PeersAction, PlanAction, PointAction};
+use crate::args::{self, AuditAction, Cli, Command, GroupAction, Output, PeersAction, PlanAction, PointAction};
 use crate::failure::Failure;
 use crate::json;
 use crate::style::{Style, Tone};
@@ -14,6 +14,7 @@ mod audit;
 mod backup_side;
 mod cold;
 mod drill;
+mod group;
 mod history;
 mod ownership;
 mod peers;
@@ -80,6 +81,13 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
                 Some(domain) if !*list => cold::import(common, out, domain, from, key_file, point.as_deref()).await,
                 domain => cold::list(common, out, domain.as_ref(), from, key_file).await,
             }
+        }
+        Command::Group { action: GroupAction::List } => group::list(common, out).await,
+        Command::Group { action: GroupAction::Report { group } } => group::report(common, out, group).await,
+        Command::Group { action: GroupAction::Stop { group } } => group::stop(common, out, group).await,
+        Command::Group { action: GroupAction::Activate { group, dry_run, yes, which, damaged } } => {
+            let options = group::Activate { dry_run: *dry_run, yes: *yes, which, damaged: *damaged };
+            group::activate(common, out, group, options).await
         }
         Command::Plan { action: PlanAction::Check { file, offline } } => plan::check(common, out, file, *offline).await,
         Command::Forget { domain, yes } => backup_side::forget(common, out, domain, *yes).await,

@@ -2,6 +2,7 @@
 //! the receiver is asked.
 
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use vmdr_plan::{Mistake, Plan};
@@ -13,6 +14,9 @@ use crate::client::{self, Daemon, answer};
 use crate::failure::Failure;
 use crate::style::Tone;
 use crate::{json, text};
+
+/// Permission to write for others than the owner.
+const OTHERS_WRITE: u32 = 0o022;
 
 /// Checks a plan.
 pub async fn check(common: &Common, out: Out, file: &Path, offline: bool) -> Result<(), Failure> {
@@ -40,6 +44,10 @@ pub async fn check(common: &Common, out: Out, file: &Path, offline: bool) -> Res
             (reply.findings, reply.domains, true)
         }
     };
+    let mut findings: Vec<PlanFinding> = findings;
+    if let Some(finding) = open_to_others(file) {
+        findings.insert(0, finding);
+    }
     let count = findings.iter().filter(|finding| word(finding) == "refused").count();
     let document = || json::PlanCheck {
         file: file.display().to_string(),
@@ -54,6 +62,16 @@ pub async fn check(common: &Common, out: Out, file: &Path, offline: bool) -> Res
         1 => Err(Failure::Failed(format!("the plan {shown} is refused: 1 mistake"))),
         n => Err(Failure::Failed(format!("the plan {shown} is refused: {n} mistakes"))),
     }
+}
+
+/// The receiver refuses a file that others can write: the programs that it names run as root.
+fn open_to_others(file: &Path) -> Option<PlanFinding> {
+    let mode = std::fs::metadata(file).ok()?.mode();
+    (mode & OTHERS_WRITE != 0).then(|| PlanFinding {
+        severity: Severity::Refused.into(),
+        message: format!("others than its owner can write it: `chmod go-w {}`", file.display()),
+        ..PlanFinding::default()
+    })
 }
 
 /// A severity that this version does not know is a refusal.

@@ -6,7 +6,7 @@
 
 use vmdr_proto::control::{self, StatusRequest};
 
-use super::Out;
+use super::{Out, group};
 use crate::args::{Common, Domain};
 use crate::client::{self, Daemon, answer};
 use crate::failure::Failure;
@@ -29,12 +29,14 @@ pub async fn status(common: &Common, out: Out, domain: Option<&Domain>) -> Resul
     let (mut unknown, mut silent) = (Vec::new(), Vec::new());
     // Both daemons know the same of their host.
     let mut notices = std::collections::BTreeSet::new();
+    let mut groups = Vec::new();
     for daemon in daemons {
         let name = domain.map(|domain| domain.0.clone()).unwrap_or_default();
         match ask(common, daemon, name).await {
             Ok(reply) => {
                 rows.extend(reply.domains.into_iter().map(|status| (daemon, status)));
                 notices.extend(reply.notices);
+                groups.extend(reply.groups);
             }
             Err(failure @ Failure::NotFound(_)) => unknown.push(failure),
             Err(failure) => silent.push((daemon, failure)),
@@ -58,10 +60,12 @@ pub async fn status(common: &Common, out: Out, domain: Option<&Domain>) -> Resul
             domains: rows.iter().map(|(daemon, status)| json::DomainStatus::new(*daemon, status)).collect(),
             unreachable: silent.iter().map(|(daemon, _)| daemon.to_string()).collect(),
             notices: notices.iter().cloned().collect(),
+            groups: groups.iter().map(json::group::Group::from).collect(),
         },
         || {
             let warnings = notices.iter().map(|notice| text::wrapped("warning: ", &text::one_line(notice)));
-            table(out, &rows) + &warnings.collect::<String>()
+            let groups = groups.iter().map(|report| group::line(out, report));
+            table(out, &rows) + &groups.collect::<String>() + &warnings.collect::<String>()
         },
     )?;
     silent.into_iter().next().map_or(Ok(()), |(_, failure)| Err(failure))

@@ -16,7 +16,19 @@ use vmdr_proto::control::receiver_server::{Receiver, ReceiverServer};
 use vmdr_proto::control::*;
 use vmdr_proto::host::host_server::HostServer;
 
+mod about_groups;
 mod about_host;
+
+/// Compares with the file of that name. `VMDR_GOLDEN=write` writes it instead, for a change that is meant.
+#[track_caller]
+pub fn golden(name: &str, text: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    if std::env::var_os("VMDR_GOLDEN").is_some_and(|value| value == "write") {
+        std::fs::write(&path, text).unwrap();
+    }
+    let expected = std::fs::read_to_string(&path).unwrap();
+    assert!(text == expected, "{} is not what the command writes now:\n{text}", path.display());
+}
 
 /// For one run of the command, with two busy cores.
 const RUN_LIMIT: Duration = Duration::from_secs(120);
@@ -187,6 +199,18 @@ fn mapped(domain: &str) -> Vec<Mapped> {
         to: "bridge br-dmz, VLAN 120".into(),
     };
     if ["planned", "unhooked"].contains(&domain) { vec![mapped] } else { Vec::new() }
+}
+
+fn change(subject: &str, done: &str, error: &str) -> Change {
+    Change { subject: subject.into(), done: done.into(), error: error.into() }
+}
+
+/// What was changed in the guest of a recovery plan.
+fn changes() -> Vec<Change> {
+    vec![
+        change("NIC 52:54:00:12:34:56", "192.0.2.10/24, 0.0.0.0/0 via 192.0.2.1 on eth0", ""),
+        change("resolver", "", "/etc/resolv.conf is a link to what another program writes; it was left as it is"),
+    ]
 }
 
 fn hook(stage: &str, error: &str) -> HookRun {
@@ -412,7 +436,7 @@ impl Agent for Daemon {
             "web1" => vec![protected("web1")],
             _ => return Err(Status::not_found(format!("{domain} is not protected here"))),
         };
-        Ok(Response::new(StatusReply { notices: Vec::new(), domains }))
+        Ok(Response::new(StatusReply { domains, ..StatusReply::default() }))
     }
 }
 
@@ -439,7 +463,8 @@ impl Receiver for Daemon {
             drill: Some(drill("web2", true)),
             ..protected("web2")
         };
-        Ok(Response::new(StatusReply { notices: Vec::new(), domains: vec![standby] }))
+        let groups = vec![about_groups::report("shop", false)];
+        Ok(Response::new(StatusReply { notices: Vec::new(), domains: vec![standby], groups }))
     }
 
     type DrillStream = Stream;
@@ -545,6 +570,10 @@ impl Receiver for Daemon {
                 Vec::new()
             },
             announced: if planned { vec!["192.0.2.10 on br-dmz".into()] } else { Vec::new() },
+            network: if planned { changes() } else { Vec::new() },
+            dns: Vec::from_iter(
+                planned.then(|| change("DNS zone example.org", "web1.example.org is 192.0.2.10 (60 s)", "")),
+            ),
             warnings: if planned {
                 vec!["it is not limited as the plan says: no control groups".into()]
             } else {
@@ -555,6 +584,50 @@ impl Receiver for Daemon {
         let activation = (domain != "unreported").then_some(report);
         let last = Progress { step: "run".into(), activation, ..Progress::default() };
         Ok(stream(vec![progress("apply", 1, 2, "epochs", ""), progress("restore", 0, 0, "", ""), Ok(last)]))
+    }
+
+    async fn plan_group(&self, request: Request<GroupRequest>) -> Result<Response<GroupPlan>, Status> {
+        let group = request.into_inner().group;
+        self.asked("plan-group", &group)?;
+        Ok(Response::new(about_groups::plan(&group, group == "partly")))
+    }
+
+    type ActivateGroupStream = Stream;
+
+    async fn activate_group(&self, request: Request<GroupRequest>) -> Result<Response<Stream>, Status> {
+        let GroupRequest { group, at_unix_ns, points, .. } = request.into_inner();
+        let points: Vec<String> = points.into_iter().map(|of| format!("{}={}", of.domain, of.point)).collect();
+        self.asked("activate-group", &format!("{group} at {at_unix_ns} points {points:?}"))?;
+        let ready = group != "failing";
+        let report = (group != "unreported").then(|| about_groups::report(&group, ready));
+        let last = Progress { step: "done".into(), group: report, ..Progress::default() };
+        let app1 = if ready { "app1 is ready" } else { "app1 is not ready: no answer" };
+        let said = |message| progress("db1", 1, 3, "ready", message);
+        Ok(stream(vec![said("db1 is ready"), progress("app1: restore", 1, 3, "ready", ""), said(app1), Ok(last)]))
+    }
+
+    async fn stop_group(&self, request: Request<GroupsRequest>) -> Result<Response<GroupReport>, Status> {
+        let group = request.into_inner().group;
+        self.asked("stop-group", &group)?;
+        let mut report = about_groups::report(&group, false);
+        report.state = "under way".into();
+        report.members[1].state = "checking".into();
+        Ok(Response::new(report))
+    }
+
+    async fn groups(&self, request: Request<GroupsRequest>) -> Result<Response<GroupsReply>, Status> {
+        let group = request.into_inner().group;
+        self.asked("groups", &group)?;
+        let groups = match group.as_str() {
+            "" => vec![
+                about_groups::report("mail", true),
+                about_groups::report("shop", false),
+                GroupReport { group: "wiki".into(), state: "not activated".into(), ..GroupReport::default() },
+            ],
+            "failing" => vec![about_groups::report("failing", false)],
+            _ => vec![about_groups::report(&group, true)],
+        };
+        Ok(Response::new(GroupsReply { groups }))
     }
 
     async fn check_plan(&self, request: Request<CheckPlanRequest>) -> Result<Response<CheckPlanReply>, Status> {

@@ -261,7 +261,15 @@ mod tests {
     use super::*;
 
     fn options() -> Daemon {
-        Daemon { port: None, hooks: "/nonexistent".into(), hook_seconds: 1, freeze_seconds_max: 10 }
+        Daemon {
+            port: None,
+            hooks: "/nonexistent".into(),
+            hook_seconds: 1,
+            freeze_seconds_max: 10,
+            state: "/nonexistent".into(),
+            not_ready: "/nonexistent".into(),
+            keep_network: false,
+        }
     }
 
     /// A process that says these lines when it is told to thaw, or at once.

@@ -6,22 +6,26 @@
 //! to itself at its own rate.
 //!
 //! A freeze is the work of a process of its own ([`freezer`], [`crate::freeze`]); meanwhile nothing is written here but to the
-//! port.
+//! port. Another network is the work of a thread ([`networker`], [`crate::network`]); meanwhile nothing is frozen.
 
 mod freezer;
 mod kernel;
+mod networker;
 mod port;
 mod steer;
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use vmdr_guest_channel::{Frame, Hello, Message, features};
+use vmdr_guest_channel::{Frame, Hello, Message, Outcome, features};
 
 use self::freezer::Freezer;
+use self::networker::Networker;
 use self::port::Port;
 use self::steer::{Do, Steer};
 use crate::cli::Daemon;
+use crate::network::Places;
 
 /// How often the host is asked for the time: the clock is off by up to this much of what pauses take.
 const ASK: Duration = Duration::from_millis(250);
@@ -55,6 +59,10 @@ struct State {
     slow: u32,
     offset_ns: i64,
     freezer: Freezer,
+    /// Nothing, where the host may not change the network.
+    networker: Option<Networker>,
+    started: Instant,
+    not_ready: PathBuf,
     /// What there is to log: nothing is written while file systems are frozen.
     log: Vec<String>,
 }
@@ -80,6 +88,10 @@ pub fn run(options: &Daemon) -> Result<()> {
         slow: 0,
         offset_ns: 0,
         freezer: Freezer::new(options.clone()),
+        networker: (!options.keep_network)
+            .then(|| Networker::new(Places { root: "/".into(), state: options.state.clone() })),
+        started: now,
+        not_ready: options.not_ready.clone(),
         log: Vec::new(),
     };
     loop {
@@ -99,6 +111,11 @@ pub fn run(options: &Daemon) -> Result<()> {
         if ready.also {
             for frame in state.freezer.hear() {
                 port.send(&frame)?;
+            }
+        }
+        if let Some(networker) = &mut state.networker {
+            for line in networker.look() {
+                state.say(line);
             }
         }
         state.write_log();
@@ -130,13 +147,13 @@ impl State {
         self.number = self.number.wrapping_add(1);
         if !self.greeted {
             self.next = Instant::now() + GREET;
-            return port.send(&Frame { number: self.number, message: Message::Hello(own(true)) });
+            return port.send(&Frame { number: self.number, message: Message::Hello(self.own(true)) });
         }
         self.next = Instant::now() + ASK;
         if !self.tells_time {
             // Once more from the beginning, now and then: it may have changed its mind.
             self.next = Instant::now() + GREET;
-            return port.send(&Frame { number: self.number, message: Message::Hello(own(true)) });
+            return port.send(&Frame { number: self.number, message: Message::Hello(self.own(true)) });
         }
         let guest_unix_ns = kernel::now_unix_ns();
         self.asked = Some(Asked { number: self.number, at: Instant::now(), guest_unix_ns });
@@ -149,7 +166,7 @@ impl State {
         match frame.message {
             Message::Hello(hello) => {
                 if hello.answer {
-                    port.send(&Frame { number: frame.number, message: Message::Hello(own(false)) })?;
+                    port.send(&Frame { number: frame.number, message: Message::Hello(self.own(false)) })?;
                 }
                 if hello.common_version().is_none() {
                     return Ok(());
@@ -175,6 +192,29 @@ impl State {
                     self.told(&asked, host_unix_ns)?;
                 }
             }
+            Message::HeartbeatAsk => {
+                let up_seconds = u32::try_from(self.started.elapsed().as_secs()).unwrap_or(u32::MAX);
+                let message = Message::Heartbeat { up_seconds, ready: !self.not_ready.exists() };
+                port.send(&Frame { number: frame.number, message })?;
+            }
+            Message::NetworkPut { .. } | Message::NetworkAsk { .. } => {
+                let frozen = self.freezer.is_active();
+                let message = match &mut self.networker {
+                    Some(networker) => networker.hear(&frame.message, frozen),
+                    None => Message::Unsupported(frame.message.kind()),
+                };
+                port.send(&Frame { number: frame.number, message })?;
+            }
+            Message::Freeze { .. } if self.networker.as_ref().is_some_and(Networker::is_active) => {
+                let message = Message::Frozen {
+                    outcome: Outcome::Busy,
+                    file_systems: 0,
+                    skipped: 0,
+                    hold_ms: 0,
+                    text: "the network is being changed".to_owned(),
+                };
+                port.send(&Frame { number: frame.number, message })?;
+            }
             Message::Freeze { hold_ms } => {
                 if let Some(message) = self.freezer.freeze(frame.number, hold_ms) {
                     port.send(&Frame { number: frame.number, message })?;
@@ -186,7 +226,12 @@ impl State {
                 }
             }
             Message::Unsupported(_) => {}
-            Message::ClockAsk { .. } | Message::Frozen { .. } | Message::Thawed { .. } | Message::Unknown(_) => {
+            Message::ClockAsk { .. }
+            | Message::Frozen { .. }
+            | Message::Thawed { .. }
+            | Message::Heartbeat { .. }
+            | Message::NetworkIs { .. }
+            | Message::Unknown(_) => {
                 let message = Message::Unsupported(frame.message.kind());
                 port.send(&Frame { number: frame.number, message })?;
             }
@@ -226,8 +271,10 @@ impl State {
         self.asked = None;
         kernel::set_rate(0.0).context("set the clock's rate (root is needed)")
     }
-}
 
-fn own(answer: bool) -> Hello {
-    Hello::own(features::CLOCK | features::FREEZE, answer, concat!("vmdr-guest-tools ", env!("CARGO_PKG_VERSION")))
+    fn own(&self, answer: bool) -> Hello {
+        let network = if self.networker.is_some() { features::NETWORK } else { 0 };
+        let all = features::CLOCK | features::FREEZE | features::HEARTBEAT | network;
+        Hello::own(all, answer, concat!("vmdr-guest-tools ", env!("CARGO_PKG_VERSION")))
+    }
 }

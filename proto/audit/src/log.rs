@@ -1,46 +1,30 @@
 //! Writing the log.
+//!
+//! A thread of its own writes, because a disk that neither writes nor fails must not hold up an activation: whoever records waits
+//! for that thread, but not for ever.
 
 use std::collections::HashMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender, TrySendError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-use crate::chain::{self, Entry, HASH_CHARS, Head, Outcome};
+use crate::chain::{Entry, Outcome};
+use crate::files::{Chain, Limits, of};
+use crate::{AuditError, FILE_BYTES_MAX, FILES_MAX};
 
-/// Bytes at which a file is closed and the next one begun: some 25,000 records.
-pub const FILE_BYTES_MAX: u64 = 8 << 20;
-/// Files that are kept of a daemon.
-pub const FILES_MAX: usize = 32;
 /// Refusals of the same caller for the same reason within this time become one record with a count.
 pub const REPEAT_WINDOW: Duration = Duration::from_secs(10);
+/// How long [`Audit::record`] waits for the disk.
+pub const RECORD_TIME_MAX: Duration = Duration::from_secs(5);
 /// Characters that are kept of each part of a refused attempt.
 const REFUSED_CHARS_MAX: usize = 256;
 /// Callers and reasons counted apart; what is more is counted together.
 const REPEATS_MAX: usize = 256;
 /// How often counts that are due are looked for.
 const REPEAT_LOOK: Duration = Duration::from_secs(1);
-/// How long a daemon waits for its predecessor to end, and how often it looks.
-const LOCK_TIME_MAX: Duration = Duration::from_secs(2);
-const LOCK_LOOK: Duration = Duration::from_millis(20);
-/// The longest line read back.
-pub(crate) const LINE_BYTES_MAX: usize = 16 << 10;
-
-/// Why there is no log.
-#[derive(Debug, thiserror::Error)]
-#[error("audit log: {action} {path}: {source}", path = path.display())]
-pub struct AuditError {
-    action: &'static str,
-    path: PathBuf,
-    source: io::Error,
-}
-
-pub(crate) fn of(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> AuditError {
-    let path = path.to_owned();
-    move |source| AuditError { action, path, source }
-}
+/// Records that wait for the disk; what comes then is counted as not recorded.
+const WAITING_MAX: usize = 256;
 
 /// A daemon's audit log. Clones share it.
 #[derive(Debug, Clone)]
@@ -51,25 +35,34 @@ pub struct Audit {
 #[derive(Debug)]
 struct Inner {
     directory: PathBuf,
-    daemon: String,
-    limits: Limits,
+    /// Taken at the end.
+    queue: Option<SyncSender<Job>>,
+    shared: Arc<Shared>,
+    /// Says that the thread has ended.
+    ended: Mutex<Receiver<()>>,
+}
+
+/// What the callers and the thread know.
+#[derive(Debug, Default)]
+struct Shared {
     state: Mutex<State>,
     repeats: Mutex<HashMap<Entry, Repeat>>,
 }
 
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Limits {
-    pub file_bytes: u64,
-    pub files: usize,
+#[derive(Debug, Default)]
+struct State {
+    sequence: u64,
+    trouble: Option<String>,
+    /// The disk has not answered in time, and not since.
+    hangs: bool,
+    /// Records that could not be written, and are not said in the log yet.
+    lost: u64,
 }
 
 #[derive(Debug)]
-struct State {
-    file: File,
-    bytes: u64,
-    head_file: File,
-    head: Head,
-    trouble: Option<String>,
+struct Job {
+    entry: Entry,
+    done: SyncSender<()>,
 }
 
 /// A refusal that is counted.
@@ -87,56 +80,30 @@ impl Audit {
     }
 
     pub(crate) fn open_limited(directory: &Path, daemon: &str, limits: Limits) -> Result<Self, AuditError> {
-        make_directory(directory).map_err(of("create", directory))?;
-        let files = files(directory, daemon)?;
-        let head_path = head_path(directory, daemon);
-        let head_file = open(&head_path)?;
-        lock(&head_file).map_err(of("lock", &head_path))?;
-        let noted = read_head(&head_file);
-        let (mut found, mut cut) = (Newest::None, 0);
-        for path in files.iter().rev() {
-            let (newest, bytes) = newest(path)?;
-            (found, cut) = (newest, cut + bytes);
-            if !matches!(found, Newest::None) {
-                break;
-            }
-        }
-        // What was acknowledged last decides: what is missing then stays a gap in the numbers.
-        let last = match &found {
-            Newest::At(head) => head.clone(),
-            Newest::None | Newest::Damaged => Head::zero(),
-        };
-        let head = noted.filter(|noted| noted.seq > last.seq).unwrap_or_else(|| last.clone());
-        let path = files.last().cloned().unwrap_or_else(|| file_path(directory, daemon, head.seq + 1));
-        let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&path).map_err(of("open", &path))?;
-        let bytes = file.metadata().map_err(of("read", &path))?.len();
-        sync_dir(directory)?;
-        let inner = Inner {
-            directory: directory.to_owned(),
-            daemon: daemon.to_owned(),
-            limits,
-            state: Mutex::new(State { file, bytes, head_file, head: head.clone(), trouble: None }),
-            repeats: Mutex::default(),
-        };
-        let audit = Self { inner: Arc::new(inner) };
-        let weak = Arc::downgrade(&audit.inner);
-        let thread = std::thread::Builder::new().name("audit".to_owned()).spawn(move || write_counts(&weak));
+        let (chain, notes) = Chain::open(directory, daemon, limits)?;
+        let state = State { sequence: chain.sequence(), ..State::default() };
+        let shared = Arc::new(Shared { state: Mutex::new(state), repeats: Mutex::default() });
+        let (queue, jobs) = mpsc::sync_channel(WAITING_MAX);
+        let (end, ended) = mpsc::sync_channel(1);
+        let mut writer = Writer { daemon: daemon.to_owned(), chain, shared: Arc::clone(&shared) };
+        let thread = std::thread::Builder::new().name("audit".to_owned()).spawn(move || {
+            writer.run(&jobs);
+            drop(writer);
+            let _ = end.send(());
+        });
         thread.map_err(of("start the thread of", directory))?;
-        let note = |detail: String| audit.record(Entry::new("open", daemon, "", Outcome::Noted).because(detail));
-        if cut > 0 {
-            note(format!("the last line was cut short when the daemon ended: {cut} bytes of it are gone"));
-        }
-        if matches!(found, Newest::Damaged) {
-            note("the newest line of the log is damaged: `vmdr audit verify` names it".to_owned());
-        } else if last.seq < head.seq {
-            note(format!("records {} to {} are missing from the log", last.seq + 1, head.seq));
+        let inner = Inner { directory: directory.to_owned(), queue: Some(queue), shared, ended: Mutex::new(ended) };
+        let audit = Self { inner: Arc::new(inner) };
+        for detail in notes {
+            audit.record(Entry::new("open", daemon, "", Outcome::Noted).because(detail));
         }
         Ok(audit)
     }
 
-    /// Writes a record; it is durable when this returns. Blocks.
+    /// Writes a record; it is durable when this returns, unless the disk fails or takes longer than [`RECORD_TIME_MAX`]: see
+    /// [`Audit::trouble`]. Blocks for at most that time; not at all while the disk hangs.
     pub fn record(&self, entry: Entry) {
-        self.inner.write(&entry, 1, None);
+        self.inner.write(entry);
     }
 
     /// Records a refused attempt: at once, or as one of a count when the same has just been recorded. Blocks at most as long
@@ -149,7 +116,7 @@ impl Audit {
                 text.truncate(end);
             }
         }
-        let mut repeats = self.inner.repeats();
+        let mut repeats = self.inner.shared.repeats();
         if !repeats.contains_key(&entry) && repeats.len() >= REPEATS_MAX {
             "others".clone_into(&mut entry.actor);
             "several".clone_into(&mut entry.act);
@@ -162,17 +129,17 @@ impl Audit {
         }
         repeats.insert(entry.clone(), Repeat { since: Instant::now(), count: 0 });
         drop(repeats);
-        self.inner.write(&entry, 1, None);
+        self.inner.write(entry);
     }
 
     /// Why the newest record could not be written; none: it could.
     pub fn trouble(&self) -> Option<String> {
-        self.inner.state().trouble.clone()
+        self.inner.shared.state().trouble.clone()
     }
 
     /// Number of the newest record.
     pub fn sequence(&self) -> u64 {
-        self.inner.state().head.seq
+        self.inner.shared.state().sequence
     }
 
     /// Where it is.
@@ -181,7 +148,7 @@ impl Audit {
     }
 }
 
-impl Inner {
+impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -190,68 +157,113 @@ impl Inner {
         self.repeats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self, entry: &Entry, count: u64, dropped: Option<&Head>) {
-        let mut state = self.state();
+    /// A record that is not in the log, or may not be.
+    fn not_recorded(&self, entry: &Entry, why: &str) {
         let Entry { act, actor, subject, outcome, detail } = entry;
-        match self.append(&mut state, entry, count, dropped) {
+        tracing::error!(target: "audit", %outcome, actor, subject, "{act}: {detail}: NOT RECORDED: {why}");
+        self.state().trouble = Some(why.to_owned());
+    }
+}
+
+impl Inner {
+    fn write(&self, entry: Entry) {
+        let Some(queue) = &self.queue else { return };
+        let (done, written) = mpsc::sync_channel(1);
+        match queue.try_send(Job { entry: entry.clone(), done }) {
+            Ok(()) => {}
+            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
+                self.shared.state().lost += 1;
+                return self.shared.not_recorded(&entry, "too many records wait for the disk");
+            }
+        }
+        let hangs = self.shared.state().hangs;
+        let patience = if hangs { Duration::ZERO } else { RECORD_TIME_MAX };
+        if written.recv_timeout(patience).is_err() {
+            let mut state = self.shared.state();
+            // It may have been just now: that is said, and `hangs` is cleared, under this lock.
+            if written.try_recv().is_ok() {
+                return;
+            }
+            state.hangs = true;
+            drop(state);
+            let why = format!("the disk of {} does not answer; the record waits", self.directory.display());
+            self.shared.not_recorded(&entry, &why);
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // The thread writes what waits, and lets go of the chain.
+        self.queue = None;
+        let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let _ = ended.recv_timeout(RECORD_TIME_MAX); // A disk that hangs holds up no end either.
+    }
+}
+
+/// The thread that writes.
+struct Writer {
+    daemon: String,
+    chain: Chain,
+    shared: Arc<Shared>,
+}
+
+impl Writer {
+    fn run(&mut self, jobs: &Receiver<Job>) {
+        let mut looked = Instant::now();
+        loop {
+            match jobs.recv_timeout(REPEAT_LOOK.saturating_sub(looked.elapsed())) {
+                Ok(Job { entry, done }) => {
+                    self.write(&entry, 1, Some(&done));
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return self.due(true),
+            }
+            if looked.elapsed() >= REPEAT_LOOK {
+                self.due(false);
+                looked = Instant::now();
+            }
+        }
+    }
+
+    fn write(&mut self, entry: &Entry, count: u64, done: Option<&SyncSender<()>>) {
+        let Entry { act, actor, subject, outcome, detail } = entry;
+        let result = self.own_up().and_then(|()| self.chain.append(entry, count));
+        let mut state = self.shared.state();
+        // It has answered.
+        state.hangs = false;
+        if let Some(done) = done {
+            let _ = done.try_send(()); // Nobody may wait any more.
+        }
+        match result {
             Ok(()) => {
-                state.trouble = None;
-                let Head { seq, hash } = &state.head;
+                (state.sequence, state.trouble) = (self.chain.sequence(), None);
+                let (seq, hash) = (self.chain.sequence(), self.chain.hash());
                 tracing::info!(target: "audit", seq, %hash, %outcome, actor, subject, count, "{act}: {detail}");
             }
             Err(error) => {
-                tracing::error!(target: "audit", %outcome, actor, subject, count, "{act}: {detail}: NOT RECORDED: {error}");
-                state.trouble = Some(error.to_string());
+                state.lost += 1;
+                drop(state);
+                self.shared.not_recorded(entry, &error.to_string());
             }
         }
     }
 
-    fn append(&self, state: &mut State, entry: &Entry, count: u64, dropped: Option<&Head>) -> Result<(), AuditError> {
-        if state.bytes >= self.limits.file_bytes && dropped.is_none() {
-            self.next_file(state)?;
+    /// Says in the log how many records are missing before the next.
+    fn own_up(&mut self) -> Result<(), AuditError> {
+        let lost = self.shared.state().lost;
+        if lost > 0 {
+            let detail = format!("{lost} records could not be written; the daemon's ordinary log has them");
+            self.chain.append(&Entry::new("missing", &self.daemon, "", Outcome::Noted).because(detail), 1)?;
+            self.shared.state().lost -= lost;
         }
-        let directory = &self.directory;
-        let line = chain::line(&state.head, &self.daemon, entry, count, dropped, SystemTime::now());
-        let (line, head) = line.map_err(|error| of("write", directory)(error.into()))?;
-        let written = state.file.write_all(line.as_bytes()).and_then(|()| state.file.sync_data());
-        if let Err(error) = written {
-            // Whatever came of it, the next line begins a line of its own.
-            let _ = state.file.set_len(state.bytes);
-            return Err(of("write", directory)(error));
-        }
-        state.bytes += line.len() as u64;
-        state.head = head;
-        let text = format!("{:020} {}\n", state.head.seq, state.head.hash);
-        let noted = state.head_file.write_all_at(text.as_bytes(), 0).and_then(|()| state.head_file.sync_data());
-        noted.map_err(of("note the newest record in", directory))
-    }
-
-    /// Begins another file, and deletes the oldest when there are too many.
-    fn next_file(&self, state: &mut State) -> Result<(), AuditError> {
-        let path = file_path(&self.directory, &self.daemon, state.head.seq + 1);
-        let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&path);
-        state.file = file.map_err(of("create", &path))?;
-        state.bytes = 0;
-        sync_dir(&self.directory)?;
-        let files = files(&self.directory, &self.daemon)?;
-        let Some(excess) = files.len().checked_sub(self.limits.files).filter(|excess| *excess > 0) else {
-            return Ok(());
-        };
-        let Some(last) = files.get(excess - 1) else { return Ok(()) };
-        let (Newest::At(head), _) = newest(last)? else { return Ok(()) };
-        let detail = format!("records up to {} are deleted, the log has {} files", head.seq, self.limits.files);
-        let entry = Entry::new("rotate", &self.daemon, "", Outcome::Noted).because(detail);
-        self.append(state, &entry, 1, Some(&head))?;
-        for path in &files[..excess] {
-            fs::remove_file(path).map_err(of("remove", path))?;
-        }
-        sync_dir(&self.directory)
+        Ok(())
     }
 
     /// Writes counts whose window is over; all of them at the end.
-    fn due(&self, all: bool) {
+    fn due(&mut self, all: bool) {
         let mut due = Vec::new();
-        self.repeats().retain(|entry, repeat| {
+        self.shared.repeats().retain(|entry, repeat| {
             if !all && repeat.since.elapsed() < REPEAT_WINDOW {
                 return true;
             }
@@ -266,122 +278,4 @@ impl Inner {
             self.write(&entry, count, None);
         }
     }
-}
-
-impl Drop for Inner {
-    fn drop(&mut self) {
-        self.due(true);
-    }
-}
-
-fn write_counts(inner: &Weak<Inner>) {
-    loop {
-        std::thread::sleep(REPEAT_LOOK);
-        match inner.upgrade() {
-            Some(inner) => inner.due(false),
-            None => return,
-        }
-    }
-}
-
-fn open(path: &Path) -> Result<File, AuditError> {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false).mode(0o600);
-    options.open(path).map_err(of("open", path))
-}
-
-/// One daemon writes a chain. A predecessor that is just ending gets a moment for that.
-fn lock(file: &File) -> io::Result<()> {
-    let begun = Instant::now();
-    loop {
-        match file.try_lock() {
-            Ok(()) => return Ok(()),
-            Err(fs::TryLockError::WouldBlock) if begun.elapsed() < LOCK_TIME_MAX => std::thread::sleep(LOCK_LOOK),
-            Err(fs::TryLockError::WouldBlock) => {
-                return Err(io::Error::new(io::ErrorKind::WouldBlock, "another daemon writes this log"));
-            }
-            Err(fs::TryLockError::Error(error)) => return Err(error),
-        }
-    }
-}
-
-fn sync_dir(directory: &Path) -> Result<(), AuditError> {
-    File::open(directory).and_then(|directory| directory.sync_all()).map_err(of("sync", directory))
-}
-
-fn head_path(directory: &Path, daemon: &str) -> PathBuf {
-    directory.join(format!("{daemon}.head"))
-}
-
-fn file_path(directory: &Path, daemon: &str, first: u64) -> PathBuf {
-    directory.join(format!("{daemon}-{first:012}.jsonl"))
-}
-
-/// The newest record that was noted, if the note is whole.
-pub(crate) fn noted(directory: &Path, daemon: &str) -> Option<Head> {
-    read_head(&File::open(head_path(directory, daemon)).ok()?)
-}
-
-fn read_head(file: &File) -> Option<Head> {
-    let mut bytes = [0; 20 + 1 + HASH_CHARS + 1];
-    file.read_exact_at(&mut bytes, 0).ok()?;
-    let (seq, hash) = std::str::from_utf8(&bytes).ok()?.strip_suffix('\n')?.split_once(' ')?;
-    Some(Head { seq: seq.parse().ok()?, hash: hash.to_owned() })
-}
-
-/// The files of a daemon's chain, oldest first.
-pub(crate) fn files(directory: &Path, daemon: &str) -> Result<Vec<PathBuf>, AuditError> {
-    let mut files = Vec::new();
-    for entry in fs::read_dir(directory).map_err(of("list", directory))? {
-        let name = entry.map_err(of("list", directory))?.file_name();
-        let first = name
-            .to_str()
-            .and_then(|name| name.strip_prefix(daemon)?.strip_prefix('-')?.strip_suffix(".jsonl")?.parse::<u64>().ok());
-        files.extend(first.map(|first| (first, directory.join(&name))));
-    }
-    files.sort();
-    Ok(files.into_iter().map(|(_, path)| path).collect())
-}
-
-/// One of root's alone. Those above it are as usual: other things lie there, which QEMU has to reach.
-fn make_directory(path: &Path) -> io::Result<()> {
-    if path.is_dir() {
-        return Ok(());
-    }
-    fs::create_dir_all(path.parent().unwrap_or(Path::new("/")))?;
-    match fs::DirBuilder::new().mode(0o700).create(path) {
-        // The other daemon of this host was faster.
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        made => made,
-    }
-}
-
-/// The newest whole line of a file.
-enum Newest {
-    /// There is none.
-    None,
-    /// It is no good record.
-    Damaged,
-    At(Head),
-}
-
-/// The newest whole line; a piece of a line after it is cut off, and how long that was.
-fn newest(path: &Path) -> Result<(Newest, u64), AuditError> {
-    let mut file = open(path)?;
-    let length = file.metadata().map_err(of("read", path))?.len();
-    let from = length.saturating_sub(2 * LINE_BYTES_MAX as u64);
-    let mut bytes = Vec::new();
-    file.seek(SeekFrom::Start(from)).and_then(|_| file.read_to_end(&mut bytes)).map_err(of("read", path))?;
-    let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
-    let cut = (bytes.len() - whole) as u64;
-    if cut > 0 {
-        file.set_len(length - cut).and_then(|()| file.sync_data()).map_err(of("cut", path))?;
-    }
-    if whole == 0 {
-        return Ok((Newest::None, cut));
-    }
-    let lines = &bytes[..whole - 1];
-    let start = lines.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
-    let head = std::str::from_utf8(&lines[start..]).ok().and_then(|line| chain::parse(line).ok());
-    Ok((head.map_or(Newest::Damaged, |(_, head)| Newest::At(head)), cut))
 }

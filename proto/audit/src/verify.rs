@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use crate::chain::{self, Head, ZERO_HASH};
-use crate::log::{AuditError, LINE_BYTES_MAX, files, noted, of};
+use crate::files::{AuditError, LINE_BYTES_MAX, files, noted, of};
 
 /// What is wrong, and where first.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -157,7 +157,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
-    use crate::log::Limits;
+    use crate::files::Limits;
     use crate::{Audit, Entry, Outcome, REPEAT_WINDOW};
 
     fn entry(subject: &str) -> Entry {

@@ -59,6 +59,12 @@ impl Layout {
         self.ram.iter().all(|block| block.used_bytes == 0 || block.name.starts_with(FLASH))
     }
 
+    /// Bytes of each RAM block, in whole pages, and of each disk.
+    pub fn lengths(&self) -> impl Iterator<Item = u64> {
+        let ram = self.ram.iter().map(|block| block.pages().saturating_mul(PAGE_BYTES as u64));
+        ram.chain(self.disks.iter().map(|disk| disk.size_bytes))
+    }
+
     /// Checks bounds, names and that no name is there twice.
     pub fn check(&self) -> Result<(), CodecError> {
         bound("RAM blocks", self.ram.len() as u64, 0, BLOCKS_MAX as u64)?;

@@ -17,7 +17,7 @@ use tonic::body::Body;
 use tonic::{Code, Status};
 use vmdr_audit::{Audit, Entry, Outcome};
 use vmdr_proto::control::{
-    ActivateRequest, DivergenceRequest, DomainRequest, ExportRequest, ImportRequest, OwnRequest,
+    ActivateRequest, DivergenceRequest, DomainRequest, ExportRequest, GroupRequest, ImportRequest, OwnRequest,
 };
 
 use crate::caller::{Caller, Role};
@@ -167,6 +167,15 @@ fn decided(method: &str, message: &[u8]) -> String {
             Ok(ActivateRequest { point, damaged, .. }) => {
                 let point = if point.is_empty() { String::new() } else { format!("point {point}") };
                 if damaged { format!("{point}, although it is damaged") } else { point }
+            }
+            Err(_) => String::new(),
+        },
+        "ActivateGroup" => match GroupRequest::decode(message) {
+            Ok(GroupRequest { at_unix_ns, points, damaged, .. }) => {
+                let at = (at_unix_ns > 0).then(|| format!("at {at_unix_ns}"));
+                let points = points.into_iter().map(|of| format!("{} at point {}", of.domain, of.point));
+                let damaged = damaged.then(|| "although damaged".to_owned());
+                at.into_iter().chain(points).chain(damaged).collect::<Vec<_>>().join(", ")
             }
             Err(_) => String::new(),
         },

@@ -24,18 +24,31 @@
 //! | 33 | frozen | outcome u8 (see [`Outcome`]), file systems u16, skipped ones u16, how long it will stay frozen at most u32 (ms), text (UTF-8, the rest) |
 //! | 34 | thaw | the number of the freeze that it ends u32 |
 //! | 35 | thawed | whether all of them were frozen until now u8, how long they were u32 (ms), text (UTF-8, the rest) |
+//! | 48 | heartbeat ask | |
+//! | 49 | heartbeat | how long the tools run u32 (s), whether the guest is ready u8 |
+//! | 64 | network put | bytes before this piece u16, bytes of the description u16, this piece of it (the rest, at most 480) |
+//! | 65 | network ask | bytes of the report that have come u16 |
+//! | 66 | network is | phase u8 (see [`network::Phase`]), at u16, total u16, bytes (the rest, at most 480) |
 //!
 //! A guest that can freeze says so in its hello ([`features::FREEZE`]); one that does not is not asked. *Frozen* answers *freeze*
 //! when hooks have run and file systems are frozen, which may take some time; *thawed* answers *thaw*. A guest thaws by itself
 //! when its own time is over, or the port has no other end any more, and then answers a late *thaw* with "not until now".
+//!
+//! A description of the guest's network ([`network`]) is put piece by piece; each *put* and each *ask* is answered with *network is*. The
+//! last piece begins its application, which goes on while the host asks until it is done, and then for the pieces of the report. All
+//! of it can be repeated: a piece that came already is left, and the same description applied again changes nothing.
 //!
 //! Kinds are given out in blocks of 16, so that what belongs together stays together: 0 to 15 this protocol itself, 16 to 31
 //! the clock, 32 to 47 freeze and thaw, 48 to 63 heartbeat and readiness, 64 to 79 addresses. A kind that an end does not know
 //! is answered with *unsupported*, so that who asks never waits in vain, and is otherwise ignored.
 
 mod decode;
+pub mod exchange;
+pub mod network;
 
 pub use decode::Decoder;
+
+use network::{PIECE_BYTES_MAX, Phase};
 
 /// The port's name, as in the domain's definition and in the guest's /sys/class/virtio-ports.
 pub const PORT: &str = "org.vmdr.guest.0";
@@ -62,6 +75,10 @@ pub mod features {
     pub const CLOCK: u32 = 1;
     /// The guest freezes and thaws its file systems when it is asked to.
     pub const FREEZE: u32 = 2;
+    /// The guest takes descriptions of its network.
+    pub const NETWORK: u32 = 4;
+    /// The guest says whether it is ready.
+    pub const HEARTBEAT: u32 = 8;
 }
 
 /// What came of a freeze.
@@ -178,6 +195,40 @@ pub enum Message {
         /// For people. Not to be believed, nor printed as it is.
         text: String,
     },
+    /// The host wants to know whether the guest is alive and ready.
+    HeartbeatAsk,
+    /// It is alive.
+    Heartbeat {
+        /// How long the tools have been running.
+        up_seconds: u32,
+        /// Whether it is ready, by its own account.
+        ready: bool,
+    },
+    /// A piece of a description of the guest's network.
+    NetworkPut {
+        /// Bytes of it before this piece.
+        at: u16,
+        /// Bytes of all of it.
+        total: u16,
+        /// The piece, at most [`PIECE_BYTES_MAX`].
+        bytes: Vec<u8>,
+    },
+    /// The host wants to know how far it is, and the report from a byte on.
+    NetworkAsk {
+        /// Bytes of the report that it has.
+        at: u16,
+    },
+    /// How far it is.
+    NetworkIs {
+        /// See there.
+        phase: Phase,
+        /// Receiving: bytes that have come. Else the bytes before these.
+        at: u16,
+        /// Done, refused: bytes of the text.
+        total: u16,
+        /// A piece of the report, or of why it was refused. Not to be believed, nor printed as it is.
+        bytes: Vec<u8>,
+    },
     /// Of a kind that is not known here, or with a body too short for its kind.
     Unknown(u16),
 }
@@ -194,6 +245,11 @@ impl Message {
             Self::Frozen { .. } => 33,
             Self::Thaw { .. } => 34,
             Self::Thawed { .. } => 35,
+            Self::HeartbeatAsk => 48,
+            Self::Heartbeat { .. } => 49,
+            Self::NetworkPut { .. } => 64,
+            Self::NetworkAsk { .. } => 65,
+            Self::NetworkIs { .. } => 66,
             Self::Unknown(kind) => *kind,
         }
     }
@@ -229,7 +285,23 @@ impl Message {
                 body.extend(frozen_ms.to_le_bytes());
                 body.extend(cut(text, TEXT_BYTES_MAX));
             }
-            Self::Unknown(_) => {}
+            Self::Heartbeat { up_seconds, ready } => {
+                body.extend(up_seconds.to_le_bytes());
+                body.push(u8::from(*ready));
+            }
+            Self::NetworkPut { at, total, bytes } => {
+                body.extend(at.to_le_bytes());
+                body.extend(total.to_le_bytes());
+                body.extend(&bytes[..bytes.len().min(PIECE_BYTES_MAX)]);
+            }
+            Self::NetworkAsk { at } => body.extend(at.to_le_bytes()),
+            Self::NetworkIs { phase, at, total, bytes } => {
+                body.push(phase.number());
+                body.extend(at.to_le_bytes());
+                body.extend(total.to_le_bytes());
+                body.extend(&bytes[..bytes.len().min(PIECE_BYTES_MAX)]);
+            }
+            Self::HeartbeatAsk | Self::Unknown(_) => {}
         }
         body
     }
@@ -269,6 +341,20 @@ impl Message {
                 frozen_ms: u32::from_le_bytes(fields.take()?),
                 text: fields.text(TEXT_BYTES_MAX),
             },
+            48 => Self::HeartbeatAsk,
+            49 => Self::Heartbeat { up_seconds: u32::from_le_bytes(fields.take()?), ready: fields.take::<1>()? == [1] },
+            64 => Self::NetworkPut {
+                at: u16::from_le_bytes(fields.take()?),
+                total: u16::from_le_bytes(fields.take()?),
+                bytes: fields.bytes(),
+            },
+            65 => Self::NetworkAsk { at: u16::from_le_bytes(fields.take()?) },
+            66 => Self::NetworkIs {
+                phase: Phase::of(u8::from_le_bytes(fields.take()?)),
+                at: u16::from_le_bytes(fields.take()?),
+                total: u16::from_le_bytes(fields.take()?),
+                bytes: fields.bytes(),
+            },
             _ => return None,
         })
     }
@@ -306,6 +392,11 @@ impl Fields<'_> {
         let (field, rest) = self.0.split_first_chunk()?;
         self.0 = rest;
         Some(*field)
+    }
+
+    /// What is left, as much as a piece may be.
+    fn bytes(&self) -> Vec<u8> {
+        self.0[..self.0.len().min(PIECE_BYTES_MAX)].to_vec()
     }
 
     /// What is left, up to a limit, which holds for what it has become too: a byte that is no UTF-8 becomes three.

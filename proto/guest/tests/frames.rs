@@ -1,6 +1,7 @@
 //! Frames in, frames out, whatever lies between them.
 
 use proptest::prelude::*;
+use vmdr_guest_channel::network::{PIECE_BYTES_MAX, Phase};
 use vmdr_guest_channel::{
     Decoder, FRAME_BYTES_MAX, Frame, Hello, Message, Outcome, SOFTWARE_BYTES_MAX, TEXT_BYTES_MAX, VERSION,
 };
@@ -39,12 +40,23 @@ fn message() -> impl Strategy<Value = Message> {
             frozen_ms,
             text
         }),
+        Just(Message::HeartbeatAsk),
+        (any::<u32>(), any::<bool>()).prop_map(|(up_seconds, ready)| Message::Heartbeat { up_seconds, ready }),
+        (any::<u16>(), any::<u16>(), proptest::collection::vec(any::<u8>(), 0..PIECE_BYTES_MAX))
+            .prop_map(|(at, total, bytes)| Message::NetworkPut { at, total, bytes }),
+        any::<u16>().prop_map(|at| Message::NetworkAsk { at }),
+        (phase(), any::<u16>(), any::<u16>(), proptest::collection::vec(any::<u8>(), 0..PIECE_BYTES_MAX))
+            .prop_map(|(phase, at, total, bytes)| Message::NetworkIs { phase, at, total, bytes }),
         (100u16..).prop_map(Message::Unknown),
     ]
 }
 
 fn outcome() -> impl Strategy<Value = Outcome> {
     prop_oneof![Just(Outcome::Frozen), Just(Outcome::Failed), Just(Outcome::Busy), (3u8..).prop_map(Outcome::Other),]
+}
+
+fn phase() -> impl Strategy<Value = Phase> {
+    prop_oneof![Just(Phase::Idle), Just(Phase::Working), Just(Phase::Done), (6u8..).prop_map(Phase::Other)]
 }
 
 fn frame() -> impl Strategy<Value = Frame> {

@@ -8,6 +8,7 @@
 //!
 //! Nothing is opened or asked here: whether the site has what the plan names, the receiver finds out.
 
+mod groups;
 mod model;
 mod parse;
 mod place;
@@ -18,8 +19,8 @@ mod unsupported;
 mod values;
 
 pub use model::{
-    Disk, DiskSelector, Dns, Domain, Hook, Iscsi, Limits, Nbd, Nic, NicSelector, NicTarget, OnFailure, Plan, Rbd,
-    Ready, ReadyCheck, Route, Storage,
+    Disk, DiskSelector, Dns, Domain, Group, Hook, Iscsi, Limits, Nbd, Nic, NicSelector, NicTarget, OnFailure, Plan,
+    Rbd, Ready, ReadyCheck, Route, Storage,
 };
 pub use place::{At, Mistake, Place};
 pub use values::{Cidr, Mac};
@@ -27,7 +28,17 @@ pub use values::{Cidr, Mac};
 /// Where the plan is, unless the receiver's configuration says otherwise.
 pub const PLAN_FILE: &str = "/etc/vmdr/plan.toml";
 
+/// Whether a text can be the name of a group; if not, why.
+pub fn group_name(text: &str) -> Result<(), String> {
+    values::group_name(text)
+}
+
 impl Plan {
+    /// The group of this name.
+    pub fn group(&self, name: &str) -> Option<&Group> {
+        self.groups.iter().find(|group| group.name.value == name)
+    }
+
     /// What it says of a domain, by its name or its UUID; the defaults, if it does not name it.
     pub fn domain(&self, name: &str, uuid: &str) -> &Domain {
         let by = |wanted: &str| self.domains.iter().find(|domain| domain.name.value == wanted);

@@ -14,6 +14,19 @@ pub struct Plan {
     pub dns: Option<At<Dns>>,
     /// The domains, by name.
     pub domains: Vec<Domain>,
+    /// The groups, by name.
+    pub groups: Vec<Group>,
+}
+
+/// `[group.NAME]`: domains that are activated together, in the order that they need each other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Group {
+    /// Its name.
+    pub name: At<String>,
+    /// Names of domains of the plan; each is in one group at most.
+    pub members: Vec<At<String>>,
+    /// Activations at once, at most.
+    pub parallel: usize,
 }
 
 /// What a guest may take of this host.
@@ -59,12 +72,24 @@ pub struct Domain {
     pub dns_search: Vec<At<String>>,
     /// Names that are to lead to its new addresses.
     pub dns_names: Vec<At<String>>,
-    /// Its place in an activation of several domains.
+    /// Its place in an activation of its group.
     pub priority: Option<At<u64>>,
+    /// Whether it is in a group of the plan.
+    pub in_group: bool,
     /// Domains that have to be ready before.
     pub needs: Vec<At<String>>,
     /// When it is ready.
     pub ready: Vec<At<Ready>>,
+}
+
+/// The place of a domain of which the plan does not say it.
+const PRIORITY: u64 = 100;
+
+impl Domain {
+    /// Its place in an activation of its group, the lowest first.
+    pub fn place(&self) -> u64 {
+        self.priority.as_ref().map_or(PRIORITY, |at| at.value)
+    }
 }
 
 /// Which of a domain's NICs is meant.
@@ -221,8 +246,27 @@ pub struct Hook {
 pub struct Ready {
     /// What is asked.
     pub check: ReadyCheck,
+    /// From where: this named network namespace of the host; `None`: the host itself.
+    pub namespace: Option<At<String>>,
     /// How long it may take until the answer is right.
     pub timeout_seconds: u64,
+    /// Between two tries.
+    pub interval_seconds: u64,
+    /// How often it is tried again; `None`: until its time is over.
+    pub retries: Option<u64>,
+    /// What follows when it does not come right: `Abort` keeps those from being started that need the domain.
+    pub on_failure: OnFailure,
+}
+
+impl Ready {
+    /// In a word or two, as it is written.
+    pub fn shown(&self) -> String {
+        match &self.check {
+            ReadyCheck::Tcp(at) => format!("tcp:{at}"),
+            ReadyCheck::Heartbeat => "heartbeat".to_owned(),
+            ReadyCheck::Command(argv) => format!("cmd:{}", argv.value.join(" ")),
+        }
+    }
 }
 
 /// What is asked.
@@ -233,7 +277,7 @@ pub enum ReadyCheck {
     /// The tools in the guest are heard.
     Heartbeat,
     /// A program ends with 0.
-    Command(Vec<String>),
+    Command(At<Vec<String>>),
 }
 
 /// `[dns]`.
@@ -245,8 +289,14 @@ pub struct Dns {
     pub zone: String,
     /// A file with the TSIG key.
     pub key_file: At<String>,
+    /// Zones of names of addresses (`in-addr.arpa`, `ip6.arpa`) that are updated, too.
+    pub reverse_zones: Vec<At<String>>,
     /// Time to live of what is written.
     pub ttl_seconds: u64,
+    /// How long one attempt may take.
+    pub timeout_seconds: u64,
+    /// How often it is tried.
+    pub tries: u64,
     /// What follows when it fails.
     pub on_failure: OnFailure,
 }

@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use toml::de::DeTable;
 
 use crate::model::{
-    Disk, DiskSelector, Dns, Domain, Hook, Iscsi, Limits, Nbd, Nic, NicSelector, NicTarget, OnFailure, Plan, Rbd,
-    Ready, ReadyCheck, Route, Storage,
+    Disk, DiskSelector, Dns, Domain, Group, Hook, Iscsi, Limits, Nbd, Nic, NicSelector, NicTarget, OnFailure, Plan,
+    Rbd, Ready, ReadyCheck, Route, Storage,
 };
 use crate::place::{At, Mistake, Place, Sink};
 use crate::read::Reader;
@@ -17,8 +17,16 @@ use crate::values::{self, Cidr, Mac};
 /// Seconds that a hook or a readiness check may take unless it says so.
 const TIMEOUT_SECONDS: u64 = 30;
 const TIMEOUT_SECONDS_MAX: u64 = 3600;
+/// Seconds between two tries of a readiness check unless it says so.
+const INTERVAL_SECONDS: u64 = 1;
+/// Activations of a group at once unless it says so, and the most.
+const PARALLEL: u64 = 4;
+const PARALLEL_MAX: u64 = 32;
 /// Time to live of names unless it is said.
 const TTL_SECONDS: u64 = 60;
+/// How long an attempt to update names may take, and how many there are, unless it is said.
+const DNS_TIMEOUT_SECONDS: u64 = 5;
+const DNS_TRIES: u64 = 3;
 /// A plan is written by hand: more than this is something else.
 const TEXT_BYTES_MAX: usize = 4 << 20;
 
@@ -66,11 +74,17 @@ fn read_plan<'a>(table: &'a DeTable<'a>, sink: &'a Sink<'a>) -> Plan {
     let dns = root.table("dns", &schema::DNS).and_then(|table| read_dns(table, &common));
     let domains =
         root.named("domain", &schema::DOMAIN).into_iter().map(|(name, table)| read_domain(name, table, &common, &nics));
-    let domains = domains.collect();
+    let mut domains: Vec<Domain> = domains.collect();
+    let groups = root.named("group", &schema::GROUP).into_iter().map(|(name, table)| read_group(name, table));
+    let groups: Vec<Group> = groups.collect();
+    for domain in &mut domains {
+        let is_it = |member: &At<String>| member.value == domain.name.value;
+        domain.in_group = groups.iter().any(|group| group.members.iter().any(is_it));
+    }
     root.finish();
     let Common { announce, limits, dns_servers, dns_search, before, after, .. } = common;
     let everyone = Domain { announce, limits, nics, before, after, dns_servers, dns_search, ..Domain::default() };
-    Plan { everyone, dns, domains }
+    Plan { everyone, dns, domains, groups }
 }
 
 fn read_defaults(table: Option<Reader<'_>>) -> (Common, Vec<Nic>) {
@@ -130,7 +144,10 @@ fn read_dns(table: Reader<'_>, common: &Common) -> Option<At<Dns>> {
     let zone = table.required("zone", zone);
     let key_file = table.parsed("key_file", values::path);
     let key_file = table.required("key_file", key_file);
+    let reverse_zones = table.list("reverse_zones", values::reverse_zone);
     let ttl = table.number("ttl_seconds", 1, 86_400, "a time to live in seconds");
+    let timeout = table.number("timeout_seconds", 1, 60, "a time limit of one attempt in seconds");
+    let tries = table.number("tries", 1, 10, "a number of attempts");
     let on_failure = on_failure(&table).unwrap_or(common.on_failure);
     let place = table.place;
     table.finish();
@@ -138,7 +155,10 @@ fn read_dns(table: Reader<'_>, common: &Common) -> Option<At<Dns>> {
         server: server?.value,
         zone: zone?.value,
         key_file: key_file?,
+        reverse_zones,
         ttl_seconds: ttl.map_or(TTL_SECONDS, |at| at.value),
+        timeout_seconds: timeout.map_or(DNS_TIMEOUT_SECONDS, |at| at.value),
+        tries: tries.map_or(DNS_TRIES, |at| at.value),
         on_failure,
     };
     Some(At { value, place })
@@ -166,6 +186,8 @@ fn read_domain(name: At<String>, table: Reader<'_>, common: &Common, defaults: &
     let servers = table.list("dns_servers", values::ip);
     let search = table.list("dns_search", values::host_name);
     let domain = Domain {
+        // Who is in which group stands elsewhere in the plan.
+        in_group: false,
         announce: announce.unwrap_or(common.announce),
         limits,
         nics,
@@ -373,20 +395,20 @@ fn read_nbd(table: Reader<'_>) -> Option<Nbd> {
 }
 
 /// Program and arguments.
-fn argv(table: &Reader<'_>) -> Option<At<Vec<String>>> {
+fn argv(table: &Reader<'_>, whose: &str) -> Option<At<Vec<String>>> {
     let argv = table.strings("argv")?;
     let Some(program) = argv.value.first() else {
         table.sink.wrong(argv.place, "`argv` is empty: it is a program by its absolute path, and its arguments");
         return None;
     };
     if let Err(what) = values::path(&program.value) {
-        table.sink.wrong(program.place, format!("the program of a hook: {what}"));
+        table.sink.wrong(program.place, format!("the program of {whose}: {what}"));
     }
     Some(argv.with(argv.value.iter().map(|word| word.value.clone()).collect()))
 }
 
 fn read_hook(table: Reader<'_>, common: &Common) -> Option<Hook> {
-    let argv = argv(&table);
+    let argv = argv(&table, "a hook");
     let argv = table.required("argv", argv);
     let timeout_seconds = timeout(&table).unwrap_or(common.timeout_seconds);
     let on_failure = on_failure(&table).unwrap_or(common.on_failure);
@@ -398,9 +420,21 @@ fn read_ready(table: Reader<'_>, common: &Common) -> Option<At<Ready>> {
     let place = table.place;
     let tcp = table.parsed("tcp", values::host_and_port).map(|at| ReadyCheck::Tcp(at.value));
     let heartbeat = table.boolean("heartbeat");
-    let command = argv(&table).map(|at| ReadyCheck::Command(at.value));
+    let command = argv(&table, "a check").map(ReadyCheck::Command);
     let timeout_seconds = timeout(&table).unwrap_or(common.timeout_seconds);
+    let interval = table.number("interval_seconds", 1, TIMEOUT_SECONDS_MAX, "a time between tries in seconds");
+    if let Some(at) = interval.as_ref().filter(|at| at.value > timeout_seconds) {
+        let message =
+            format!("`interval_seconds` is {}, longer than the {timeout_seconds} s that it may take", at.value);
+        table.sink.wrong(at.place, message);
+    }
+    let retries = table.number("retries", 0, 10_000, "how often it is tried again").map(|at| at.value);
+    let namespace = table.parsed("namespace", values::namespace);
+    let on_failure = on_failure(&table).unwrap_or(common.on_failure);
     let which = table.one_of(&["tcp", "heartbeat", "argv"], "what shows that the guest is ready");
+    if let Some(at) = namespace.as_ref().filter(|_| table.has("heartbeat")) {
+        table.sink.wrong(at.place, "`namespace` is of `tcp` and `argv`: a heartbeat takes no network");
+    }
     if let Some(at) = heartbeat.as_ref().filter(|at| !at.value) {
         table.sink.wrong(at.place, "`heartbeat` is false: leave it out");
     }
@@ -410,5 +444,21 @@ fn read_ready(table: Reader<'_>, common: &Common) -> Option<At<Ready>> {
         "heartbeat" => ReadyCheck::Heartbeat,
         _ => command?,
     };
-    Some(At { value: Ready { check, timeout_seconds }, place })
+    let interval_seconds = interval.map_or(INTERVAL_SECONDS, |at| at.value);
+    Some(At { value: Ready { check, namespace, timeout_seconds, interval_seconds, retries, on_failure }, place })
+}
+
+fn read_group(name: At<String>, table: Reader<'_>) -> Group {
+    if let Err(what) = values::group_name(&name.value) {
+        table.sink.wrong(name.place, what);
+    }
+    let members = table.strings("members");
+    let members = table.required("members", members);
+    if let Some(at) = members.as_ref().filter(|at| at.value.is_empty()) {
+        table.sink.wrong(at.place, format!("`members` is empty: it lists the domains of the group {}", name.value));
+    }
+    let parallel = table.number("parallel", 1, PARALLEL_MAX, "activations at once").map_or(PARALLEL, |at| at.value);
+    table.finish();
+    let members = members.map(|at| at.value).unwrap_or_default();
+    Group { name, members, parallel: usize::try_from(parallel).unwrap_or(1) }
 }

@@ -11,7 +11,7 @@ pub struct Table {
 }
 
 /// The file itself.
-pub const ROOT: Table = Table { header: "a plan", keys: &["defaults", "dns", "domain"] };
+pub const ROOT: Table = Table { header: "a plan", keys: &["defaults", "dns", "domain", "group"] };
 /// What the domains of a site have in common.
 pub const DEFAULTS: Table = Table {
     header: "[defaults]",
@@ -89,14 +89,21 @@ pub const NBD: Table = Table { header: "[domain.NAME.disk.nbd]", keys: &["host",
 pub const HOOK: Table =
     Table { header: "[[domain.NAME.before]], [[domain.NAME.after]]", keys: &["argv", "timeout_seconds", "on_failure"] };
 /// When a domain counts as up.
-pub const READY: Table =
-    Table { header: "[[domain.NAME.ready]]", keys: &["tcp", "heartbeat", "argv", "timeout_seconds"] };
+pub const READY: Table = Table {
+    header: "[[domain.NAME.ready]]",
+    keys: &["tcp", "heartbeat", "argv", "namespace", "timeout_seconds", "interval_seconds", "retries", "on_failure"],
+};
+/// Domains that are activated together, in order.
+pub const GROUP: Table = Table { header: "[group.NAME]", keys: &["members", "parallel"] };
 /// Dynamic updates of names.
-pub const DNS: Table = Table { header: "[dns]", keys: &["server", "zone", "key_file", "ttl_seconds", "on_failure"] };
+pub const DNS: Table = Table {
+    header: "[dns]",
+    keys: &["server", "zone", "reverse_zones", "key_file", "ttl_seconds", "timeout_seconds", "tries", "on_failure"],
+};
 
 /// All of them.
-pub const TABLES: [&Table; 13] =
-    [&ROOT, &DEFAULTS, &DEFAULT_NIC, &DOMAIN, &NIC, &ROUTE, &DISK, &ISCSI, &RBD, &NBD, &HOOK, &READY, &DNS];
+pub const TABLES: [&Table; 14] =
+    [&ROOT, &DEFAULTS, &DEFAULT_NIC, &DOMAIN, &NIC, &ROUTE, &DISK, &ISCSI, &RBD, &NBD, &HOOK, &READY, &GROUP, &DNS];
 
 /// What to say of a key that somebody may expect and that is not there for a reason.
 pub(crate) fn hint(key: &str) -> Option<&'static str> {
@@ -112,6 +119,8 @@ pub(crate) fn hint(key: &str) -> Option<&'static str> {
         "address" | "ip" | "ips" => "it is written `addresses = [\"ADDRESS/PREFIX\"]`",
         "depends" | "depends_on" | "dependencies" => "it is written `needs`",
         "domains" => "it is written `[domain.NAME]`",
+        "groups" => "it is written `[group.NAME]`",
+        "interval" => "it is written `interval_seconds`",
         _ => return None,
     })
 }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::hash::Hash;
 
+use crate::groups;
 use crate::model::{Disk, DiskSelector, Domain, Nic, NicSelector, NicTarget, Plan, Storage};
 use crate::place::{At, Place, Sink};
 
@@ -12,8 +13,18 @@ pub(crate) fn check(plan: &Plan, sink: &Sink<'_>) {
         for nic in domain.nics.iter().filter(|nic| !nic.of_defaults) {
             routes(nic, sink);
         }
+        ways_out(domain, sink);
+        counts(domain, sink);
         names(plan, domain, sink);
     }
+    let dns_names = plan.domains.iter().flat_map(|domain| &domain.dns_names);
+    twice(dns_names.map(|name| (&name.value, name.place)), sink, |name, first| {
+        format!("{name} leads to another domain at {first} already")
+    });
+    let hostnames = plan.domains.iter().filter_map(|domain| domain.hostname.as_ref());
+    twice(hostnames.map(|name| (&name.value, name.place)), sink, |name, first| {
+        format!("{name} is another domain's name at {first} already")
+    });
     twice(plan.everyone.nics.iter().map(|nic| (&nic.selector.value, nic.selector.place)), sink, |_, first| {
         format!("this source is mapped at {first} already")
     });
@@ -21,10 +32,15 @@ pub(crate) fn check(plan: &Plan, sink: &Sink<'_>) {
     addresses(plan, sink);
     storages(plan, sink);
     cycles(plan, sink);
+    groups::check(plan, sink);
 }
 
 /// Says of every repetition where it was first.
-fn twice<T: Eq + Hash>(all: impl Iterator<Item = (T, Place)>, sink: &Sink<'_>, message: impl Fn(&T, Place) -> String) {
+pub(crate) fn twice<T: Eq + Hash>(
+    all: impl Iterator<Item = (T, Place)>,
+    sink: &Sink<'_>,
+    message: impl Fn(&T, Place) -> String,
+) {
     let mut seen: HashMap<T, Place> = HashMap::new();
     let mut all: Vec<_> = all.collect();
     all.sort_by_key(|(_, place)| *place);
@@ -58,10 +74,60 @@ fn routes(nic: &Nic, sink: &Sink<'_>) {
     for (via, _) in nic.gateway.iter().map(|gateway| (gateway, "gateway")).chain(vias) {
         if nic.addresses.iter().any(|own| own.value.address == via.value) {
             sink.wrong(via.place, format!("{} is the guest's own address", via.value));
-        } else if !nic.addresses.iter().any(|own| own.value.contains(via.value)) {
+        } else if !link_local(via.value) && !nic.addresses.iter().any(|own| own.value.contains(via.value)) {
             let own: Vec<String> = nic.addresses.iter().map(|own| own.value.to_string()).collect();
             sink.wrong(via.place, format!("{} is in none of the NIC's networks ({})", via.value, own.join(", ")));
         }
+    }
+}
+
+fn link_local(address: std::net::IpAddr) -> bool {
+    matches!(address, std::net::IpAddr::V6(six) if six.is_unicast_link_local())
+}
+
+/// Of each family one way leads to everything else, and one to each network.
+fn ways_out(domain: &Domain, sink: &Sink<'_>) {
+    let changed = domain.nics.iter().filter(|nic| nic.changed.is_some());
+    let ways = changed.flat_map(|nic| {
+        let gateways = nic.gateway.iter().map(|gateway| {
+            let everything = if gateway.value.is_ipv4() { "0.0.0.0/0" } else { "::/0" };
+            (everything.to_owned(), gateway.place)
+        });
+        gateways.chain(nic.routes.iter().map(|route| (route.to.value.to_string(), route.to.place)))
+    });
+    twice(ways, sink, |to, first| match to.as_str() {
+        "0.0.0.0/0" | "::/0" => format!("the guest has its way to everything else ({to}) at {first} already"),
+        _ => format!("the guest has a route to {to} at {first} already"),
+    });
+    for route in domain.nics.iter().flat_map(|nic| &nic.routes) {
+        if route.to.value.address.is_ipv4() != route.via.value.is_ipv4() {
+            let (to, via) = (route.to.value, route.via.value);
+            sink.wrong(route.via.place, format!("{to} cannot be reached through {via}, which is of the other family"));
+        }
+    }
+}
+
+/// No more than the tools in a guest take.
+fn counts(domain: &Domain, sink: &Sink<'_>) {
+    const RESOLVER_MAX: usize = 8;
+    const ADDRESSES_MAX: usize = 32;
+    const ROUTES_MAX: usize = 60;
+    let most = |place: Option<Place>, max: usize, what: &str| {
+        if let Some(place) = place {
+            sink.wrong(place, format!("this is one {what} too many: a guest takes at most {max}"));
+        }
+    };
+    most(domain.dns_servers.get(RESOLVER_MAX).map(|at| at.place), RESOLVER_MAX, "name server");
+    most(domain.dns_search.get(RESOLVER_MAX).map(|at| at.place), RESOLVER_MAX, "domain to append");
+    for nic in domain.nics.iter().filter(|nic| nic.changed.is_some()) {
+        for address in nic.addresses.iter().filter(|at| at.value.prefix == 0) {
+            sink.wrong(
+                address.place,
+                format!("{} has all addresses in its network: a guest does not take it", address.value),
+            );
+        }
+        most(nic.addresses.get(ADDRESSES_MAX).map(|at| at.place), ADDRESSES_MAX, "address");
+        most(nic.routes.get(ROUTES_MAX).map(|route| route.to.place), ROUTES_MAX, "route");
     }
 }
 
@@ -80,6 +146,9 @@ fn names(plan: &Plan, domain: &Domain, sink: &Sink<'_>) {
                 let zone = &dns.value.zone;
                 if name.value != *zone && !name.value.ends_with(&format!(".{zone}")) {
                     sink.wrong(name.place, format!("{} is not in the zone {zone}", name.value));
+                } else if domain.nics.iter().all(|nic| nic.addresses.is_empty()) {
+                    let why = "none of the domain's NICs has `addresses`";
+                    sink.wrong(name.place, format!("{} leads nowhere: {why}", name.value));
                 }
             }
         }

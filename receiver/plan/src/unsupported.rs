@@ -8,9 +8,6 @@ impl Plan {
     /// Everything in it that this version cannot do, in the order of the text.
     pub fn unsupported(&self) -> Vec<Mistake> {
         let mut found = Vec::new();
-        if let Some(dns) = &self.dns {
-            found.push(not_yet(dns.place, "dynamic updates of names", "update them with a hook in `after`"));
-        }
         for domain in self.domains.iter().chain([&self.everyone]) {
             domain.unsupported_into(&mut found);
         }
@@ -30,7 +27,6 @@ impl Domain {
     }
 
     fn unsupported_into(&self, found: &mut Vec<Mistake>) {
-        const HOOK: &str = "change it with a hook in `after`";
         for disk in &self.disks {
             let kind = match &disk.storage.value {
                 Storage::File { .. } => "a disk in a file of its own",
@@ -42,29 +38,30 @@ impl Domain {
             found.push(not_yet(disk.storage.place, kind, "leave it out: disks lie in the receiver's state directory"));
         }
         for nic in self.nics.iter().filter(|nic| !nic.of_defaults) {
-            if let Some(changed) = &nic.changed {
-                found.push(not_yet(changed.place, "changing the addresses in a guest", HOOK));
-            }
             if let Some(mac) = &nic.new_mac {
                 let why = "leave it out: a guest that is resumed has its MAC address in its memory";
                 found.push(not_yet(mac.place, "another MAC address", why));
             }
         }
-        if let Some(name) = &self.hostname {
-            found.push(not_yet(name.place, "changing the host name in a guest", HOOK));
+        if !self.in_group {
+            self.alone_into(found);
         }
-        for place in self.dns_servers.iter().map(|a| a.place).chain(self.dns_search.iter().map(|a| a.place)) {
-            found.push(not_yet(place, "changing the resolver in a guest", HOOK));
-        }
-        const ORDER: &str = "activate the domains one after another";
-        if let Some(priority) = &self.priority {
-            found.push(not_yet(priority.place, "an order of domains", ORDER));
-        }
-        for needed in &self.needs {
-            found.push(not_yet(needed.place, "domains that wait for others", ORDER));
-        }
-        for ready in &self.ready {
-            found.push(not_yet(ready.place, "checking whether a guest is ready", "check it with a hook in `after`"));
+    }
+
+    /// What is only looked at when a group is activated would be left out in silence.
+    fn alone_into(&self, found: &mut Vec<Mistake>) {
+        let places = [
+            ("needs", self.needs.first().map(|at| at.place)),
+            ("priority", self.priority.as_ref().map(|at| at.place)),
+            ("ready", self.ready.first().map(|at| at.place)),
+        ];
+        for (key, place) in places {
+            if let Some(place) = place {
+                let name = &self.name.value;
+                let message =
+                    format!("`{key}` is of a domain in a group, and {name} is in none: list it in a [group.NAME]");
+                found.push(Mistake { place, message });
+            }
         }
     }
 }

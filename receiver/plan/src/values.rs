@@ -63,6 +63,11 @@ impl Cidr {
         }
     }
 
+    /// Whether this is all addresses of its family.
+    pub fn is_everything(&self) -> bool {
+        self.prefix == 0
+    }
+
     /// Whether an address is in this network.
     pub fn contains(&self, address: IpAddr) -> bool {
         address.is_ipv4() == self.address.is_ipv4() && (bits(address) ^ bits(self.address)) & self.mask() == 0
@@ -153,6 +158,37 @@ pub(crate) fn host_name(text: &str) -> Result<String, String> {
         return Ok(text.to_ascii_lowercase());
     }
     Err(format!("{text:?} is no host name: letters, digits and hyphens, in labels of at most 63"))
+}
+
+/// A zone of names of addresses.
+pub(crate) fn reverse_zone(text: &str) -> Result<String, String> {
+    let zone = host_name(text)?;
+    if [".in-addr.arpa", ".ip6.arpa"].iter().any(|top| zone.ends_with(top)) {
+        return Ok(zone);
+    }
+    Err(format!(
+        "{text:?} is no zone of names of addresses: write it like 1.10.in-addr.arpa or 8.b.d.0.1.0.0.2.ip6.arpa"
+    ))
+}
+
+/// The name of a group, which is that of a file, too.
+pub(crate) fn group_name(text: &str) -> Result<(), String> {
+    let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    let first = text.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
+    if first && text.len() <= 64 && text.chars().all(good) {
+        return Ok(());
+    }
+    Err(format!(
+        "{text:?} is no name of a group: 1 to 64 letters, digits, dots, underscores and hyphens, the first a letter or digit"
+    ))
+}
+
+/// The name of a network namespace, as `ip netns` has it.
+pub(crate) fn namespace(text: &str) -> Result<String, String> {
+    if text.len() <= 255 && !text.contains('/') && !text.starts_with('.') {
+        return Ok(text.to_owned());
+    }
+    Err(format!("{text:?} is no name of a network namespace, as `ip netns list` has it"))
 }
 
 /// `HOST:PORT`, an IPv6 address in brackets.

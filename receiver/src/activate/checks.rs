@@ -15,6 +15,8 @@ use vmdr_proto::control::Finding;
 use super::findings::{refused, warning};
 use super::host::{CpuFit, Host};
 use super::mapping::Mapping;
+use crate::recovery;
+use crate::recovery::limits::{self, Means};
 
 /// Subject of findings about this host's memory.
 pub const MEMORY: &str = "memory";
@@ -25,6 +27,7 @@ pub fn check(xml: &Element, domain: &DomainXml, mapping: &Mapping, host: &dyn Ho
     check_name(domain, host, &mut found)?;
     check_machine(domain, host, &mut found)?;
     check_memory(domain, host, &mut found);
+    check_limits(domain, mapping, &mut found);
     for interface in &domain.interfaces {
         check_interface(interface, mapping, host, &mut found)?;
     }
@@ -93,6 +96,16 @@ fn check_memory(domain: &DomainXml, host: &dyn Host, found: &mut Vec<Finding>) {
             &format!("the guest has {} MiB, this host has {} MiB left", domain.memory_bytes >> 20, available >> 20),
             "stop something here, or add memory",
         ));
+    }
+}
+
+/// The recovery plan's limits, as `plan check` looks at them: the guest may have got more memory since. A guest without a limit is
+/// better than none: only `plan check` refuses.
+fn check_limits(domain: &DomainXml, mapping: &Mapping, found: &mut Vec<Finding>) {
+    let Some(plan) = &mapping.plan else { return };
+    for (_, mistake) in limits::trouble(&plan.limits, &domain.name, domain.memory_bytes, &Means::here()) {
+        let fact = recovery::line(&mapping.file, &mistake);
+        found.push(warning("recovery plan", &fact, "mend it; the guest comes up without a limit that cannot be set"));
     }
 }
 

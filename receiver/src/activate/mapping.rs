@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use vmdr_hypervisor::domain_xml::{DomainXml, Interface};
 use vmdr_hypervisor::xml::Element;
-use vmdr_plan::{Domain, NicTarget, Place};
+use vmdr_plan::{Dns, Domain, NicTarget, Place};
 use vmdr_proto::control::{Finding, Mapped};
 
 /// How a guest maps onto this site.
@@ -15,6 +15,8 @@ pub struct Mapping {
     pub bridges: BTreeMap<String, String>,
     /// What the recovery plan says of the guest; `None`: there is no plan.
     pub plan: Option<Domain>,
+    /// Who is told of names.
+    pub dns: Option<Dns>,
     /// The plan's file, for messages.
     pub file: String,
     /// What forbids an activation by this plan.

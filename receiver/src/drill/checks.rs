@@ -12,11 +12,10 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
-use std::os::unix::net::UnixStream;
+use std::io::Read;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -25,19 +24,21 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 use serde_json::Value;
 use uuid::Uuid;
-use vmdr_guest_channel::{Decoder, Frame, Hello, Message, PORT};
+use vmdr_guest_channel::PORT;
 use vmdr_hypervisor::domain_xml::{GUEST_AGENT_CHANNEL, channel};
 use vmdr_hypervisor::libvirt::{Connection, Domain, DomainState};
 use vmdr_hypervisor::xml::Element;
 
 use super::net::Probe;
-use super::record::Checked;
 use super::{Control, DrillError};
+use crate::ready::{self, ANSWER_SECONDS, Checked, Found, Port, Tries};
 
 /// Checks of one drill, at most.
 pub const CHECKS_MAX: usize = 16;
 /// The longest command.
 const COMMAND_BYTES_MAX: usize = 4096;
+/// What its QEMU guest agent is asked: it does not thaw by itself what was frozen at the cut.
+const THAW: &str = "guest-fsfreeze-thaw";
 /// Between two looks, and two tries.
 const LOOK: Duration = Duration::from_millis(250);
 /// The same, while a command runs.
@@ -46,10 +47,6 @@ const COMMAND_LOOK: Duration = Duration::from_millis(20);
 const FILE_BYTES_MAX: u64 = 16 << 20;
 /// How long the guest's end of a channel may take to be seen.
 const OPEN_MAX: Duration = Duration::from_secs(5);
-/// How long one try of a connection may take.
-const CONNECT: Duration = Duration::from_millis(1500);
-/// How long the guest agent may take for one answer, in libvirt's whole seconds.
-const ANSWER_SECONDS: i32 = 2;
 /// As much of what a command says is shown.
 const SAID_BYTES_MAX: u64 = 400;
 
@@ -147,13 +144,6 @@ pub fn answered(domain: &Element) -> Vec<&'static str> {
     [PORT, GUEST_AGENT_CHANNEL].into_iter().filter(open).collect()
 }
 
-/// What a try of a check found: passed, not yet, or for good.
-enum Found {
-    Passed(String),
-    NotYet(String),
-    Failed(String),
-}
-
 impl Subject<'_> {
     /// Makes all checks. An error: the drill has to end.
     pub fn check(&self, asked: &[Check], progress: &mut dyn FnMut(&str)) -> Result<Vec<Checked>, DrillError> {
@@ -162,7 +152,7 @@ impl Subject<'_> {
         let mut made = Vec::new();
         for port in self.open_ports()? {
             progress("wait for the guest's heartbeat");
-            made.push(self.try_until("heartbeat", |_| self.heartbeat(&port))?);
+            made.push(self.try_until("heartbeat", |_| Ok(ready::heartbeat(self.domain(), &port, THAW)))?);
         }
         for check in asked {
             progress(&format!("check {check}"));
@@ -187,19 +177,11 @@ impl Subject<'_> {
         name: &str,
         mut one: impl FnMut(usize) -> Result<Found, DrillError>,
     ) -> Result<Checked, DrillError> {
-        let begun = Instant::now();
-        let done =
-            |passed, said| Ok(Checked { check: name.to_owned(), passed, said, seconds: begun.elapsed().as_secs_f64() });
-        for turn in 0.. {
+        let tries = Tries { limit: self.limit, interval: LOOK, retries: None };
+        ready::try_until(name, tries, &mut |time| self.control.rest(time), &mut |turn, _| {
             (self.guard)()?;
-            match one(turn)? {
-                Found::Passed(said) => return done(true, said),
-                Found::Failed(said) => return done(false, said),
-                Found::NotYet(said) if begun.elapsed() >= self.limit => return done(false, said),
-                Found::NotYet(_) => self.control.rest(LOOK)?,
-            }
-        }
-        done(false, String::new())
+            one(turn)
+        })
     }
 
     fn runs(&self, begun: Instant, before: Result<u64, vmdr_hypervisor::Error>) -> Result<Checked, DrillError> {
@@ -240,34 +222,12 @@ impl Subject<'_> {
         let until = Instant::now() + OPEN_MAX;
         loop {
             let Ok(xml) = self.domain().and_then(|domain| domain.live_xml()) else { return Ok(Vec::new()) };
-            let there = [PORT, GUEST_AGENT_CHANNEL].map(|name| channel(&xml, name));
-            let is_open = |of: &&Element| of.attribute_at("target", "state") == Some("connected");
-            let all = there.iter().flatten().all(is_open);
+            let (ports, all) = ready::ports(&xml, self.answered);
             if all || Instant::now() >= until {
-                let counts = |of: &&Element| {
-                    is_open(of) || of.attribute_at("target", "name").is_some_and(|n| self.answered.contains(&n))
-                };
-                let [tools, agent] = there.map(|of| of.filter(counts));
-                let tools = tools.and_then(|of| of.attribute_at("source", "path")).map(|path| Port::Tools(path.into()));
-                return Ok(tools.into_iter().chain(agent.map(|_| Port::Agent)).collect());
+                return Ok(ports);
             }
             self.control.rest(LOOK)?;
         }
-    }
-
-    fn heartbeat(&self, port: &Port) -> Result<Found, DrillError> {
-        Ok(match port {
-            Port::Tools(path) => match greet(path) {
-                Ok(true) => Found::Passed("its tools answer".to_owned()),
-                Ok(false) => Found::NotYet("its tools do not answer".to_owned()),
-                Err(error) => Found::NotYet(format!("its tools: {}: {error}", path.display())),
-            },
-            // It does not thaw by itself what was frozen at the cut.
-            Port::Agent => match self.domain().and_then(|of| of.guest_agent("guest-fsfreeze-thaw", ANSWER_SECONDS)) {
-                Ok(_) => Found::Passed("its QEMU guest agent answers".to_owned()),
-                Err(error) => Found::NotYet(error.to_string()),
-            },
-        })
     }
 
     /// Runs a command beside the guest, as long as there is room. Nothing: it was killed at its limit.
@@ -317,10 +277,7 @@ impl Subject<'_> {
         };
         self.probe.settle_beside(network, address, turn / places.len().max(1))?;
         let to = SocketAddr::from((address, port));
-        Ok(match self.probe.run(move || TcpStream::connect_timeout(&to, CONNECT).map(drop))? {
-            Ok(()) => Found::Passed(format!("{to} takes connections")),
-            Err(error) => Found::NotYet(format!("{to}: {error}")),
-        })
+        Ok(self.probe.run(move || ready::connect(to))?)
     }
 
     fn command(&self, command: &str, turn: usize) -> Result<Found, DrillError> {
@@ -362,12 +319,6 @@ fn shell(command: &str) -> Command {
     shell
 }
 
-/// Who is to answer.
-enum Port {
-    Tools(PathBuf),
-    Agent,
-}
-
 /// Runs it to its end, and ends what it has started and left; nothing: it was killed.
 fn wait(mut shell: Command, control: &Control, limit: Duration) -> std::io::Result<Option<std::process::ExitStatus>> {
     let mut child = shell.spawn()?;
@@ -391,30 +342,6 @@ fn wait(mut shell: Command, control: &Control, limit: Duration) -> std::io::Resu
             return Ok(None);
         }
     }
-}
-
-/// Whether the guest's tools say anything at all.
-fn greet(path: &Path) -> std::io::Result<bool> {
-    let mut stream = UnixStream::connect(path)?;
-    stream.set_read_timeout(Some(CONNECT))?;
-    stream.set_write_timeout(Some(CONNECT))?;
-    let message = Message::Hello(Hello::own(0, true, concat!("vmdr drill ", env!("CARGO_PKG_VERSION"))));
-    stream.write_all(&Frame { number: 1, message }.encode())?;
-    let (mut decoder, until) = (Decoder::default(), Instant::now() + CONNECT);
-    let mut buffer = [0; 1024];
-    while Instant::now() < until {
-        let read = match stream.read(&mut buffer) {
-            Ok(0) => return Ok(false),
-            Ok(read) => read,
-            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Ok(false),
-            Err(e) => return Err(e),
-        };
-        let mut bytes = &buffer[..read];
-        if decoder.next(&mut bytes).is_some() {
-            return Ok(true);
-        }
-    }
-    Ok(false)
 }
 
 /// The IPv4 addresses that a guest agent claims for these cards.
@@ -449,8 +376,6 @@ fn failed_io(domain: &Domain) -> Result<u64, vmdr_hypervisor::Error> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixListener;
-
     use super::*;
 
     #[test]
@@ -526,25 +451,5 @@ mod tests {
         };
         assert_eq!(answered(&domain("connected")), [GUEST_AGENT_CHANNEL]);
         assert!(answered(&domain("disconnected")).is_empty());
-    }
-
-    #[test]
-    fn tools_that_say_anything_live() {
-        let dir = tempfile::tempdir().unwrap();
-        for (answer, lives) in [(true, true), (false, false)] {
-            let path = dir.path().join(answer.to_string());
-            let listener = UnixListener::bind(&path).unwrap();
-            let guest = std::thread::spawn(move || {
-                let (mut stream, _) = listener.accept().unwrap();
-                let mut asked = [0; 256];
-                assert!(stream.read(&mut asked).unwrap() > 0);
-                let said = Frame { number: 1, message: Message::Hello(Hello::own(0, false, "x")) }.encode();
-                let said = if answer { said } else { b"noise".to_vec() };
-                stream.write_all(&said).unwrap();
-            });
-            assert_eq!(greet(&path).unwrap(), lives);
-            guest.join().unwrap();
-        }
-        assert!(greet(&dir.path().join("nobody")).is_err());
     }
 }

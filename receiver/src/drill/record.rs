@@ -9,6 +9,7 @@ use uuid::Uuid;
 use vmdr_daemon::durable;
 
 use super::process::Process;
+use crate::ready::Checked;
 
 /// What a reader of the book must understand.
 ///
@@ -45,19 +46,6 @@ impl Outcome {
             Self::Ended => "ended",
         }
     }
-}
-
-/// What came of a check.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Checked {
-    /// Which.
-    pub check: String,
-    /// Whether it passed.
-    pub passed: bool,
-    /// What was found.
-    pub said: String,
-    /// How long it took.
-    pub seconds: f64,
 }
 
 /// How a drill went.

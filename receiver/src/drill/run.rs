@@ -489,8 +489,8 @@ fn is_there(receiver: &Receiver, uuid: Uuid) -> bool {
     receiver.drills.of(uuid).is_some() || !nothing()
 }
 
-/// An activation goes first: all drills here end, kept or not, and none begins by itself for a while. That of the domain is
-/// waited for; if it does not go within `limit`, the activation goes on.
+/// An activation goes first: all drills here end, kept or not, and none begins by itself for a while. They are waited for, because
+/// an activation looks how much memory there is; if they do not go within `limit`, it goes on.
 pub fn make_way(receiver: &Arc<Receiver>, uuid: Uuid, limit: Duration, progress: &mut dyn FnMut(&str)) {
     let why = format!("{uuid} is activated");
     receiver.drills.pause();
@@ -502,32 +502,24 @@ pub fn make_way(receiver: &Arc<Receiver>, uuid: Uuid, limit: Duration, progress:
     }
     // Its own is the first to be removed.
     all.sort_by_key(|of| *of != uuid);
-    let waits = all.first() == Some(&uuid);
-    progress(if waits { "end the drill of it" } else { "end the drills of others" });
+    progress(if all.first() == Some(&uuid) { "end the drill of it" } else { "end the drills of others" });
     let (done, is_done) = sync_channel(1);
     let of = Arc::clone(receiver);
     let spawned = std::thread::Builder::new().name("end-drills".to_owned()).spawn(move || {
         for domain in all {
-            let ended = end(&of, domain, &why);
-            if domain == uuid {
-                // Nobody waits any more: that was said already.
-                let _ = done.send(ended);
-            } else if let Err(error) = ended {
+            if let Err(error) = end(&of, domain, &why) {
                 tracing::warn!(%domain, %error, "a drill is not removed yet");
             }
         }
+        // Nobody waits any more: that was said already.
+        let _ = done.send(());
     });
     if let Err(error) = spawned {
         tracing::warn!(domain = %uuid, %error, "drills are not ended");
         return;
     }
-    if !waits {
-        return;
-    }
-    match is_done.recv_timeout(limit) {
-        Ok(Ok(_)) => {}
-        Ok(Err(error)) => tracing::warn!(domain = %uuid, %error, "a drill of it is not removed yet"),
-        Err(_) => tracing::warn!(domain = %uuid, "a drill of it is still being removed; the activation goes on"),
+    if is_done.recv_timeout(limit).is_err() {
+        tracing::warn!(domain = %uuid, "drills are still being removed; the activation goes on");
     }
 }
 

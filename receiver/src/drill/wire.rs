@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc;
 use tonic::Status;
 use uuid::Uuid;
-use vmdr_proto::control::{ActivateRequest, DrillCheck, DrillReport, DrillRequest, Progress};
+use vmdr_proto::control::{ActivateRequest, DrillReport, DrillRequest, Progress};
 
 use super::record::{Book, Current, Report};
 use super::run::{self, Asked, Drill};
@@ -113,12 +113,6 @@ pub fn newest(receiver: &Receiver, uuid: Uuid, name: &str) -> Option<DrillReport
 
 fn message(report: &Report, current: Option<&Current>, name: &str, uuid: Uuid) -> DrillReport {
     let since = if report.ended_unix_ns > 0 { report.ended_unix_ns } else { report.started_unix_ns };
-    let check = |check: &super::record::Checked| DrillCheck {
-        check: check.check.clone(),
-        passed: check.passed,
-        said: check.said.clone(),
-        seconds: check.seconds,
-    };
     let there = current.filter(|current| current.kept || report.ended_unix_ns == 0);
     DrillReport {
         id: report.id.clone(),
@@ -137,7 +131,7 @@ fn message(report: &Report, current: Option<&Current>, name: &str, uuid: Uuid) -
         rto_seconds: report.rto_seconds.unwrap_or(0.0),
         copied_bytes: report.copied_bytes,
         shared_bytes: report.shared_bytes,
-        checks: report.checks.iter().map(check).collect(),
+        checks: report.checks.iter().map(Into::into).collect(),
         copy_name: there.map(|current| current.copy_name.clone()).unwrap_or_default(),
         copy_uuid: there.map(|current| current.copy_uuid.to_string()).unwrap_or_default(),
         bridges: there.map(|current| current.bridges.clone()).unwrap_or_default(),

@@ -45,8 +45,9 @@ pub struct Announcement {
     unknown: Vec<Nic>,
 }
 
-/// `original`: the definition of the protected host, by which the plan names NICs; `live`: the guest as it runs here.
-pub fn collect(original: &Element, live: &Element, mapping: &Mapping) -> Announcement {
+/// `original`: the definition of the protected host, by which the plan names NICs; `live`: the guest as it runs here; `changed`: of NICs
+/// that are given other addresses, or of those that are not.
+pub fn collect(original: &Element, live: &Element, mapping: &Mapping, changed: bool) -> Announcement {
     let mut found = Announcement::default();
     let Some(plan) = &mapping.plan else { return found };
     for interface in live.find_all("devices/interface") {
@@ -61,7 +62,8 @@ pub fn collect(original: &Element, live: &Element, mapping: &Mapping) -> Announc
             .into_iter()
             .find(|i| i.attribute_at("mac", "address").is_some_and(|a| a.eq_ignore_ascii_case(address)));
         let said = plan.nic(Some(address), was.and_then(source_of));
-        if !said.map_or(plan.announce, |said| said.announce) {
+        if !said.map_or(plan.announce, |said| said.announce) || changed != said.is_some_and(|nic| nic.changed.is_some())
+        {
             continue;
         }
         let addresses = said.map(|said| said.addresses.as_slice()).unwrap_or_default();
@@ -191,13 +193,13 @@ mod tests {
         let plan = "[[domain.web1.nic]]\nmac = \"52:54:00:00:00:01\"\nnetwork = \"dr\"\naddresses = [\"10.1.0.5/24\", \"fd00::5/64\"]\n\
                     [[domain.web1.nic]]\nmac = \"52:54:00:00:00:02\"\nnetwork = \"dr\"\nannounce = false\naddresses = [\"10.1.0.6/24\"]\n\
                     [[domain.web1.nic]]\nsource = \"lan\"\nnetwork = \"dr\"\n";
-        let found = collect(&original, &live, &mapping(plan));
+        let found = collect(&original, &live, &mapping(plan), false);
         let known: Vec<String> =
             found.known.iter().map(|(nic, at)| format!("{} {at} {}", nic.mac, nic.bridge)).collect();
         assert_eq!(known, ["52:54:00:00:00:01 10.1.0.5 virbr7", "52:54:00:00:00:01 fd00::5 virbr7"]);
         assert_eq!(found.unknown.iter().map(|nic| nic.mac.to_string()).collect::<Vec<_>>(), [macs[2]]);
-        assert_eq!(collect(&original, &live, &Mapping::default()), Announcement::default(), "no plan");
-        let off = collect(&original, &live, &mapping("[domain.web1]\nannounce = false\n"));
+        assert_eq!(collect(&original, &live, &Mapping::default(), false), Announcement::default(), "no plan");
+        let off = collect(&original, &live, &mapping("[domain.web1]\nannounce = false\n"), false);
         assert_eq!(off, Announcement::default());
     }
 

@@ -6,6 +6,7 @@
 use std::io::{self, Read};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -53,7 +54,8 @@ pub fn run(
     (ran, None)
 }
 
-fn run_one(stage: &str, hook: &Hook, environment: &[(&'static str, String)]) -> Result<(), String> {
+/// Runs one; the error is a sentence.
+pub fn run_one(stage: &str, hook: &Hook, environment: &[(&'static str, String)]) -> Result<(), String> {
     let Some((program, arguments)) = hook.argv.value.split_first() else {
         return Err("it names no program".to_owned());
     };
@@ -71,12 +73,12 @@ fn run_one(stage: &str, hook: &Hook, environment: &[(&'static str, String)]) -> 
         .stdout(both)
         .stderr(writer)
         .process_group(0);
-    let mut child = command.spawn().map_err(|error| format!("start it: {error}"))?;
-    // The command holds the writing ends.
-    drop(command);
-    let said = listen(reader);
     let limit = Duration::from_secs(hook.timeout_seconds);
-    let ended = wait(&mut child, limit);
+    let end_by = Instant::now() + limit;
+    // The command goes with the closure, and with it the writing ends that are not the program's.
+    let mut child = start(limit, move || command.spawn())?;
+    let said = listen(reader);
+    let ended = wait(&mut child, end_by, limit);
     if ended.is_err() {
         end(&mut child);
     }
@@ -89,8 +91,26 @@ fn run_one(stage: &str, hook: &Hook, environment: &[(&'static str, String)]) -> 
     }
 }
 
-fn wait(child: &mut Child, limit: Duration) -> Result<std::process::ExitStatus, String> {
-    let end = Instant::now() + limit;
+/// Starts a program on a thread of its own: one that lies on a file system that hangs holds up that thread and nobody else, and is
+/// killed if it comes to run after all.
+fn start(limit: Duration, spawn: impl FnOnce() -> io::Result<Child> + Send + 'static) -> Result<Child, String> {
+    // Without a buffer: a child that nobody takes comes back to the thread.
+    let (give, take) = sync_channel(0);
+    let thread = std::thread::Builder::new().name("vmdr-hook-start".to_owned()).spawn(move || {
+        if let Err(late) = give.send(spawn())
+            && let Ok(mut child) = late.0
+        {
+            end(&mut child);
+        }
+    });
+    thread.map_err(|error| format!("start a thread for it: {error}"))?;
+    match take.recv_timeout(limit) {
+        Ok(started) => started.map_err(|error| format!("start it: {error}")),
+        Err(_) => Err(format!("it could not be started within {} s: its file system does not answer", limit.as_secs())),
+    }
+}
+
+fn wait(child: &mut Child, end: Instant, limit: Duration) -> Result<std::process::ExitStatus, String> {
     loop {
         match child.try_wait() {
             Ok(Some(status)) => return Ok(status),
@@ -203,6 +223,31 @@ mod tests {
         let pid = std::fs::read_to_string(file).unwrap();
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim())).unwrap_or_default();
         assert!(stat.is_empty() || stat.contains(") Z "), "{stat}");
+    }
+
+    #[test]
+    fn one_that_cannot_be_started_in_time_is_given_up_and_never_runs_on() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("pid");
+        let script = format!("echo $$ > {}; exec sleep 600", file.display());
+        let begun = Instant::now();
+        let said = start(Duration::from_secs(1), move || {
+            std::thread::sleep(Duration::from_secs(2));
+            Command::new("/bin/sh").arg("-c").arg(script).process_group(0).spawn()
+        });
+        assert!(said.is_err_and(|said| said.contains("file system does not answer")));
+        assert!(begun.elapsed() < Duration::from_secs(60));
+        let ran = |pid: &str| {
+            std::fs::read_to_string(format!("/proc/{}/cmdline", pid.trim())).is_ok_and(|c| c.contains("600"))
+        };
+        let until = Instant::now() + Duration::from_secs(10);
+        let mut pid = String::new();
+        // It is killed at once, perhaps before it could say who it was.
+        while Instant::now() < until && (begun.elapsed() < Duration::from_secs(4) || ran(&pid)) {
+            pid = std::fs::read_to_string(&file).unwrap_or_default();
+            std::thread::sleep(LOOK);
+        }
+        assert!(!ran(&pid), "{pid}");
     }
 
     #[test]

@@ -9,15 +9,19 @@ use std::time::Duration;
 
 use tonic::Status;
 use vmdr_hypervisor::Error;
-use vmdr_hypervisor::domain_xml::{self, DomainXml};
+use vmdr_hypervisor::domain_xml::{self, DomainXml, Interface};
 use vmdr_hypervisor::host::NetworkState;
 use vmdr_hypervisor::xml::Element;
-use vmdr_plan::{At, Disk, DiskSelector, Domain, Hook, Mistake, Nic, NicSelector, NicTarget, Place, Plan, Storage};
+use vmdr_plan::{
+    At, Disk, DiskSelector, Domain, Hook, Mistake, Nic, NicSelector, NicTarget, Place, Plan, ReadyCheck, Storage,
+};
 use vmdr_proto::control::{CheckPlanReply, CheckPlanRequest, PlanFinding, Severity};
 
+use super::limits::{self, Means};
 use crate::activate::host::Host;
 use crate::control::{connect, hypervisor_status};
 use crate::daemon::Receiver;
+use crate::group::checks;
 
 /// How long a portal may take to accept a connection.
 const PORTAL_LIMIT: Duration = Duration::from_secs(2);
@@ -80,8 +84,10 @@ pub fn check(plan: &Plan, standbys: &[Standby], host: &dyn Host) -> Result<Vec<F
         check.target(nic)?;
     }
     check.hooks(&plan.everyone);
-    if let Some(dns) = &plan.dns {
-        check.secret(&dns.value.key_file, "the TSIG key");
+    if let Some(dns) = &plan.dns
+        && let Err(error) = super::dns::read_key(&dns.value.key_file.value)
+    {
+        check.refused(dns.value.key_file.place, error);
     }
     for domain in &plan.domains {
         check.domain.clone_from(&domain.name.value);
@@ -134,14 +140,22 @@ impl Check<'_> {
             self.target(nic)?;
         }
         self.hooks(domain);
+        self.checks(domain);
         for disk in &domain.disks {
             self.storage(disk);
         }
         let name = &domain.name;
         let standby = standbys.iter().find(|s| s.name == name.value);
         let Some(standby) = standby.or_else(|| standbys.iter().find(|s| s.uuid == name.value)) else {
-            let message = format!("nothing is stored here of {:?}; `vmdr status` lists what is", name.value);
-            self.refused(name.place, message);
+            if self.is_here(&name.value)? {
+                // A plan for the way home is written where the guest still runs.
+                let message =
+                    format!("{} runs here and is not stored here: whether it fits is seen once it is", name.value);
+                self.say(Severity::Warning, name.place, message);
+            } else {
+                let message = format!("nothing is stored here of {:?}; `vmdr status` lists what is", name.value);
+                self.refused(name.place, message);
+            }
             return Ok(());
         };
         let xml = match &standby.xml {
@@ -161,16 +175,24 @@ impl Check<'_> {
             self.disk(disk, &known, standby);
         }
         self.limits(domain, &known);
+        self.in_guest(domain, xml, &known);
         let tools = [TOOLS_CHANNEL, domain_xml::GUEST_AGENT_CHANNEL];
         if !tools.iter().any(|channel| domain_xml::channel(xml, channel).is_some()) {
-            let changed = domain.nics.iter().filter_map(|nic| nic.changed.as_ref()).map(|at| at.place);
-            for place in changed.chain(domain.hostname.iter().map(|at| at.place)) {
-                let fact =
-                    format!("{} has neither vmdr's tools nor the QEMU guest agent, which would change it", name.value);
-                self.refused(place, fact);
+            for ready in domain.ready.iter().filter(|ready| ready.value.check == ReadyCheck::Heartbeat) {
+                let fact = format!(
+                    "{} has neither vmdr's tools nor the QEMU guest agent, whose heartbeat it would be",
+                    name.value
+                );
+                self.refused(ready.place, fact);
             }
         }
         Ok(())
+    }
+
+    /// Whether libvirt here has a domain of this name or UUID.
+    fn is_here(&self, name: &str) -> Result<bool, Error> {
+        let by_uuid = uuid::Uuid::parse_str(name).ok().map(|uuid| self.host.guest(uuid)).transpose()?.flatten();
+        Ok(by_uuid.is_some() || self.host.uuid_of(name)?.is_some())
     }
 
     fn nics(&mut self, domain: &Domain, known: &DomainXml) {
@@ -192,6 +214,48 @@ impl Check<'_> {
                 let message = format!("{} has no such NIC; it has {has}", known.name);
                 self.refused(nic.selector.place, message);
             }
+        }
+    }
+
+    /// Whether there is somebody in the guest who can change what is to be changed there.
+    fn in_guest(&mut self, domain: &Domain, xml: &Element, known: &DomainXml) {
+        for nic in domain.nics.iter().filter(|nic| nic.changed.is_some()) {
+            let matches = |i: &&Interface| domain.nic(i.mac.as_deref(), i.source.as_deref()) == Some(nic);
+            if known.interfaces.iter().filter(matches).count() > 1 {
+                let message = format!(
+                    "{} has several NICs there, and all would have the same addresses: say which by `mac`",
+                    known.name
+                );
+                self.refused(nic.selector.place, message);
+            }
+        }
+        if let Err(error) = super::guest::wanted(xml, domain).encode() {
+            self.refused(domain.name.place, format!("its tools would not take what is to be changed: {error}"));
+        }
+        if domain_xml::channel(xml, TOOLS_CHANNEL).is_some() {
+            return;
+        }
+        let name = &domain.name.value;
+        let has_agent = domain_xml::channel(xml, domain_xml::GUEST_AGENT_CHANNEL).is_some();
+        let changed: Vec<Place> =
+            domain.nics.iter().filter_map(|nic| nic.changed.as_ref()).map(|at| at.place).collect();
+        for place in changed {
+            if has_agent {
+                let message = format!(
+                    "{name} has the QEMU guest agent and no channel to vmdr's tools: it is given the addresses, by the `ip` of the \
+                     guest and if the agent may run it, but does not have them after a reboot"
+                );
+                self.say(Severity::Warning, place, message);
+            } else {
+                let fact = format!("{name} has neither vmdr's tools nor the QEMU guest agent, which would change it");
+                self.refused(place, fact);
+            }
+        }
+        let resolver = domain.dns_servers.first().map(|at| at.place).or(domain.dns_search.first().map(|at| at.place));
+        for place in domain.hostname.iter().map(|at| at.place).chain(resolver) {
+            let fact =
+                format!("{name} has no channel to vmdr's tools, which would change it (the QEMU guest agent cannot)");
+            self.refused(place, fact);
         }
     }
 
@@ -298,43 +362,42 @@ impl Check<'_> {
 
     fn hooks(&mut self, domain: &Domain) {
         for Hook { argv, .. } in domain.before.iter().chain(&domain.after) {
-            let Some(program) = argv.value.first() else { continue };
-            match std::fs::metadata(program) {
-                Ok(file) if file.is_file() && file.mode() & 0o111 != 0 => {
-                    if file.mode() & super::OTHERS_WRITE != 0 {
-                        let message = format!("others than its owner can write {program}, which is run as root");
-                        self.refused(argv.place, message);
-                    }
-                }
-                Ok(_) => self.refused(argv.place, format!("{program} is no program that can be run")),
-                Err(error) => self.refused(argv.place, format!("{program}: {error}")),
-            }
+            self.program(argv);
         }
     }
 
-    /// What can be honoured of limits for a guest that comes with its vCPUs and its memory.
+    /// A program that is run as root.
+    fn program(&mut self, argv: &At<Vec<String>>) {
+        let Some(program) = argv.value.first() else { return };
+        match std::fs::metadata(program) {
+            Ok(file) if file.is_file() && file.mode() & 0o111 != 0 => {
+                if file.mode() & super::OTHERS_WRITE != 0 {
+                    let message = format!("others than its owner can write {program}, which is run as root");
+                    self.refused(argv.place, message);
+                }
+            }
+            Ok(_) => self.refused(argv.place, format!("{program} is no program that can be run")),
+            Err(error) => self.refused(argv.place, format!("{program}: {error}")),
+        }
+    }
+
     fn limits(&mut self, domain: &Domain, known: &DomainXml) {
-        let limits = &domain.limits;
-        let controllers = std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").ok();
-        let lacks =
-            |controller: &str| controllers.as_ref().is_some_and(|all| !all.split_whitespace().any(|c| c == controller));
-        let lacking = "this host's control groups have no controller for it";
-        for at in limits.cpu_percent.iter().chain(&limits.cpu_shares).filter(|_| lacks("cpu")) {
-            self.refused(at.place, format!("it cannot be limited: {lacking} (cpu)"));
+        for (severity, mistake) in limits::trouble(&domain.limits, &known.name, known.memory_bytes, &Means::here()) {
+            self.say(severity, mistake.place, mistake.message);
         }
-        let Some(memory) = &limits.memory_bytes else { return };
-        if lacks("memory") {
-            self.refused(memory.place, format!("it cannot be limited: {lacking} (memory)"));
-        }
-        let (limit, has) = (memory.value, known.memory_bytes);
-        if limit < has {
-            let swap = swap_bytes().unwrap_or(0);
-            let facts = format!("{} has {} MiB of memory, the limit is {} MiB", known.name, has >> 20, limit >> 20);
-            if has - limit > swap {
-                let why = "and this host has no swap for the rest: its QEMU would be killed";
-                self.refused(memory.place, format!("{facts}, {why}"));
-            } else {
-                self.say(Severity::Warning, memory.place, format!("{facts}: the rest will be swapped out"));
+    }
+
+    /// What readiness checks need of this host.
+    fn checks(&mut self, domain: &Domain) {
+        for ready in &domain.ready {
+            if let Some(name) = &ready.value.namespace
+                && !checks::namespace(&name.value).exists()
+            {
+                let message = format!("the network namespace {} is not on this host: `ip netns add`", name.value);
+                self.refused(name.place, message);
+            }
+            if let ReadyCheck::Command(argv) = &ready.value.check {
+                self.program(argv);
             }
         }
     }
@@ -362,13 +425,6 @@ fn reach(portal: &str) -> io::Result<()> {
         }
     }
     Err(last)
-}
-
-/// `SwapTotal` of /proc/meminfo, in bytes.
-fn swap_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("SwapTotal:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 #[cfg(test)]

@@ -260,15 +260,20 @@ impl Applier {
         epoch: u64,
         newest: u64,
     ) -> Result<(), StoreError> {
+        let end = offset + length;
         let mut at = offset;
-        while at < offset + length {
-            let now = ZERO_BYTES.min(offset + length - at);
+        loop {
+            // Over a hole in one step: whatever length an agent gives a disk.
+            at = self.files.data_from(array, at).map_err(|error| domain.failure(error))?;
+            if at >= end {
+                return Ok(());
+            }
+            let now = ZERO_BYTES.min(end - at);
             let mut to = Recorder { log: &mut self.log, epoch };
             self.files.record_zero(array, at, now, &mut to).map_err(|error| domain.failure(error))?;
             at += now;
             self.flush_if_much(domain, newest)?;
         }
-        Ok(())
     }
 
     fn flush_if_much(&mut self, domain: &Domain, newest: u64) -> Result<(), StoreError> {

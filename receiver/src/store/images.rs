@@ -278,6 +278,12 @@ impl StandbyFiles {
         ranges
     }
 
+    /// Where from `offset` on there may be anything but zeroes, and not before; `u64::MAX`: nowhere.
+    pub fn data_from(&self, array: Array, offset: u64) -> Result<u64, JournalError> {
+        let Self { pending, ram, disks, dir, .. } = self;
+        pending.data_from(find(ram, disks, array, dir)?, array, offset)
+    }
+
     /// Gathers that a range becomes zero, and what it was.
     pub fn record_zero(
         &mut self,

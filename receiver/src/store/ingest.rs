@@ -8,12 +8,13 @@
 //! A part of a seed that is given up may leave pages and extents in that directory. That is sound because a sender
 //! may only end an epoch after it has sent again whatever was in a part that was not acknowledged.
 
+use std::io::ErrorKind;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use vmdr_codec::Layout;
 use vmdr_journal::{
-    HistoryLog, HistoryMark, JournalError, Kind, PartHead, PartTail, Place, Seed, SmallSums, Standby,
+    HistoryLog, HistoryMark, JournalError, Kind, Mode, PartHead, PartTail, Place, Seed, SmallSums, Standby,
     remove_segments_before,
 };
 
@@ -149,7 +150,9 @@ impl Ingest {
         let checked = part.check.end(&tail).and_then(|checked| whole(open, checked, &tail));
         let result = match checked {
             Err(what) => Err(domain.corrupt(&head, what)),
-            Ok(checked) if head.kind == Kind::Delta => domain.end_delta(&mut ingest, tail, checked, part.payloads),
+            Ok(checked) if head.kind == Kind::Delta => domain
+                .fits(&ingest, &head, &checked)
+                .and_then(|()| domain.end_delta(&mut ingest, tail, checked, part.payloads)),
             Ok(checked) => domain.end_seed(&mut ingest, &tail, checked),
         };
         if let Err(error) = result {
@@ -390,6 +393,35 @@ impl Domain {
         self.change_control(|control| control.seed = None)?;
         let dir = self.standby_dir(dir);
         self.disk.remove_dir_all(&dir).map_err(|e| self.failure(JournalError::io("remove", &dir)(e)))
+    }
+
+    /// Whether files here can be as long as the layout of a delta asks. Before it is acknowledged: what is durable has to be applied.
+    /// (A seed makes its images before.)
+    fn fits(&self, ingest: &IngestState, head: &PartHead, checked: &Checked) -> Result<(), StoreError> {
+        let longest = |layout: &Layout| layout.lengths().max().unwrap_or(0);
+        let known = ingest.layout.as_deref().map_or(0, longest);
+        let asked = checked.layout.as_deref().map_or(0, longest);
+        let Some(standby) = self.control().standby else { return Ok(()) };
+        if !checked.layout_changed || asked <= known {
+            return Ok(());
+        }
+        // One that is left by a crash is removed as a layout that is not in use.
+        let dir = self.standby_dir(standby.dir);
+        let path = dir.join("layout-probe");
+        let probe = self.disk.open(&path, Mode::Create);
+        let probe = probe.map_err(|e| self.failure(JournalError::io("create", &path)(e)))?;
+        let extended = probe.set_length(asked);
+        drop(probe);
+        self.disk.remove_file(&path).map_err(|e| self.failure(JournalError::io("remove", &path)(e)))?;
+        match extended {
+            Ok(()) => Ok(()),
+            Err(e) if matches!(e.kind(), ErrorKind::FileTooLarge | ErrorKind::InvalidInput) => {
+                let what =
+                    format!("RAM or a disk of {asked} bytes is longer than a file can be in {}: {e}", dir.display());
+                Err(self.corrupt(head, what))
+            }
+            Err(e) => Err(self.failure(JournalError::io("extend", &path)(e))),
+        }
     }
 
     fn end_delta(

@@ -30,7 +30,7 @@ use super::recover::Replay;
 use super::rest;
 use super::standby::{self, image_path};
 use super::sums::{self, Sums};
-use super::{EXPORTED_FILE, IMPORTED_FILE, OWNER_FILE};
+use super::{EXPORTED_FILE, GROUPS, IMPORTED_FILE, OWNER_FILE};
 
 /// Bytes of an image read at once.
 const READ_BYTES: usize = 1 << 20;
@@ -154,7 +154,7 @@ pub fn inspect(dir: &Path, wanted: &Wanted) -> std::io::Result<Report> {
         let path = dir.join(&name);
         let uuid = Uuid::try_parse(&name).ok().filter(|uuid| uuid.to_string() == name);
         let Some(uuid) = uuid else {
-            if !["lock", OWNER_FILE].contains(&&*name) {
+            if !["lock", OWNER_FILE, GROUPS].contains(&&*name) {
                 report.strange.push(path);
             }
             continue;

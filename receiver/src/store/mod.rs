@@ -83,6 +83,8 @@ pub const KEPT: &str = "kept";
 pub(crate) const EXPORTED_FILE: &str = "exported";
 /// Who this receiver is to others that prune the same object storage; in the state directory.
 pub(crate) const OWNER_FILE: &str = "cold-owner";
+/// Directory of the records of groups; in the state directory.
+pub(crate) const GROUPS: &str = "groups";
 /// The standby came from object storage, where nobody knows which generation the guest has elsewhere.
 pub(crate) const IMPORTED_FILE: &str = "imported";
 /// Prefix of a domain's directory while it is being removed.
@@ -267,7 +269,7 @@ impl Store {
                 if let Err(error) = store.open_slot(uuid, &mut state, None) {
                     tracing::error!(domain = %uuid, %error, "the domain cannot be opened");
                 }
-            } else if !["lock", OWNER_FILE].contains(&&*name) {
+            } else if !["lock", OWNER_FILE, GROUPS].contains(&&*name) {
                 tracing::warn!(%name, dir = %dir.display(), "this is not of vmdr and is left alone");
             }
         }

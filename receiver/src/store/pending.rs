@@ -177,6 +177,14 @@ impl Pending {
         self.write(source, array, end, &ZERO_UNIT[..(range.end - end) as usize], to)
     }
 
+    /// Where from `offset` on there may be anything but zeroes, and not before; `u64::MAX`: nowhere.
+    pub fn data_from(&self, source: &dyn Source, array: Array, offset: u64) -> Result<u64, JournalError> {
+        let key = |unit| Key { array, unit };
+        let gathered = self.units.range(key(offset / UNIT_BYTES as u64)..=key(u64::MAX)).next();
+        let gathered = gathered.map_or(u64::MAX, |(key, _)| (key.unit * UNIT_BYTES as u64).max(offset));
+        Ok(source.data_from(offset)?.min(gathered))
+    }
+
     /// What units are now, and, in `self.sums`, what the image's checksums are as far as they are known.
     fn read(&mut self, source: &dyn Source, array: Array, first: u64, into: &mut [u8]) -> Result<(), JournalError> {
         self.sums.clear();

@@ -396,8 +396,9 @@ impl Domain {
         for (i, chain) in catalog.chains[first..].iter().enumerate() {
             let Standby { generation, epoch, .. } = chain.standby;
             let sets = if i == 0 { chain.back_to(id.epoch) } else { &chain.sets[..] };
-            given.disk_bytes += sets.iter().map(|set| set.point.disk_bytes).sum::<u64>();
-            given.epochs += if generation == at.generation { epoch.saturating_sub(at.epoch) } else { epoch };
+            given.disk_bytes = sets.iter().fold(given.disk_bytes, |sum, set| sum.saturating_add(set.point.disk_bytes));
+            let epochs = if generation == at.generation { epoch.saturating_sub(at.epoch) } else { epoch };
+            given.epochs = given.epochs.saturating_add(epochs);
             at = PointId { generation, epoch };
             if i == 0 {
                 cut_unix_ns = sets.first().map_or(chain.standby.cut_unix_ns, |set| set.point.cut_unix_ns);

@@ -87,9 +87,11 @@ impl Daemon {
     }
 
     fn write_config(&self) {
+        // One that is not there, unless the test has another.
+        let none = "libvirt_uri = \"qemu+unix:///system?socket=/nonexistent/vmdr-test\"\n";
+        let libvirt = if self.config.contains("libvirt_uri") { "" } else { none };
         let config = format!(
-            "listen = \"{}\"\nmetrics_listen = \"{}\"\nstate_dir = {:?}\naudit_dir = {:?}\nidentity_dir = {:?}\nownership_dir = {:?}\ncontrol_socket = {:?}\nspace_reserve_bytes = 0\n\
-             libvirt_uri = \"qemu+unix:///system?socket=/nonexistent/vmdr-test\"\n{}",
+            "listen = \"{}\"\nmetrics_listen = \"{}\"\nstate_dir = {:?}\naudit_dir = {:?}\nidentity_dir = {:?}\nownership_dir = {:?}\ncontrol_socket = {:?}\nspace_reserve_bytes = 0\n{libvirt}{}",
             self.address,
             self.metrics,
             self.state(),

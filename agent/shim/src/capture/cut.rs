@@ -34,6 +34,8 @@ use crate::ramblock;
 
 /// How long a resumed guest's RESUME event is waited for, and a late answer to `stop`.
 const LATE_LIMIT: Duration = Duration::from_secs(30);
+/// How often a pause to end the mirrors in is tried.
+const END_TRIES: usize = 3;
 /// Arena bytes that device state and disk logs may take in a cut, beside pages.
 const CUT_SPARE_BYTES: u64 = 4 << 20;
 
@@ -293,6 +295,51 @@ impl Capture {
             InPause::Done(value) => Ok((value, timing)),
             InPause::Not(no) => Err(NoCut { timing, ..no }),
         })
+    }
+
+    /// Cancels the mirrors of the disks, in a pause: then no write is on its way through them.
+    ///
+    /// QEMU (10.0.2, `mirror_run` in block/mirror.c) frees the bitmap of a mirror that is cancelled or fails before it waits for the
+    /// guest's writes in flight, each of which clears its bits in that bitmap when it is done: a guest that writes at that
+    /// moment dies of a damaged heap, at once or later. Writes that begin once the job is cancelled do not touch it.
+    pub fn end_mirrors(&mut self) -> Result<(), CaptureError> {
+        let jobs = self.qmp.execute("query-block-jobs", None)?;
+        let mirrors = self.disks.iter().filter_map(|disk| mirror_of(&jobs, disk.target()).ok()?["device"].as_str());
+        let mirrors: Vec<Value> = mirrors.map(|id| json!({ "device": id, "force": true })).collect();
+        if mirrors.is_empty() {
+            return Ok(());
+        }
+        let cancel = |this: &mut Self| {
+            for mirror in &mirrors {
+                match this.qmp.execute("block-job-cancel", Some(mirror)) {
+                    Err(error) if error.is_fatal() || matches!(error, QmpError::Timeout { .. }) => {
+                        return Err(CaptureError::from(error));
+                    }
+                    // It has ended by itself.
+                    Err(error) => tracing::info!(domain = this.config.domain_name, %mirror, "{error}"),
+                    Ok(_) => {}
+                }
+            }
+            Ok(())
+        };
+        if self.fenced || self.held {
+            // It stands still, and is to stay so.
+            return cancel(self);
+        }
+        let mut why = String::new();
+        for _ in 0..END_TRIES {
+            // Storage that hangs would hold the guest in its pause.
+            let paused = match self.storage_hangs()? {
+                Some(no) => Err(no),
+                None => self.while_paused(false, [], |this, [], _| cancel(this).map(InPause::Done))?.map(drop),
+            };
+            match paused {
+                Ok(()) => return Ok(()),
+                Err(no) if no.reason == NoPartReason::NotRunning => return cancel(self),
+                Err(no) => why = no.message,
+            }
+        }
+        Err(CaptureError::Refused(format!("the mirrors were not ended: {why}")))
     }
 
     /// If somebody else let the guest run within the pause that has just ended, what was captured in it is of no

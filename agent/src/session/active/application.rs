@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 use vmdr_proto::shim::Part;
 
 use super::{Active, Mode, Phase};
-use crate::guest_channel::GuestChannel;
 use crate::quiesce::stage::{Asker, Made};
 use crate::quiesce::{self, Frozen, Limits};
 use crate::session::Input;
+use vmdr_daemon::guest_channel::GuestChannel;
 
 /// What there is to tell of them.
 #[derive(Clone, Debug, Default)]

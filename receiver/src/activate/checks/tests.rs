@@ -1,5 +1,7 @@
 use std::collections::BTreeMap;
 
+use vmdr_proto::control::Severity;
+
 use super::super::findings::refusals;
 use super::super::host::fake::{CAPABILITIES, FakeHost};
 use super::*;
@@ -31,6 +33,22 @@ fn host_for_q35() -> FakeHost {
 #[test]
 fn a_host_that_has_everything_is_fine() {
     assert_eq!(run(Q35, &host_for_q35()), []);
+}
+
+#[test]
+fn a_limit_of_the_plan_is_looked_at_when_the_guest_is_activated() {
+    let element = Element::parse(Q35).unwrap();
+    let domain = DomainXml::from_element(&element).unwrap();
+    let plan = vmdr_plan::Plan::parse("[domain.proof]\nmemory_limit = \"64MiB\"\n").unwrap();
+    let plan = Some(plan.domain("proof", "").clone());
+    let bridges = BTreeMap::from([("vmbr0".to_owned(), "br-dr".to_owned())]);
+    let mapping = Mapping { bridges, plan, file: "plan.toml".to_owned(), ..Mapping::default() };
+    let found = check(&element, &domain, &mapping, &host_for_q35()).unwrap();
+    // How bad it is depends on the swap that this machine has.
+    let limit: Vec<_> = found.iter().filter(|f| f.subject == "recovery plan").collect();
+    let says = |f: &Finding| f.fact.starts_with("plan.toml:2:16: proof has 512 MiB of memory, the limit is 64 MiB");
+    assert!(limit.iter().all(|f| f.severity() == Severity::Warning), "it refuses nothing: {found:?}");
+    assert!(!limit.is_empty() && limit.iter().any(|f| says(f)), "{found:?}");
 }
 
 #[test]

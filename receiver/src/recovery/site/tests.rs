@@ -90,7 +90,19 @@ fn what_this_site_lacks_is_said_once_where_the_plan_names_it() {
             in_domain(
                 "[[domain.proof.nic]]\nsource = \"vmbr0\"\naddressing = \"changed\"\naddresses = [\"10.1.0.5/24\"]\n",
             ),
-            vec!["4:14: changing the addresses", "4:14: proof has neither vmdr's tools nor"],
+            vec!["4:14: proof has neither vmdr's tools nor"],
+        ),
+        (
+            in_domain("hostname = \"a\"\ndns_servers = [\"10.1.0.53\"]\n"),
+            vec!["2:12: proof has no channel to vmdr's tools", "3:16: proof has no channel to vmdr's tools"],
+        ),
+        (
+            "[dns]\nserver = \"127.0.0.1:1\"\nzone = \"example.org\"\nkey_file = \"/no/key\"\n".to_owned(),
+            vec!["4:12: the TSIG key in /no/key: No such file"],
+        ),
+        (
+            format!("[dns]\nserver = \"127.0.0.1:1\"\nzone = \"example.org\"\nkey_file = \"{}\"\n", secret.display()),
+            vec!["4:12: the TSIG key"],
         ),
     ];
     for (plan, expected) in cases {
@@ -129,12 +141,24 @@ fn a_device_that_is_too_small_is_told_with_both_sizes() {
 }
 
 #[test]
-fn a_guest_with_tools_could_be_given_other_addresses() {
-    let nic = "[[domain.proof.nic]]\nsource = \"vmbr0\"\naddressing = \"changed\"\naddresses = [\"10.1.0.5/24\"]\n";
-    let with = Standby { xml: Ok(Element::parse(Q35).unwrap()), ..standby() };
-    let found = check(&Plan::parse(nic).unwrap(), &[with], &host()).unwrap();
-    assert_eq!(found.len(), 1);
-    assert!(found[0].finding.message.contains("not supported yet"), "{found:?}");
+fn who_is_in_the_guest_decides_what_can_be_changed_there() {
+    let nic = "[domain.proof]\n[[domain.proof.nic]]\nsource = \"vmbr0\"\naddressing = \"changed\"\naddresses = [\"10.1.0.5/24\"]\n";
+    let said = |plan: &str, xml: &str| {
+        let with = Standby { xml: Ok(Element::parse(xml).unwrap()), ..standby() };
+        check(&Plan::parse(plan).unwrap(), &[with], &host()).unwrap()
+    };
+    assert_eq!(said(nic, Q35), []);
+    let agent = Q35.replace("org.vmdr.guest.0", "org.qemu.guest_agent.0");
+    let found = said(nic, &agent);
+    assert!(found.len() == 1 && found[0].finding.severity() == Severity::Warning, "{found:?}");
+    assert!(found[0].finding.message.contains("after a reboot"), "{found:?}");
+    let named = nic.replacen("[domain.proof]\n", "[domain.proof]\nhostname = \"a\"\n", 1);
+    let found = said(&named, &agent);
+    assert!(found.iter().any(|f| f.finding.severity() == Severity::Refused && f.finding.line == 2), "{found:?}");
+    let second =
+        "<interface type='bridge'><mac address='52:54:00:aa:bb:77'/><source bridge='vmbr0'/></interface></devices>";
+    let found = said(nic, &Q35.replace("</devices>", second));
+    assert!(found.len() == 1 && found[0].finding.message.contains("several NICs"), "{found:?}");
 }
 
 #[test]
@@ -144,4 +168,32 @@ fn a_standby_that_cannot_be_looked_at_is_a_warning() {
     let found = check(&plan, &[unreadable], &host()).unwrap();
     assert_eq!(found.len(), 1);
     assert_eq!((found[0].finding.severity(), found[0].domain.as_str()), (Severity::Warning, "proof"));
+}
+
+#[test]
+fn what_readiness_checks_need_is_looked_for() {
+    let plan = |ready: &str| format!("[group.shop]\nmembers = [\"proof\"]\n[domain.proof]\nready = [{{ {ready} }}]\n");
+    assert_eq!(said(&plan("tcp = \"10.1.0.5:80\""), &host()), [] as [&str; 0]);
+    for (ready, expected) in [
+        ("heartbeat = true", "4:10: proof has neither vmdr's tools nor the QEMU guest agent, whose heartbeat"),
+        (
+            "tcp = \"10.1.0.5:80\", namespace = \"vmdr-none\"",
+            "4:45: the network namespace vmdr-none is not on this host",
+        ),
+        ("argv = [\"/no/such/check\"]", "4:19: /no/such/check: No such file"),
+    ] {
+        let said = said(&plan(ready), &host());
+        assert!(said.len() == 1 && said[0].starts_with(expected), "{said:?}");
+    }
+}
+
+#[test]
+fn a_plan_for_the_way_home_is_no_mistake_where_the_guest_runs() {
+    let mut host = host();
+    host.names.insert("web9".to_owned(), uuid::Uuid::from_u128(9));
+    let plan = Plan::parse("[domain.web9]\n").unwrap();
+    let found = check(&plan, &[standby()], &host).unwrap();
+    assert_eq!(found.len(), 1);
+    assert_eq!(found[0].finding.severity(), Severity::Warning, "{found:?}");
+    assert!(found[0].finding.message.starts_with("web9 runs here and is not stored here"), "{found:?}");
 }

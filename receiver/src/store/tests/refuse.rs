@@ -340,3 +340,46 @@ fn a_part_with_layout_after_layout_or_chunks_without_end() {
     delta(&mut host, 2).send(&mut ingest).unwrap();
     host.guest.assert_stored(&store, 2, "after the refusals");
 }
+
+#[test]
+fn a_disk_that_is_very_long_for_an_epoch_holds_up_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), lazy()).unwrap();
+    let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
+    let mut host = Host::new(1);
+    host.cut();
+    host.send(&mut ingest, 0).unwrap();
+    let right = host.guest.layout.clone();
+    let mut send = |host: &mut Host, epoch, size_bytes: Option<u64>| {
+        let mut layout = right.clone();
+        let mut encoder = Encoder::new();
+        layout.disks[1].size_bytes = size_bytes.unwrap_or(layout.disks[1].size_bytes);
+        encoder.layout(&layout).unwrap();
+        if let Some(bytes) = size_bytes {
+            encoder.disk_zero(1, 0, bytes);
+        }
+        encoder.device_state(b"devices").unwrap();
+        host.guest.device = b"devices".to_vec();
+        host.guest.cut = epoch;
+        let head = PartHead { generation: 1, epoch, part: 0, kind: Kind::Delta };
+        seal(encoder, head, true, epoch).send(&mut ingest)
+    };
+    send(&mut host, 2, Some(1 << 43)).unwrap();
+    host.guest.disks[1].fill(0);
+    send(&mut host, 3, None).unwrap();
+    host.guest.assert_stored(&store, 3, "the length is what it was");
+    // Longer than a file can be here (XFS takes it): it is not acknowledged, and nothing is lost.
+    let file = std::fs::File::create(dir.path().join("probe")).unwrap();
+    let longest = i64::MAX as u64;
+    let takes = file.set_len(longest).is_ok();
+    drop(file);
+    std::fs::remove_file(dir.path().join("probe")).unwrap();
+    let sent = send(&mut host, 4, Some(longest));
+    if takes {
+        sent.unwrap();
+    } else {
+        assert!(sent.unwrap_err().to_string().contains("longer than a file can be"));
+        send(&mut host, 4, None).unwrap();
+        host.guest.assert_stored(&store, 4, "after the refusal");
+    }
+}

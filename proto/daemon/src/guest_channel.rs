@@ -1,7 +1,8 @@
-//! The host's end of the channel to a guest's tools: tells them the time, and asks them to freeze and thaw.
+//! The host's end of the channel to a guest's tools: tells them the time, and asks them to freeze and thaw, or for other addresses.
 //!
 //! Where a domain's definition has a virtio channel named [`vmdr_guest_channel::PORT`], QEMU listens on a unix socket for
-//! whoever wants to talk to the guest. While a domain is protected, a thread of the agent's does. It answers: the guest asks for
+//! whoever wants to talk to the guest. While a domain is protected, a thread of the agent's does, and for a while after an
+//! activation one of the receiver's. It answers: the guest asks for
 //! the time and steers its own clock; nothing that the guest sends makes the agent do anything but answer, show what the guest
 //! claims, and hand the answer to a question to whoever has asked it ([`Line`]) and waits for so long and no longer. So a guest
 //! without tools, one that talks nonsense and one that floods the channel are all the same to protection: what is read is
@@ -18,8 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use vmdr_guest_channel::{Decoder, Frame, Hello, Message, PORT, features};
-use vmdr_hypervisor::xml::Element;
+use vmdr_guest_channel::{Decoder, Frame, Hello, Message, features};
 
 /// How often QEMU's socket is tried.
 const RETRY: Duration = Duration::from_secs(2);
@@ -126,17 +126,6 @@ impl Line {
     }
 }
 
-/// The socket of a running domain's channel to vmdr's tools, if it has one.
-pub fn socket(live: &Element) -> Option<PathBuf> {
-    let devices = live.find("devices")?;
-    let channel = devices.elements().find(|device| {
-        device.name == "channel"
-            && device.attribute("type") == Some("unix")
-            && device.attribute_at("target", "name") == Some(PORT)
-    })?;
-    channel.attribute_at("source", "path").map(PathBuf::from)
-}
-
 impl GuestChannel {
     /// Talks to the guest behind `socket` from now on. `tell_time`: its clock may be steered.
     pub fn open(domain: &str, socket: PathBuf, tell_time: bool) -> std::io::Result<Self> {
@@ -151,12 +140,36 @@ impl GuestChannel {
 
     /// Somebody who freezes when asked to, or why there is nobody.
     pub fn freezer(&self) -> Result<Arc<Line>, &'static str> {
+        self.line(features::FREEZE, "they are of a version that cannot freeze")
+    }
+
+    /// Somebody who changes the guest's network when asked to, or why there is nobody.
+    pub fn networker(&self) -> Result<Arc<Line>, &'static str> {
+        self.line(features::NETWORK, "they are of a version that cannot change addresses")
+    }
+
+    fn line(&self, feature: u32, without: &'static str) -> Result<Arc<Line>, &'static str> {
         let seen = lock(&self.seen);
         match seen.tools {
             None => Err("they have not been heard of"),
-            Some(_) if seen.features & features::FREEZE == 0 => Err("they are of a version that cannot freeze"),
+            Some(_) if seen.features & feature == 0 => Err(without),
             Some(_) => Ok(Arc::clone(&self.line)),
         }
+    }
+
+    /// Asks whether the guest is alive and ready, by its own account: how many seconds its tools have been running, and whether it
+    /// is.
+    pub fn heartbeat(&self, limit: Duration) -> Result<(u32, bool), String> {
+        let line = self.line(features::HEARTBEAT, "they are of a version without a heartbeat")?;
+        match line.ask(line.number(), Message::HeartbeatAsk, limit).map_err(|error| error.to_string())? {
+            Message::Heartbeat { up_seconds, ready } => Ok((up_seconds, ready)),
+            _ => Err("the guest's tools answer something else".to_owned()),
+        }
+    }
+
+    /// Whether the tools have been heard of, whatever they can do.
+    pub fn is_greeted(&self) -> bool {
+        lock(&self.seen).tools.is_some()
     }
 
     /// What the guest's tools say, if there are any.
@@ -257,7 +270,7 @@ impl Talk {
 
     fn hello(&self, answer: bool) -> Hello {
         let clock = if self.tell_time { features::CLOCK } else { 0 };
-        Hello::own(clock, answer, concat!("vmdr-agent ", env!("CARGO_PKG_VERSION")))
+        Hello::own(clock, answer, concat!("vmdr ", env!("CARGO_PKG_VERSION")))
     }
 
     fn answer(&self, number: u32, message: Message) -> Option<Message> {
@@ -282,7 +295,11 @@ impl Talk {
                 let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
                 Some(Message::ClockIs { host_unix_ns: since.as_nanos() as u64 })
             }
-            Message::Frozen { .. } | Message::Thawed { .. } | Message::Unsupported(_) => {
+            Message::Frozen { .. }
+            | Message::Thawed { .. }
+            | Message::Heartbeat { .. }
+            | Message::NetworkIs { .. }
+            | Message::Unsupported(_) => {
                 self.line.answered(number, message);
                 None
             }
@@ -431,6 +448,22 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_says_whether_it_is_ready() {
+        let (channel, mut stream, _directory) = guest(true);
+        let limit = Duration::from_secs(20);
+        assert!(channel.heartbeat(limit).is_err_and(|why| why.contains("not been heard of")));
+        say(&mut stream, 1, Message::Hello(Hello::own(features::HEARTBEAT, true, "tools")));
+        while !matches!(next(&mut stream).message, Message::Hello(Hello { answer: false, .. })) {}
+        assert_eq!(channel.networker().unwrap_err(), "they are of a version that cannot change addresses");
+        std::thread::scope(|scope| {
+            let asked = scope.spawn(|| channel.heartbeat(limit));
+            let Frame { number, message: Message::HeartbeatAsk } = next(&mut stream) else { panic!("no question") };
+            say(&mut stream, number, Message::Heartbeat { up_seconds: 7, ready: false });
+            assert_eq!(asked.join().unwrap(), Ok((7, false)));
+        });
+    }
+
+    #[test]
     fn a_channel_that_waits_for_its_turn_leaves_no_thread_behind() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("port");
@@ -454,20 +487,5 @@ mod tests {
         let (mut stream, _) = listener.accept().unwrap();
         assert!(matches!(next(&mut stream).message, Message::Hello(_)));
         drop(channel);
-    }
-
-    #[test]
-    fn the_socket_is_found_by_the_channels_name() {
-        let domain = |name: &str| {
-            let text = format!(
-                "<domain><devices><channel type='unix'><source mode='bind' path='/run/other'/>\
-                 <target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
-                 <channel type='unix'><source mode='bind' path='/run/port'/><target type='virtio' name='{name}'/></channel>\
-                 </devices></domain>"
-            );
-            Element::parse(&text).unwrap()
-        };
-        assert_eq!(socket(&domain(PORT)), Some(PathBuf::from("/run/port")));
-        assert_eq!(socket(&domain("something.else")), None);
     }
 }
