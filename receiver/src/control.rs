@@ -388,7 +388,7 @@ pub(crate) fn activate_in(
         applied.failed();
     }
     let done = done.map_err(|e| activate_status(&e))?;
-    let Activated { name, point, generation, rto, lost_seconds, was_active } = done;
+    let Activated { name, point, generation, rto, lost_seconds, was_active, decrypted } = done;
     if let Some(rto) = rto {
         receiver.metrics.activations.fetch_add(1, Ordering::Relaxed);
         receiver.metrics.activation.observe(rto);
@@ -435,6 +435,8 @@ pub(crate) fn activate_in(
         lost_seconds,
         was_active,
         generation,
+        decrypt_seconds: decrypted.map_or(0.0, |took| took.time.as_secs_f64()),
+        decrypted_bytes: decrypted.map_or(0, |took| took.bytes),
     })
 }
 
@@ -534,6 +536,8 @@ fn forget(receiver: &Arc<Receiver>, wanted: &str) -> Result<ForgetReply, Status>
     }
     let clear = clear::linked(ActiveDirectory::of(&receiver.store.dir().join(&id)).path());
     let freed_bytes = receiver.store.forget(&id).map_err(|e| store_status(&e))?;
+    let drills = receiver.config.encryption.clear_dir.as_deref().map_or(Ok(()), |dir| clear::sweep_drills(dir, uuid));
+    drills.map_err(|error| Status::internal(format!("it is forgotten, but not the copies of its drills: {error}")))?;
     if let Some(files) = clear {
         clear::remove_files(&files).map_err(|error| {
             Status::internal(format!(

@@ -1,34 +1,17 @@
-//! One sealed file.
-//!
-//! A file is groups of 64 blocks, one after another. A group has two sides, each a page of 64 entries and then 64 slots of 4 KiB:
-//! ```text
-//! entries of side 0 | 64 slots | entries of side 1 | 64 slots
-//! ```
-//! An entry (64 bytes) is salt, tag, number (u64), length (u32), zeroes. One that is all zero: there is no such version.
-//! Of an image the second side is a hole, but where blocks were written in part.
+//! One sealed file. [`super::layout`] has its bytes.
 
 use std::collections::{HashMap, HashSet};
 use std::io::{self, IoSlice};
 use std::ops::Range;
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use vmdr_journal::{File, Mode, write_all};
-use vmdr_keys::{BlockKey, SALT_BYTES, TAG_BYTES, fill_random};
+use vmdr_keys::{BlockKey, SALT_BYTES, fill_random};
 
-/// Bytes of a block, and of a page of entries.
-pub(crate) const BLOCK: usize = 4096;
-/// Bytes of an entry.
-const ENTRY: usize = 64;
-/// Blocks of a group.
-const GROUP_BLOCKS: u64 = (BLOCK / ENTRY) as u64;
-/// Bytes of a side of a group.
-const SIDE_BYTES: u64 = (GROUP_BLOCKS + 1) * BLOCK as u64;
-/// Bytes of a group.
-pub(crate) const GROUP_BYTES: u64 = 2 * SIDE_BYTES;
-/// Sides of a block.
-const SIDES: u64 = 2;
+use crate::layout::{BLOCK, ENTRY, Entry, GROUP_BLOCKS, GROUP_BYTES, Kind, SIDES, by_group, entry_at, slot_at};
+use crate::parallel;
+
 /// How often a block that does not open is read: it may just be being written.
 const TRIES: u32 = 3;
 /// No length is known.
@@ -37,61 +20,6 @@ const UNKNOWN: u64 = u64::MAX;
 const BAD_MESSAGE: i32 = 74;
 /// EIO.
 const FAILED: i32 = 5;
-
-/// What a file is used for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
-    /// An image: whole blocks are written in place.
-    Image,
-    /// Anything else.
-    Other,
-}
-
-impl Kind {
-    pub fn of(path: &Path) -> Self {
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        if name.ends_with(".img") || name.ends_with(".raw") { Kind::Image } else { Kind::Other }
-    }
-
-    fn byte(self) -> u8 {
-        match self {
-            Kind::Image => 0,
-            Kind::Other => 1,
-        }
-    }
-}
-
-/// Says which version of a block there is on a side.
-#[derive(Debug, Clone, Copy)]
-struct Entry {
-    salt: [u8; SALT_BYTES],
-    tag: [u8; TAG_BYTES],
-    number: u64,
-    length: u32,
-}
-
-impl Entry {
-    fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        if bytes.iter().all(|byte| *byte == 0) {
-            return None;
-        }
-        let (mut salt, mut tag, mut number, mut length) = ([0; SALT_BYTES], [0; TAG_BYTES], [0; 8], [0; 4]);
-        salt.copy_from_slice(&bytes[..16]);
-        tag.copy_from_slice(&bytes[16..32]);
-        number.copy_from_slice(&bytes[32..40]);
-        length.copy_from_slice(&bytes[40..44]);
-        Some(Self { salt, tag, number: u64::from_le_bytes(number), length: u32::from_le_bytes(length) })
-    }
-
-    fn to_bytes(self) -> [u8; ENTRY] {
-        let mut bytes = [0; ENTRY];
-        bytes[..16].copy_from_slice(&self.salt);
-        bytes[16..32].copy_from_slice(&self.tag);
-        bytes[32..40].copy_from_slice(&self.number.to_le_bytes());
-        bytes[40..44].copy_from_slice(&self.length.to_le_bytes());
-        bytes
-    }
-}
 
 /// What there is of a block.
 #[derive(Debug, Clone, Copy, Default)]
@@ -111,9 +39,38 @@ pub(crate) struct SealedFile {
     inner: Box<dyn File>,
     key: BlockKey,
     kind: Kind,
+    /// Held for writing while a block and its entry do not belong together: of all files of a disk.
+    gate: Arc<RwLock<()>>,
     /// The file's length as far as it is known.
     length: AtomicU64,
     writer: Mutex<Writer>,
+}
+
+/// A block that is about to be written.
+#[derive(Debug, Clone, Copy)]
+struct Target {
+    side: u64,
+    number: u64,
+    /// Bytes of it that are within the file.
+    inside: u32,
+    /// To the side that the last synced version is not on.
+    shadow: bool,
+    /// It is there already, exactly so.
+    unchanged: bool,
+}
+
+/// What becomes of the blocks of one group, and what has to be done before.
+#[derive(Debug, Default)]
+struct Plan {
+    targets: Vec<Target>,
+    /// Versions that have to be durable before the other side is written.
+    settle: Vec<(u64, u64)>,
+    /// Versions that stay as they are, and that another process may not have made durable.
+    rewrite: Vec<(u64, u64)>,
+    /// Holes that are written in part, and how much of each is within the file.
+    holes: Vec<(u64, u32)>,
+    /// What was written since the last sync and would be lost if this does not work: the block, its side, length and content.
+    before: Vec<(u64, u64, u32, Box<[u8; BLOCK]>)>,
 }
 
 #[derive(Debug)]
@@ -123,7 +80,10 @@ struct Writer {
     /// Blocks of which the version that counts is durable for certain; `None`: all that are not dirty, because nobody else has
     /// ever written this file.
     settled: Option<HashSet<u64>>,
-    /// A sync of our own has failed: what was written before it may be lost, and another sync would not say so.
+    /// Blocks of which the version that counts was written once more, as it is, since the last sync.
+    rewritten: HashSet<u64>,
+    /// A sync of our own has failed, or something could not be taken back: what was written before may be lost, and another
+    /// sync would not say so.
     failed: bool,
 }
 
@@ -133,30 +93,47 @@ impl Writer {
         if self.failed { Err(io::Error::from_raw_os_error(FAILED)) } else { Ok(()) }
     }
 
+    fn is_settled(&self, block: u64) -> bool {
+        self.settled.as_ref().is_none_or(|settled| settled.contains(&block))
+    }
+
+    fn settle(&mut self, blocks: impl Iterator<Item = u64>) {
+        if let Some(settled) = &mut self.settled {
+            settled.extend(blocks);
+        }
+    }
+
+    /// These blocks become holes, or whatever a crash leaves of them.
+    fn forget(&mut self, gone: impl Fn(u64) -> bool) {
+        self.dirty.retain(|block, _| !gone(*block));
+        self.rewritten.retain(|block| !gone(*block));
+        if let Some(settled) = &mut self.settled {
+            settled.retain(|block| !gone(*block));
+        }
+    }
+
+    /// A sync of which nobody above knows. What is dirty stays so: it is not what has to be there after a crash.
     fn sync(&mut self, inner: &dyn File) -> io::Result<()> {
         self.failed = inner.sync().is_err();
-        self.check()
+        self.check()?;
+        let rewritten = std::mem::take(&mut self.rewritten);
+        self.settle(rewritten.into_iter());
+        Ok(())
     }
-}
 
-fn entry_at(block: u64, side: u64) -> u64 {
-    block / GROUP_BLOCKS * GROUP_BYTES + side * SIDE_BYTES + block % GROUP_BLOCKS * ENTRY as u64
-}
-
-fn slot_at(block: u64, side: u64) -> u64 {
-    let group = block / GROUP_BLOCKS * GROUP_BYTES + side * SIDE_BYTES;
-    group + BLOCK as u64 * (1 + block % GROUP_BLOCKS)
-}
-
-/// Splits neighbouring blocks where a group ends.
-fn by_group(blocks: Range<u64>) -> impl Iterator<Item = Range<u64>> {
-    let mut at = blocks.start;
-    std::iter::from_fn(move || {
-        let end = ((at / GROUP_BLOCKS + 1) * GROUP_BLOCKS).min(blocks.end);
-        let range = at..end;
-        at = end.max(at);
-        (!range.is_empty()).then_some(range)
-    })
+    /// The sync that was asked for.
+    fn sync_all(&mut self, inner: &dyn File) -> io::Result<()> {
+        self.check()?;
+        let synced = inner.sync();
+        let (dirty, rewritten) = (std::mem::take(&mut self.dirty), std::mem::take(&mut self.rewritten));
+        match &synced {
+            Ok(()) => self.settle(dirty.into_keys().chain(rewritten)),
+            // What it should have made durable reads as if it were, and may be lost. What was durable before is on the other
+            // side, so each block is made sure of before that is written.
+            Err(_) => self.settled = Some(HashSet::new()),
+        }
+        synced
+    }
 }
 
 fn no_key(error: vmdr_keys::KeyError) -> io::Error {
@@ -168,11 +145,11 @@ fn is_unreadable(error: &io::Error) -> bool {
 }
 
 impl SealedFile {
-    pub fn new(inner: Box<dyn File>, key: BlockKey, kind: Kind, mode: Mode) -> Self {
+    pub fn new(inner: Box<dyn File>, key: BlockKey, gate: Arc<RwLock<()>>, kind: Kind, mode: Mode) -> Self {
         let settled = (mode != Mode::Create).then(HashSet::new);
         let length = if mode == Mode::Create { 0 } else { UNKNOWN };
-        let writer = Mutex::new(Writer { dirty: HashMap::new(), settled, failed: false });
-        Self { inner, key, kind, length: AtomicU64::new(length), writer }
+        let writer = Writer { dirty: HashMap::new(), settled, rewritten: HashSet::new(), failed: false };
+        Self { inner, key, kind, gate, length: AtomicU64::new(length), writer: Mutex::new(writer) }
     }
 
     fn writer(&self) -> MutexGuard<'_, Writer> {
@@ -222,6 +199,7 @@ impl SealedFile {
 
     /// Reads blocks of one group. What there is not, or does not open, is zero.
     fn load(&self, blocks: Range<u64>, into: &mut [u8]) -> io::Result<Vec<Now>> {
+        let _still = self.gate.read().unwrap_or_else(PoisonError::into_inner);
         let entries = self.entries(&blocks)?;
         if entries.iter().any(|sides| sides[0].is_some()) {
             self.read_inner(into, slot_at(blocks.start, 0))?;
@@ -329,8 +307,9 @@ impl SealedFile {
         Ok(length)
     }
 
-    /// Makes versions that count durable, before the other side of these blocks is written: whoever wrote them may have failed to.
-    fn settle(&self, writer: &mut Writer, blocks: &[(u64, u64)]) -> io::Result<()> {
+    /// Writes versions that count once more, exactly as they are: whoever wrote them may have failed to make them durable, which
+    /// another sync alone would not say. A write that a crash tears harms nothing, because it changes nothing.
+    fn rewrite(&self, writer: &mut Writer, blocks: &[(u64, u64)]) -> io::Result<()> {
         let mut slot = vec![0; BLOCK];
         let mut entry = [0; ENTRY];
         for (block, side) in blocks {
@@ -338,107 +317,164 @@ impl SealedFile {
             self.read_inner(&mut entry, entry_at(*block, *side))?;
             write_all(&*self.inner, &slot, slot_at(*block, *side))?;
             write_all(&*self.inner, &entry, entry_at(*block, *side))?;
-        }
-        writer.sync(&*self.inner)?;
-        if let Some(settled) = &mut writer.settled {
-            settled.extend(blocks.iter().map(|(block, _)| *block));
+            writer.rewritten.insert(*block);
         }
         Ok(())
     }
 
-    /// Writes bytes; the file has `length` before, and `length_after` then.
-    fn put(&self, bytes: &[u8], offset: u64, length: u64, length_after: u64) -> io::Result<()> {
+    /// All blocks of a group that are there and not known to be durable: they are made sure of at once, with one sync.
+    fn unsettled(&self, writer: &Writer, group: u64) -> io::Result<Vec<(u64, u64)>> {
+        let first = group * GROUP_BLOCKS;
+        let blocks = first..first + GROUP_BLOCKS;
+        let mut found = Vec::new();
+        let mut content = vec![0; GROUP_BLOCKS as usize * BLOCK];
+        for (block, now) in blocks.clone().zip(self.load(blocks, &mut content)?) {
+            if let Some(side) = now.side
+                && !writer.dirty.contains_key(&block)
+                && !writer.is_settled(block)
+            {
+                found.push((block, side));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Writes bytes; the file has `length` before, and `length_after` then. `in_place`: whole blocks of an image are.
+    fn put(&self, bytes: &[u8], offset: u64, (length, length_after): (u64, u64), in_place: bool) -> io::Result<()> {
         let mut writer = self.writer();
         writer.check()?;
         let end = offset + bytes.len() as u64;
         let block_bytes = BLOCK as u64;
         for blocks in by_group(offset / block_bytes..end.div_ceil(block_bytes)) {
-            self.put_group(&mut writer, blocks, bytes, offset, length, length_after)?;
+            let mut content = vec![0; (blocks.end - blocks.start) as usize * BLOCK];
+            let lengths = (length, length_after);
+            let plan = self.plan(&writer, &blocks, &mut content, (bytes, offset), lengths, in_place)?;
+            self.carry_out(&mut writer, &blocks, &mut content, plan)?;
         }
         Ok(())
     }
 
-    fn put_group(
+    /// What has to be done to write the part of `bytes` that is in these blocks of one group, which become `content`.
+    fn plan(
         &self,
-        writer: &mut Writer,
-        blocks: Range<u64>,
-        bytes: &[u8],
-        offset: u64,
-        length: u64,
-        length_after: u64,
-    ) -> io::Result<()> {
+        writer: &Writer,
+        blocks: &Range<u64>,
+        content: &mut [u8],
+        (bytes, offset): (&[u8], u64),
+        (length, length_after): (u64, u64),
+        in_place: bool,
+    ) -> io::Result<Plan> {
         let block_bytes = BLOCK as u64;
         let end = offset + bytes.len() as u64;
-        let count = (blocks.end - blocks.start) as usize;
-        let mut content = vec![0; count * BLOCK];
-        let entries = self.entries(&blocks)?;
-        let mut targets = Vec::with_capacity(count);
-        let (mut to_settle, mut holes) = (Vec::new(), Vec::new());
+        let entries = self.entries(blocks)?;
+        let mut plan = Plan::default();
         for (i, (sides, content)) in entries.iter().zip(content.as_chunks_mut::<BLOCK>().0).enumerate() {
             let block = blocks.start + i as u64;
             let start = block * block_bytes;
             let (from, to) = (offset.max(start), end.min(start + block_bytes));
             // What of the block was in the file before.
             let within = length.saturating_sub(start).min(block_bytes);
+            let inside = (length_after - start).min(block_bytes) as u32;
             let whole = from == start && to - start >= within.min(length_after - start);
-            let number = sides.iter().flatten().map(|entry| entry.number).max().unwrap_or(0);
+            let in_place = in_place && whole && self.kind == Kind::Image;
+            let number = sides.iter().flatten().map(|entry| entry.number).max().unwrap_or(0).saturating_add(1);
             let there = sides.iter().any(Option::is_some);
             let newest = u64::from(sides[1].map(|entry| entry.number) > sides[0].map(|entry| entry.number));
             let dirty = writer.dirty.get(&block).copied();
-            let target = if !there {
+            let mut now = Now::default();
+            let mut old = None;
+            let side = if !there {
                 dirty.unwrap_or(0)
-            } else if whole && (dirty.is_some() || self.kind == Kind::Image) {
+            } else if whole && (dirty.is_some() || in_place) {
                 dirty.unwrap_or(newest)
             } else {
-                let now = match self.load(block..block + 1, content) {
+                now = match self.load(block..block + 1, content) {
                     Err(error) if is_unreadable(&error) && whole => Now { bad: true, ..Now::default() },
                     other => other?[0],
                 };
-                match (dirty, now.side) {
-                    (Some(side), _) => side,
-                    (None, None) => newest,
-                    (None, Some(side)) => {
-                        if writer.settled.as_ref().is_some_and(|settled| !settled.contains(&block)) {
-                            to_settle.push((block, side));
-                        }
-                        1 - side
-                    }
-                }
+                old = now.side.map(|_| Box::new(*content));
+                dirty.unwrap_or(now.side.map_or(newest, |side| 1 - side))
             };
             if whole {
                 content.fill(0);
-            } else if !there && within > 0 && self.kind == Kind::Image {
-                holes.push((block, within as u32));
             }
             content[(from - start) as usize..(to - start) as usize]
                 .copy_from_slice(&bytes[(from - offset) as usize..(to - offset) as usize]);
-            let inside = (length_after - start).min(block_bytes);
             content[inside as usize..].fill(0);
-            targets.push((target, number + 1, inside as u32, self.kind != Kind::Image || !whole));
+            // A hole that nothing comes into stays one, unless it tells how long the file is, or may not be one on the disk.
+            let stays = !there
+                && writer.settled.is_none()
+                && start + block_bytes < length_after
+                && content.iter().all(|byte| *byte == 0);
+            let unchanged = stays || (now.length == inside && old.as_deref() == Some(&*content));
+            if !there && !stays && !in_place && within > 0 && self.kind == Kind::Image {
+                plan.holes.push((block, within as u32));
+            }
+            if let Some(counts) = now.side
+                && dirty.is_none()
+                && !writer.is_settled(block)
+            {
+                let list = if unchanged { &mut plan.rewrite } else { &mut plan.settle };
+                list.push((block, counts));
+            }
+            if let Some(old) = old
+                && !unchanged
+                && dirty.is_some()
+                && dirty == now.side
+            {
+                plan.before.push((block, side, now.length, old));
+            }
+            plan.targets.push(Target { side, number, inside, shadow: !in_place, unchanged });
         }
-        if !to_settle.is_empty() {
-            self.settle(writer, &to_settle)?;
+        Ok(plan)
+    }
+
+    fn carry_out(
+        &self,
+        writer: &mut Writer,
+        blocks: &Range<u64>,
+        content: &mut [u8],
+        mut plan: Plan,
+    ) -> io::Result<()> {
+        self.rewrite(writer, &plan.rewrite)?;
+        if !plan.settle.is_empty() {
+            // What was written once more and waits for its sync needs no more than that.
+            plan.settle.retain(|(block, _)| !writer.rewritten.contains(block));
+            if self.kind == Kind::Other && !plan.settle.is_empty() {
+                plan.settle = self.unsettled(writer, blocks.start / GROUP_BLOCKS)?;
+            }
+            self.rewrite(writer, &plan.settle)?;
+            writer.sync(&*self.inner)?;
         }
-        if !holes.is_empty() {
-            self.fill_holes(writer, &holes)?;
-            for (block, _) in holes {
-                let target = &mut targets[(block - blocks.start) as usize];
-                (target.0, target.1) = (1, target.1 + 1);
+        if !plan.holes.is_empty() {
+            self.fill_holes(writer, &plan.holes)?;
+            for (block, _) in &plan.holes {
+                let target = &mut plan.targets[(*block - blocks.start) as usize];
+                (target.side, target.number) = (1, target.number + 1);
             }
         }
-        self.write_sealed(writer, &blocks, &mut content, &targets)
+        let written = self.write_sealed(writer, blocks, content, &plan.targets);
+        if written.is_err() {
+            for (block, side, length, mut old) in plan.before {
+                let number = plan.targets[(block - blocks.start) as usize].number.saturating_add(1);
+                let target = Target { side, number, inside: length, shadow: true, unchanged: false };
+                if self.write_sealed(writer, &(block..block + 1), &mut old[..], &[target]).is_err() {
+                    writer.failed = true;
+                }
+            }
+        }
+        written
     }
 
     /// Makes zero versions of blocks that were holes and are going to be written in part: a hole is no version to go back to, and
     /// of an image what does not open is damage.
     fn fill_holes(&self, writer: &mut Writer, holes: &[(u64, u32)]) -> io::Result<()> {
         for (block, within) in holes {
-            self.write_sealed(writer, &(*block..block + 1), &mut [0; BLOCK], &[(0, 1, *within, false)])?;
+            let target = Target { side: 0, number: 1, inside: *within, shadow: false, unchanged: false };
+            self.write_sealed(writer, &(*block..block + 1), &mut [0; BLOCK], &[target])?;
         }
         writer.sync(&*self.inner)?;
-        if let Some(settled) = &mut writer.settled {
-            settled.extend(holes.iter().map(|(block, _)| *block));
-        }
+        writer.settle(holes.iter().map(|(block, _)| *block));
         Ok(())
     }
 
@@ -447,28 +483,37 @@ impl SealedFile {
         writer: &mut Writer,
         blocks: &Range<u64>,
         content: &mut [u8],
-        targets: &[(u64, u64, u32, bool)],
+        targets: &[Target],
     ) -> io::Result<()> {
         let mut salts = vec![0; targets.len() * SALT_BYTES];
         fill_random(&mut salts).map_err(no_key)?;
         let mut entries = Vec::with_capacity(targets.len() * ENTRY);
         let each = content.as_chunks_mut::<BLOCK>().0.iter_mut().zip(salts.as_chunks::<SALT_BYTES>().0);
-        for (i, ((content, salt), (target, number, inside, shadow))) in each.zip(targets).enumerate() {
+        for (i, ((content, salt), target)) in each.zip(targets).enumerate() {
+            if target.unchanged {
+                entries.extend_from_slice(&[0; ENTRY]);
+                continue;
+            }
             let block = blocks.start + i as u64;
-            let about = self.about(block, (*number, *inside));
+            let about = self.about(block, (target.number, target.inside));
             let tag = self.key.seal(salt, &about, content).map_err(no_key)?;
-            entries.extend_from_slice(&Entry { salt: *salt, tag, number: *number, length: *inside }.to_bytes());
-            if *shadow {
-                writer.dirty.insert(block, *target);
+            let entry = Entry { salt: *salt, tag, number: target.number, length: target.inside };
+            entries.extend_from_slice(&entry.to_bytes());
+            if target.shadow {
+                writer.dirty.insert(block, target.side);
             }
         }
+        let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
         let mut first = 0;
         while first < targets.len() {
-            let side = targets[first].0;
-            let run = targets[first..].iter().take_while(|target| target.0 == side).count();
+            let Target { side, unchanged, .. } = targets[first];
+            let alike = |target: &&Target| (target.side, target.unchanged) == (side, unchanged);
+            let run = targets[first..].iter().take_while(alike).count();
             let block = blocks.start + first as u64;
-            write_all(&*self.inner, &content[first * BLOCK..(first + run) * BLOCK], slot_at(block, side))?;
-            write_all(&*self.inner, &entries[first * ENTRY..(first + run) * ENTRY], entry_at(block, side))?;
+            if !unchanged {
+                write_all(&*self.inner, &content[first * BLOCK..(first + run) * BLOCK], slot_at(block, side))?;
+                write_all(&*self.inner, &entries[first * ENTRY..(first + run) * ENTRY], entry_at(block, side))?;
+            }
             first += run;
         }
         Ok(())
@@ -481,7 +526,7 @@ impl SealedFile {
         }
         let length = self.known_length()?;
         let after = length.max(offset + bytes.len() as u64);
-        let result = self.put(bytes, offset, length, after);
+        let result = self.put(bytes, offset, (length, after), true);
         self.length.store(if result.is_ok() { after } else { UNKNOWN }, Ordering::Release);
         result
     }
@@ -494,10 +539,9 @@ impl SealedFile {
             Some(bytes) => self.inner.zero(range.start, bytes),
         };
         let mut writer = self.writer();
-        writer.dirty.retain(|block, _| !blocks.contains(block));
-        if let Some(settled) = &mut writer.settled {
-            settled.retain(|block| !blocks.contains(block));
-        }
+        writer.check()?;
+        writer.forget(|block| blocks.contains(&block));
+        let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
         let (first, last) = (blocks.start.div_ceil(GROUP_BLOCKS), blocks.end / GROUP_BLOCKS);
         if first < last {
             zero(first * GROUP_BYTES..last * GROUP_BYTES)?;
@@ -518,9 +562,10 @@ impl SealedFile {
         let block_bytes = BLOCK as u64;
         if to == 0 {
             let mut writer = self.writer();
-            self.inner.set_length(0)?;
-            writer.dirty.clear();
-            return Ok(());
+            writer.check()?;
+            writer.forget(|_| true);
+            let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
+            return self.inner.set_length(0);
         }
         let last = (to - 1) / block_bytes;
         // First what stays: it is in the clear neither before nor after.
@@ -528,8 +573,7 @@ impl SealedFile {
         let now = self.load(last..last + 1, &mut content)?[0];
         let inside = to - last * block_bytes;
         if now.side.is_none() || u64::from(now.length) != inside {
-            let keep = &content[..inside as usize];
-            self.put_last(keep, last, length, to)?;
+            self.put(&content[..inside as usize], last * block_bytes, (length.max(to), to), false)?;
         }
         let group_end = (last / GROUP_BLOCKS + 1) * GROUP_BLOCKS;
         self.clear(last + 1..group_end)?;
@@ -537,22 +581,8 @@ impl SealedFile {
         if self.inner.length()? > stored {
             self.inner.set_length(stored)?;
         }
-        let mut writer = self.writer();
-        writer.dirty.retain(|block, _| *block <= last);
-        if let Some(settled) = &mut writer.settled {
-            settled.retain(|block| *block <= last);
-        }
+        self.writer().forget(|block| block > last);
         Ok(())
-    }
-
-    /// Writes the last block of a file that becomes shorter: not in place, whatever file it is.
-    fn put_last(&self, keep: &[u8], last: u64, length: u64, to: u64) -> io::Result<()> {
-        let start = last * BLOCK as u64;
-        if self.kind != Kind::Image || keep.len() == 1 {
-            return self.put(keep, start, length.max(to), to);
-        }
-        // All but its first byte: what is written in part goes to the other side.
-        self.put(&keep[1..], start + 1, length.max(to), to)
     }
 }
 
@@ -569,24 +599,30 @@ impl File for SealedFile {
         if wanted == 0 {
             return Ok(0);
         }
-        let mut room = Vec::new();
+        let mut parts = Vec::new();
+        let mut rest = buffer;
         for blocks in by_group(offset / block_bytes..end.div_ceil(block_bytes)) {
             let start = blocks.start * block_bytes;
             let (from, to) = (offset.max(start), end.min(blocks.end * block_bytes));
-            let part = &mut buffer[(from - offset) as usize..(to - offset) as usize];
+            let (part, after) = rest.split_at_mut((to - from) as usize);
+            rest = after;
+            parts.push((blocks, (from - start) as usize, part));
+        }
+        parallel::each(parts, |(blocks, skipped, part)| {
             let whole = (blocks.end - blocks.start) as usize * BLOCK;
             let found = if part.len() == whole {
                 self.load(blocks, part)?
             } else {
-                room.resize(whole, 0);
+                let mut room = vec![0; whole];
                 let found = self.load(blocks, &mut room)?;
-                part.copy_from_slice(&room[(from - start) as usize..(to - start) as usize]);
+                part.copy_from_slice(&room[skipped..skipped + part.len()]);
                 found
             };
             if self.kind == Kind::Image && found.iter().any(|now| now.bad && now.side.is_none()) {
                 return Err(io::Error::from_raw_os_error(BAD_MESSAGE));
             }
-        }
+            Ok(())
+        })?;
         Ok(wanted)
     }
 
@@ -674,13 +710,6 @@ impl File for SealedFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        let mut writer = self.writer();
-        writer.check()?;
-        self.inner.sync()?;
-        let written = std::mem::take(&mut writer.dirty);
-        if let Some(settled) = &mut writer.settled {
-            settled.extend(written.into_keys());
-        }
-        Ok(())
+        self.writer().sync_all(&*self.inner)
     }
 }

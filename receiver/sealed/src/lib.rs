@@ -17,34 +17,39 @@
 //! Names, lengths and times of files are not hidden. `docs/encryption.md` has the bytes.
 
 mod file;
+mod layout;
+mod parallel;
 
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 
 use vmdr_journal::{Disk, File, LockGuard, Mode};
 use vmdr_keys::BlockKey;
 
-use file::{Kind, SealedFile};
+use file::SealedFile;
+use layout::Kind;
 
 /// See the crate's documentation.
 #[derive(Debug, Clone)]
 pub struct SealedDisk {
     inner: Arc<dyn Disk>,
     key: BlockKey,
+    gate: Arc<RwLock<()>>,
 }
 
 impl SealedDisk {
     /// Over `inner`: all files that are opened through this are sealed under `key`.
     pub fn new(inner: Arc<dyn Disk>, key: BlockKey) -> Self {
-        Self { inner, key }
+        Self { inner, key, gate: Arc::default() }
     }
 }
 
 impl Disk for SealedDisk {
     fn open(&self, path: &Path, mode: Mode) -> io::Result<Box<dyn File>> {
         let inner = self.inner.open(path, mode)?;
-        Ok(Box::new(SealedFile::new(inner, self.key.clone(), Kind::of(path), mode)))
+        let gate = Arc::clone(&self.gate);
+        Ok(Box::new(SealedFile::new(inner, self.key.clone(), gate, Kind::of(path), mode)))
     }
 
     fn create_dir_all(&self, path: &Path) -> io::Result<()> {

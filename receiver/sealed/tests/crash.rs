@@ -43,12 +43,21 @@ struct Model {
     /// Bytes of which nothing is known, because a write failed.
     unknown: Vec<bool>,
     length_known: bool,
+    /// Something has failed since the last sync, or it has: what was written may be lost by a sync that nobody asked for.
+    failed: bool,
 }
 
 impl Model {
     fn new() -> Self {
         let flags = vec![false; SPACE as usize + 8192];
-        Self { live: Vec::new(), synced: Vec::new(), touched: flags.clone(), unknown: flags, length_known: true }
+        Self {
+            live: Vec::new(),
+            synced: Vec::new(),
+            touched: flags.clone(),
+            unknown: flags,
+            length_known: true,
+            failed: false,
+        }
     }
 
     fn change(&mut self, range: std::ops::Range<u64>, worked: bool) {
@@ -56,23 +65,40 @@ impl Model {
             self.touched[at as usize] = true;
             self.unknown[at as usize] = !worked;
         }
-        if !worked {
-            // What was written before into the same blocks, and not synced, may have gone with it.
-            let (from, to) = (range.start / 4096 * 4096, range.end.next_multiple_of(4096));
-            (from as usize..to as usize).filter(|at| self.touched[*at]).for_each(|at| self.unknown[at] = true);
-            self.length_known = false;
-        }
+        self.length_known &= worked;
+        self.failed |= !worked;
     }
 
+    /// After a failed sync nothing is trusted that it should have made durable.
+    fn trust_nothing(&mut self) {
+        (0..self.touched.len()).filter(|at| self.touched[*at]).for_each(|at| self.unknown[at] = true);
+        self.length_known = false;
+    }
+
+    /// What was written is there, and a write that failed has spoilt nothing but what it was to write.
     fn assert_live(&self, file: &dyn File, context: &str) {
-        if !self.length_known || self.unknown.iter().any(|unknown| *unknown) {
+        if self.length_known {
+            assert_eq!(file.length().unwrap(), self.live.len() as u64, "{context}");
+        }
+        if self.length_known && !self.unknown.iter().any(|unknown| *unknown) {
+            let mut found = vec![0xee; self.live.len() + 100];
+            let got = file.read_at(&mut found, 0).unwrap();
+            assert_eq!(got, self.live.len(), "{context}");
+            assert!(found[..got] == self.live[..], "{context}: {:?}", first_difference(&found, &self.live));
             return;
         }
-        let mut found = vec![0xee; self.live.len() + 100];
-        assert_eq!(file.length().unwrap(), self.live.len() as u64, "{context}");
-        let got = file.read_at(&mut found, 0).unwrap();
-        assert_eq!(got, self.live.len(), "{context}");
-        assert!(found[..got] == self.live[..], "{context}: {:?}", first_difference(&found, &self.live));
+        for start in (0..self.live.len()).step_by(4096) {
+            let end = (start + 4096).min(self.live.len());
+            if self.unknown[start..end].iter().all(|unknown| *unknown) {
+                continue;
+            }
+            let mut found = vec![0; end - start];
+            let got = file.read_at(&mut found, start as u64);
+            let got = got.unwrap_or_else(|e| panic!("{context}: block {}: {e}", start / 4096));
+            found[got..].fill(0);
+            let wrong = (start..end).find(|at| !self.unknown[*at] && found[at - start] != self.live[*at]);
+            assert_eq!(wrong, None, "{context}: after a failure");
+        }
     }
 
     /// After a crash: what was synced and not changed since is there.
@@ -126,7 +152,7 @@ fn range(random: &mut Random, length: u64) -> (u64, u64) {
     (offset, count.min(SPACE - offset))
 }
 
-fn step(random: &mut Random, file: &dyn File, model: &mut Model, image: bool) {
+fn step(random: &mut Random, file: &dyn File, model: &mut Model) {
     let length = model.live.len() as u64;
     match random.below(10) {
         0..=4 => {
@@ -155,9 +181,6 @@ fn step(random: &mut Random, file: &dyn File, model: &mut Model, image: bool) {
             model.live.resize(to as usize, 0);
             // A block that is last now, or was, is the same as before up to there.
             model.change(from..length.max(to), worked);
-            if image && !worked {
-                model.change(from / 4096 * 4096..from, false);
-            }
         }
         7 => {
             let (offset, count) = range(random, length);
@@ -174,10 +197,10 @@ fn step(random: &mut Random, file: &dyn File, model: &mut Model, image: bool) {
             if file.sync().is_ok() {
                 model.synced = model.live.clone();
                 model.touched.clone_from(&model.unknown);
+                model.failed = false;
             } else {
-                // After a failed sync nothing is trusted that it should have made durable.
-                (0..model.touched.len()).filter(|at| model.touched[*at]).for_each(|at| model.unknown[at] = true);
-                model.length_known = false;
+                model.trust_nothing();
+                model.failed = true;
             }
         }
     }
@@ -207,18 +230,23 @@ fn schedule(seed: u64, name: &str, faults: bool) {
                 let fault = [Fault::Full, Fault::Short, Fault::Error][random.below(3) as usize];
                 raw.fail(random.below(6), fault);
             }
-            step(&mut random, &*file, &mut model, name.ends_with(".img"));
+            step(&mut random, &*file, &mut model);
             raw.heal();
             model.assert_live(&*file, &context);
             if random.below(6) == 0 {
                 // Another process: what the one before it wrote may not be durable.
+                // The one before it was told of the failure, by this file's next sync at the latest; another is not.
+                if model.failed {
+                    model.trust_nothing();
+                }
+                model.failed = false;
                 file = disk.open(&path, Mode::Write).unwrap();
                 model.assert_live(&*file, &context);
             }
         }
         if random.below(2) == 0 {
             raw.fail(1 + random.below(5), Fault::Crash);
-            step(&mut random, &*file, &mut model, name.ends_with(".img"));
+            step(&mut random, &*file, &mut model);
         }
         drop(file);
         raw = raw.crashed(&mut random);
@@ -241,7 +269,7 @@ fn schedule(seed: u64, name: &str, faults: bool) {
         }
         model.touched = unknown.clone();
         model.unknown = unknown;
-        model.length_known = true;
+        (model.length_known, model.failed) = (true, false);
         (model.live, model.synced) = (found.clone(), found);
     }
 }

@@ -7,13 +7,15 @@
 //! ```text
 //! CLEAR_DIR/UUID-RANDOM/point-G-E/     the recovery point, whole when it has this name
 //! CLEAR_DIR/UUID-RANDOM/attempt-N/     what an activation has otherwise in the state directory
+//! CLEAR_DIR/UUID-drill-ID/             the copy that a drill runs on, and its overlays
 //! ```
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, symlink};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 use vmdr_daemon::durable;
@@ -26,6 +28,8 @@ use crate::store::{DiskImage, RamImage, RecoveryPoint};
 
 /// The link in the directory of the activation's record to where its files are.
 pub const LINK: &str = "files";
+/// Between UUID and identity in the name of a drill's directory.
+const DRILL: &str = "-drill-";
 
 fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ActivateError {
     let path = path.to_owned();
@@ -44,8 +48,7 @@ pub fn begin(active: &ActiveDirectory, clear: &Path, uuid: Uuid) -> Result<(), A
     }
     let files = clear.join(format!("{uuid}-{}", Uuid::new_v4().simple()));
     // `clear` itself is not made: nothing is written where something should have been mounted.
-    let mut builder = fs::DirBuilder::new();
-    builder.mode(0o700).create(&files).map_err(failed("create", &files))?;
+    create(&files).map_err(failed("create", &files))?;
     durable::create_directory(active.path()).map_err(failed("create", active.path()))?;
     let link = active.path().join(LINK);
     symlink(&files, &link).map_err(failed("create", &link))?;
@@ -76,26 +79,79 @@ pub fn placed(point: &RecoveryPoint, directory: &Path) -> RecoveryPoint {
     }
 }
 
-/// Decrypts a point, all of it compared with its checksums, unless that was done before.
-pub fn decrypt(point: &RecoveryPoint, active: &ActiveDirectory) -> Result<RecoveryPoint, ActivateError> {
+/// What it took to decrypt a point.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Decrypted {
+    /// Bytes that were written: all that is not zero.
+    pub bytes: u64,
+    /// How long that took, until it was durable.
+    pub time: Duration,
+}
+
+/// How much of a point there is to be decrypted, in bytes, more or less: what is zero is a hole, and not read.
+pub fn estimate(point: &RecoveryPoint) -> u64 {
+    let ram = point.ram.iter().map(|block| (&block.path, block.used_bytes));
+    let images = ram.chain(point.disks.iter().map(|disk| (&disk.path, disk.size_bytes)));
+    // Both sides of a block count as stored; an image has few that are there twice.
+    images.map(|(path, length)| fs::metadata(path).map_or(0, |of| of.blocks() * 512).min(length)).sum()
+}
+
+/// Where the files of a drill are.
+pub fn drill(clear: &Path, uuid: Uuid, id: &str) -> PathBuf {
+    clear.join(format!("{uuid}{DRILL}{id}"))
+}
+
+/// Removes what drills of a domain have left here, for example because this was not mounted when they were removed.
+pub fn sweep_drills(clear: &Path, uuid: Uuid) -> io::Result<()> {
+    let entries = match fs::read_dir(clear) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    let prefix = format!("{uuid}{DRILL}");
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_name().to_str().is_some_and(|name| name.starts_with(&prefix)) {
+            remove_files(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes a directory that only this user can enter; `clear_dir` itself is not made.
+pub fn create(directory: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().mode(0o700).create(directory)
+}
+
+/// Decrypts a point, all of it compared with its checksums, unless that was done before; then nothing is said of what it took.
+pub fn decrypt(
+    point: &RecoveryPoint,
+    active: &ActiveDirectory,
+) -> Result<(RecoveryPoint, Option<Decrypted>), ActivateError> {
     let whole = directory(active, point);
+    let mut decrypted = None;
     if !whole.is_dir() {
+        let begun = Instant::now();
         let reader = point.older.as_ref().or(point.checked.as_ref());
         let reader = reader.ok_or_else(|| ActivateError::Decrypt("nothing reads it".to_owned()))?;
         let new = whole.with_extension("new");
         super::files::remove_directory(&new)?;
-        let mut builder = fs::DirBuilder::new();
-        builder.mode(0o700).create(&new).map_err(failed("create", &new))?;
-        let made = copy::copy(&Arc::clone(reader), &new, None, &mut |_| Ok(()));
-        let synced = made.and_then(|_| copy::sync(&new));
-        if let Err(error) = synced {
-            super::files::remove_directory(&new)?;
-            return Err(ActivateError::Decrypt(error.to_string()));
-        }
+        create(&new).map_err(failed("create", &new))?;
+        let made = copy::copy(&Arc::clone(reader), &new, None, copy::FIRST, &mut |_| Ok(()));
+        let synced = made.and_then(|(_, cost)| copy::sync(&new).map(|()| cost));
+        let cost = match synced {
+            Ok(cost) => cost,
+            Err(error) => {
+                super::files::remove_directory(&new)?;
+                return Err(ActivateError::Decrypt(error.to_string()));
+            }
+        };
         fs::rename(&new, &whole).map_err(failed("rename", &new))?;
         durable::sync_directory(&active.files()).map_err(failed("sync", &whole))?;
+        let took = Decrypted { bytes: cost.copied_bytes, time: begun.elapsed() };
+        tracing::info!(domain = %point.uuid, bytes = took.bytes, time = ?took.time, "decrypted");
+        decrypted = Some(took);
     }
-    Ok(placed(point, &whole))
+    Ok((placed(point, &whole), decrypted))
 }
 
 /// Removes what lies in the clear of the activation in `active`; the record stays.

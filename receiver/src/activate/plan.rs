@@ -144,6 +144,7 @@ fn in_the_clear(
 ) -> Result<RecoveryPoint, ActivateError> {
     let subject = "encryption";
     let files = attempt_directory.parent().unwrap_or(attempt_directory);
+    let placed = files.join(format!("point-{}-{}", point.generation, point.epoch));
     match &settings.clear_directory {
         None => found.push(findings::refused(
             subject,
@@ -165,17 +166,29 @@ fn in_the_clear(
                     &format!("`chmod o+x {closed}`, or name another clear_dir"),
                 ));
             }
-            let bytes: u64 = point.ram.iter().map(|block| block.used_bytes).sum();
-            let bytes = point.disks.iter().fold(bytes, |sum, disk| sum.saturating_add(disk.size_bytes));
+            let bytes = clear::estimate(point);
+            let free = rustix::fs::statvfs(clear).map(|of| of.f_bavail.saturating_mul(of.f_frsize));
+            match free {
+                Ok(free) if free < bytes && !placed.is_dir() => {
+                    let fact = format!(
+                        "{} MiB are decrypted to {} first, where {} MiB are free",
+                        bytes >> 20,
+                        clear.display(),
+                        free >> 20
+                    );
+                    found.push(findings::refused(subject, &fact, "free some, or name another clear_dir"));
+                }
+                _ => {}
+            }
             let fact = format!(
-                "it is encrypted at rest and is decrypted to {} first: at most {} MiB; what it writes lies there in the clear",
+                "it is encrypted at rest and is decrypted to {} first: about {} MiB; what it writes lies there in the clear",
                 clear.display(),
                 bytes >> 20
             );
-            found.push(findings::warning(subject, &fact, "expect about a second per GiB that is in use"));
+            found.push(findings::warning(subject, &fact, "its RTO is longer by what it takes to write as much there"));
         }
     }
-    Ok(clear::placed(point, &files.join(format!("point-{}-{}", point.generation, point.epoch))))
+    Ok(clear::placed(point, &placed))
 }
 
 /// Whether the standby of this domain's directory was imported. If that cannot be told it counts as imported.

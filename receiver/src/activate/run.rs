@@ -23,7 +23,7 @@ use uuid::Uuid;
 use vmdr_daemon::durable;
 use vmdr_hypervisor::libvirt::DomainState;
 
-use super::clear;
+use super::clear::{self, Decrypted};
 use super::content;
 use super::files::{self, FileError};
 use super::findings;
@@ -76,6 +76,8 @@ pub struct Activated {
     pub lost_seconds: f64,
     /// It ran already.
     pub was_active: bool,
+    /// It is encrypted at rest: what that cost, within the RTO.
+    pub decrypted: Option<Decrypted>,
 }
 
 /// One activation of one domain. The caller sees to it that there is one at a time.
@@ -150,12 +152,15 @@ impl Activation<'_> {
         let _ = std::fs::remove_file(self.standby.directory().join(IMPORTED_FILE));
 
         let mut top = &self.settings.state_directory;
+        let mut decrypted = None;
         let point = match (point.sealed, &self.settings.clear_directory) {
             (true, Some(clear)) => {
                 progress("decrypt the recovery point");
                 clear::begin(&active, clear, self.uuid)?;
                 top = clear;
-                clear::decrypt(&point, &active)?
+                let (point, took) = clear::decrypt(&point, &active)?;
+                decrypted = took;
+                point
             }
             _ => point,
         };
@@ -175,7 +180,8 @@ impl Activation<'_> {
         if let Err(source) = restored {
             return self.restore_failed(&active, step, source);
         }
-        self.finish(&active, generation, id, &plan, attempt, false)
+        let finished = self.finish(&active, generation, id, &plan, attempt, false)?;
+        Ok(Activated { decrypted, ..finished })
     }
 
     /// The point that was activated, or the newest if it is not there any more: only its definition is of interest now.
@@ -266,6 +272,7 @@ impl Activation<'_> {
                     rto: None,
                     lost_seconds,
                     was_active: true,
+                    decrypted: None,
                 })
             }
             // Not from this standby: somebody has a guest of this UUID here. It is left alone.
@@ -276,6 +283,7 @@ impl Activation<'_> {
                 rto: None,
                 lost_seconds: 0.0,
                 was_active: true,
+                decrypted: None,
             }),
         }
     }
@@ -332,7 +340,8 @@ impl Activation<'_> {
             _ => {}
         }
         let rto = (!was_active).then_some(rto);
-        Ok(Activated { name: self.name.to_owned(), point: Some(point), generation, rto, lost_seconds, was_active })
+        let (name, point, decrypted) = (self.name.to_owned(), Some(point), None);
+        Ok(Activated { name, point, generation, rto, lost_seconds, was_active, decrypted })
     }
 
     /// Waits for the guest to run. One that libvirt left paused (it was killed between loading and starting) is resumed

@@ -1,5 +1,5 @@
 //! `vmdr-inspect`: explains a receiver's state directory, and says which recovery points can be restored from it. Needs no
-//! daemon and changes nothing. Exit codes: 0 sound, 1 damaged, 2 wrong usage, 3 it cannot be read.
+//! daemon and changes nothing. Exit codes: 0 sound, 1 damaged, 2 wrong usage, 3 it cannot be read, or not without a key.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -61,12 +61,17 @@ fn main() -> ExitCode {
         eprintln!("vmdr-inspect: nothing is stored of {domain} in {}", arguments.directory.display());
         return ExitCode::from(3);
     }
+    let closed = report.domains.iter().find_map(|domain| domain.closed.clone());
     let mut sound = report.sound;
     if let Some(wanted) = &arguments.point {
         for domain in &mut report.domains {
             domain.points.retain(|point| point.id == *wanted || point.names.contains(wanted));
         }
         let mut points = report.domains.iter().flat_map(|domain| &domain.points).peekable();
+        if let Some(what) = closed.as_ref().filter(|_| points.peek().is_none()) {
+            eprintln!("vmdr-inspect: {what}");
+            return ExitCode::from(3);
+        }
         if points.peek().is_none() {
             eprintln!("vmdr-inspect: there is no recovery point {wanted}");
             return ExitCode::FAILURE;
@@ -76,7 +81,11 @@ fn main() -> ExitCode {
     let text = if arguments.json { document(&report) } else { readable(&report, arguments.records) };
     // A reader that has seen enough is no error.
     let _ = std::io::stdout().lock().write_all(text.as_bytes());
-    if sound { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    match sound {
+        true => ExitCode::SUCCESS,
+        false if closed.is_some() => ExitCode::from(3),
+        false => ExitCode::FAILURE,
+    }
 }
 
 fn document(report: &Report) -> String {

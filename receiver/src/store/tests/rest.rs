@@ -4,7 +4,11 @@ use std::collections::BTreeMap;
 
 use vmdr_keys::MasterKey;
 
+use crate::activate::clear;
+use crate::activate::record::ActiveDirectory;
+
 use super::crash::copy_dir;
+use super::drill::assert_copied;
 use super::history::{by_hand, host};
 use super::sim::{Fault, SimDisk};
 use super::verify::{files, flip, offered, verified, with_a_past_under};
@@ -251,4 +255,39 @@ fn a_base_that_would_be_filled_in_the_clear_is_left_empty() {
         assert_eq!(found.xxh3, hash(&vec![0; disk.size_bytes as usize]), "{}", disk.target);
     }
     assert_nothing_in_the_clear(dir.path(), "with a base");
+}
+
+#[test]
+fn what_is_decrypted_to_be_activated_is_the_point_and_is_made_once() {
+    let (dir, clear) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let mut host = secretive(10);
+    let store = with_a_past_under(dir.path(), &mut host, 6, sealed());
+    let active = ActiveDirectory::of(&dir.path().join(UUID));
+    let uuid = Uuid::parse_str(UUID).unwrap();
+    let points = store.points(UUID).unwrap();
+    for epoch in [6, 3] {
+        let id = points.iter().map(|point| point.id()).find(|id| id.epoch == epoch).unwrap();
+        let point = Arc::new(store.read_point(UUID, Some(id)).unwrap()).recovery_point();
+        assert!(point.sealed && clear::estimate(&point) > 0);
+        clear::begin(&active, clear.path(), uuid).unwrap();
+        let (placed, took) = clear::decrypt(&point, &active).unwrap();
+        assert!(took.unwrap().bytes > 0 && !placed.sealed);
+        assert_copied(&host.past[&epoch], &placed, &format!("epoch {epoch}"));
+        assert!(placed.disks.iter().all(|disk| disk.path.starts_with(clear.path())));
+        assert_eq!(clear::decrypt(&point, &active).unwrap().1, None, "it is there already");
+    }
+    // What is damaged does not come into the clear, and nothing of it is left there.
+    let newest = points.iter().map(|point| point.id()).find(|id| id.epoch == 5).unwrap();
+    let point = Arc::new(store.read_point(UUID, Some(newest)).unwrap()).recovery_point();
+    let before = files(clear.path()).len();
+    for image in point.ram.iter().map(|block| &block.path) {
+        let at = 4096 + 5;
+        flip(image, at, 1);
+    }
+    let error = clear::decrypt(&point, &active).unwrap_err().to_string();
+    assert!(error.contains("decrypted") && files(clear.path()).len() == before, "{error}");
+    std::fs::create_dir(clear::drill(clear.path(), uuid, "0a0b0c")).unwrap();
+    clear::sweep_drills(clear.path(), uuid).unwrap();
+    clear::remove(active.path()).unwrap();
+    assert_eq!(std::fs::read_dir(clear.path()).unwrap().count(), 0);
 }
