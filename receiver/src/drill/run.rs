@@ -133,8 +133,7 @@ impl Drill {
         }
         let clear = clear_dir.map(|dir| clear::drill(dir, uuid, &id));
         let copy_uuid = Uuid::new_v4();
-        let current =
-            Current { id, copy_name, copy_uuid, bridges: Vec::new(), qemu: None, clear, kept: false, report };
+        let current = Current { id, copy_name, copy_uuid, bridges: Vec::new(), qemu: None, clear, kept: false, report };
         claim.control.go_on()?;
         book.current = Some(current.clone());
         book.write(&directory)?;
