@@ -20,8 +20,8 @@ pub struct EncryptionConfig {
     pub key_credential: String,
     /// Keys that domains may still be encrypted under; each is wrapped anew under the key above when it is opened.
     pub old_key_files: Vec<PathBuf>,
-    /// Where a guest that is activated lies decrypted, and what it writes: a directory on storage that is encrypted by other
-    /// means. None: domains that are encrypted are not activated here.
+    /// Where a guest that is activated or drilled lies decrypted, and what it writes: a directory on storage that is encrypted
+    /// by other means. None: domains that are encrypted are neither activated nor drilled here.
     pub clear_dir: Option<PathBuf>,
 }
 
