@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use vmdr_journal::{File, Mode, write_all};
-use vmdr_keys::{BlockKey, SALT_BYTES, fill_random};
+use vmdr_keys::{BlockKey, SALT_BYTES, fill_random, salt};
 
 use crate::layout::{BLOCK, ENTRY, Entry, GROUP_BLOCKS, GROUP_BYTES, Kind, SIDES, by_group, entry_at, slot_at};
 use crate::parallel;
@@ -467,11 +467,27 @@ impl SealedFile {
     }
 
     /// Makes zero versions of blocks that were holes and are going to be written in part: a hole is no version to go back to, and
-    /// of an image what does not open is damage.
+    /// of an image what does not open is damage. So an entry is written when what it is of is durable.
     fn fill_holes(&self, writer: &mut Writer, holes: &[(u64, u32)]) -> io::Result<()> {
+        let mut entries = Vec::with_capacity(holes.len());
         for (block, within) in holes {
-            let target = Target { side: 0, number: 1, inside: *within, shadow: false, unchanged: false };
-            self.write_sealed(writer, &(*block..block + 1), &mut [0; BLOCK], &[target])?;
+            let mut content = [0; BLOCK];
+            let salt = salt().map_err(no_key)?;
+            let tag = self.key.seal(&salt, &self.about(*block, (1, *within)), &mut content).map_err(no_key)?;
+            write_all(&*self.inner, &content, slot_at(*block, 0))?;
+            entries.push((*block, Entry { salt, tag, number: 1, length: *within }));
+        }
+        writer.sync(&*self.inner)?;
+        {
+            let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
+            for (block, entry) in entries {
+                let at = entry_at(block, 0);
+                if let Err(error) = write_all(&*self.inner, &entry.to_bytes(), at) {
+                    // A part of an entry would be damage where there was none.
+                    writer.failed |= write_all(&*self.inner, &[0; ENTRY], at).is_err();
+                    return Err(error);
+                }
+            }
         }
         writer.sync(&*self.inner)?;
         writer.settle(holes.iter().map(|(block, _)| *block));

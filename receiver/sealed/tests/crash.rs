@@ -75,6 +75,17 @@ impl Model {
         self.length_known = false;
     }
 
+    /// After a failure the file is as long as it is.
+    fn look(&mut self, file: &dyn File) {
+        if let Some(length) = file.length().ok().filter(|_| !self.length_known) {
+            let before = self.live.len() as u64;
+            self.live.resize(length as usize, 0);
+            if length != before {
+                self.change(length.min(before)..length.max(before), false);
+            }
+        }
+    }
+
     /// What was written is there, and a write that failed has spoilt nothing but what it was to write.
     fn assert_live(&self, file: &dyn File, context: &str) {
         if self.length_known {
@@ -232,6 +243,7 @@ fn schedule(seed: u64, name: &str, faults: bool) {
             }
             step(&mut random, &*file, &mut model);
             raw.heal();
+            model.look(&*file);
             model.assert_live(&*file, &context);
             if random.below(6) == 0 {
                 // Another process: what the one before it wrote may not be durable.
