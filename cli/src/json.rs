@@ -626,6 +626,16 @@ pub struct Report {
     dns: Vec<Change>,
     warnings: Vec<String>,
     failed: Option<String>,
+    /// Of what is encrypted at rest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    decrypted: Option<Decrypted>,
+}
+
+/// What it took to decrypt a point, within the RTO.
+#[derive(Serialize)]
+struct Decrypted {
+    bytes: u64,
+    seconds: f64,
 }
 
 impl From<&control::ActivationReport> for Report {
@@ -646,6 +656,8 @@ impl From<&control::ActivationReport> for Report {
             dns: report.dns.iter().map(Change::from).collect(),
             warnings: report.warnings.clone(),
             failed: (!report.failed.is_empty()).then(|| report.failed.clone()),
+            decrypted: (report.decrypted_bytes > 0)
+                .then_some(Decrypted { bytes: report.decrypted_bytes, seconds: report.decrypt_seconds }),
         }
     }
 }

@@ -13,6 +13,7 @@ use vmdr_proto::{RECEIVER_PORT, RECEIVER_SOCKET};
 
 use crate::cold::ColdConfig;
 use crate::drill::checks;
+use crate::encryption::EncryptionConfig;
 use crate::history;
 use crate::silence::AlarmConfig;
 use crate::store::{Retention, StoreOptions};
@@ -66,6 +67,8 @@ pub struct Config {
     pub alarm: AlarmConfig,
     /// Object storage for recovery points.
     pub cold: ColdConfig,
+    /// Keys of the state directory.
+    pub encryption: EncryptionConfig,
     /// The recovery plan: an absolute path. None: guests find what they had under the same names.
     pub plan: Option<PathBuf>,
     /// Bridges that have another name here, unless the plan says otherwise: `"br0" = "br-dr"`.
@@ -251,6 +254,7 @@ impl Default for Config {
             drill: DrillConfig::default(),
             alarm: AlarmConfig::default(),
             cold: ColdConfig::default(),
+            encryption: EncryptionConfig::default(),
             plan: None,
             bridges: BTreeMap::new(),
         }
@@ -356,6 +360,9 @@ impl Config {
         if let Err(what) = config.retention.policy() {
             return Err(invalid(text.find("retention").unwrap_or(0), what));
         }
+        if let Err(what) = config.encryption.check(&config.state_dir) {
+            return Err(invalid(text.find("[encryption]").unwrap_or(0), what));
+        }
         if let Err(what) = config.cold.check() {
             return Err(invalid(text.find("[cold]").unwrap_or(0), what));
         }
@@ -400,7 +407,8 @@ mod tests {
              [alarm]\nafter_seconds = 9\nhook = [\"/bin/page\", \"oncall\"]\nhook_timeout_seconds = 4\n\
              [cold]\nurl = \"s3://b/p\"\nendpoint = \"https://s\"\nregion = \"r\"\nkey_file = \"/k\"\nold_key_files = [\"/o\"]\n\
              every_seconds = 3600\ndomains = [\"web1\"]\nkeep = [{ every_seconds = 1, for_seconds = 2 }]\n\
-             grace_seconds = 7\nbytes_per_second = 8\nparallel = 9\n",
+             grace_seconds = 7\nbytes_per_second = 8\nparallel = 9\n\
+             [encryption]\nkey_file = \"/e\"\nold_key_files = [\"/f\"]\nclear_dir = \"/run/clear\"\n",
         )
         .unwrap();
         let expected = Config {
@@ -456,6 +464,12 @@ mod tests {
                 bytes_per_second: 8,
                 parallel: 9,
             },
+            encryption: EncryptionConfig {
+                key_file: Some("/e".into()),
+                key_credential: String::new(),
+                old_key_files: vec!["/f".into()],
+                clear_dir: Some("/run/clear".into()),
+            },
             plan: Some("/etc/vmdr/plan.toml".into()),
             bridges: BTreeMap::from([("br0".to_owned(), "br-dr".to_owned())]),
         };
@@ -484,6 +498,7 @@ mod tests {
             ("[drill.domain.a]\nrun_seconds = 0", "1:1: ", "from 1 to"),
             ("[retention]\ntiers = [{ every_seconds = 9, for_seconds = 8 }]", "1:2: ", "no sense"),
             ("[cold]\nurl = \"s3://b\"", "1:1: ", "without a key"),
+            ("[encryption]\nkey_file = \"k\"", "1:1: ", "absolute"),
             ("[cold]\nkey_file = \"k\"", "1:1: ", "absolute"),
             ("[cold]\nurl = \"s3://b\"\nkey_file = \"/k\"\nevery_seconds = 3", "1:1: ", "at least"),
             ("[cold]\nkeep = [{ every_seconds = 9, for_seconds = 8 }]", "1:1: ", "no sense"),

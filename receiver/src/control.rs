@@ -22,6 +22,7 @@ use vmdr_proto::control::{
 use vmdr_proto::replication::RefusedCode;
 
 use crate::access;
+use crate::activate::clear;
 use crate::activate::host::{Host, LocalHost};
 use crate::activate::memory::{self, Memory};
 use crate::activate::record::ActiveDirectory;
@@ -70,7 +71,7 @@ pub(crate) fn store_status(error: &StoreError) -> Status {
     match error {
         StoreError::Unknown(_) | StoreError::NoPoint(_) | StoreError::NoSuchPoint { .. } => Status::not_found(message),
         StoreError::BadUuid(_) => Status::invalid_argument(message),
-        StoreError::Flawed { .. } => Status::failed_precondition(message),
+        StoreError::Flawed { .. } | StoreError::Sealed { .. } => Status::failed_precondition(message),
         StoreError::Busy { .. } | StoreError::Frozen(_) | StoreError::Fenced { .. } | StoreError::Refused { .. } => {
             Status::failed_precondition(message)
         }
@@ -399,7 +400,7 @@ pub(crate) fn activate_in(
         applied.failed();
     }
     let done = done.map_err(|e| activate_status(&e))?;
-    let Activated { name, point, generation, rto, lost_seconds, was_active } = done;
+    let Activated { name, point, generation, rto, lost_seconds, was_active, decrypted } = done;
     if let Some(rto) = rto {
         receiver.metrics.activations.fetch_add(1, Ordering::Relaxed);
         receiver.metrics.activation.observe(rto);
@@ -446,6 +447,8 @@ pub(crate) fn activate_in(
         lost_seconds,
         was_active,
         generation,
+        decrypt_seconds: decrypted.map_or(0.0, |took| took.time.as_secs_f64()),
+        decrypted_bytes: decrypted.map_or(0, |took| took.bytes),
     })
 }
 
@@ -543,7 +546,18 @@ fn forget(receiver: &Arc<Receiver>, wanted: &str) -> Result<ForgetReply, Status>
             receiver.store.set_frozen(&id, false).map_err(|e| store_status(&e))?;
         }
     }
+    let clear = clear::linked(ActiveDirectory::of(&receiver.store.dir().join(&id)).path());
     let freed_bytes = receiver.store.forget(&id).map_err(|e| store_status(&e))?;
+    let drills = receiver.config.encryption.clear_dir.as_deref().map_or(Ok(()), |dir| clear::sweep_drills(dir, uuid));
+    drills.map_err(|error| Status::internal(format!("it is forgotten, but not the copies of its drills: {error}")))?;
+    if let Some(files) = clear {
+        clear::remove_files(&files).map_err(|error| {
+            Status::internal(format!(
+                "it is forgotten, but what of it lies in the clear stays in {}: {error}",
+                files.display()
+            ))
+        })?;
+    }
     receiver.forget_session(uuid);
     tracing::info!(domain = %summary.name, %uuid, freed_bytes, "forgotten");
     Ok(ForgetReply { freed_bytes })

@@ -123,7 +123,8 @@ impl Receiver {
     pub fn open(config: Config) -> anyhow::Result<Self> {
         let retention = config.retention.policy().map_err(|what| anyhow::anyhow!("[retention]: {what}"))?;
         let space_reserve_bytes = config.space_reserve_bytes;
-        let options = StoreOptions { space_reserve_bytes, retention, ..StoreOptions::default() };
+        let keys = config.encryption.keyring();
+        let options = StoreOptions { space_reserve_bytes, retention, keys, ..StoreOptions::default() };
         let store = Store::open(&config.state_dir, options).context("open the state directory")?;
         let ownerships = Ownerships::new(&config.ownership_dir, Path::new(CONFIRMED));
         let mut troubles = Vec::new();
@@ -213,7 +214,8 @@ impl Receiver {
     /// What activation of a domain needs of the configuration and the recovery plan.
     pub fn settings(&self, name: &str, uuid: Uuid) -> Settings {
         let mapping = recovery::mapping(&self.config, name, &uuid.to_string());
-        Settings { state_directory: self.config.state_dir.clone(), mapping }
+        let clear_directory = self.config.encryption.clear_dir.clone();
+        Settings { state_directory: self.config.state_dir.clone(), clear_directory, mapping }
     }
 
     /// Bytes that can still be written where the state directory is.

@@ -22,6 +22,7 @@ pub mod config;
 pub mod control;
 pub mod daemon;
 pub mod drill;
+pub mod encryption;
 pub mod group;
 pub mod hashes;
 pub mod history;

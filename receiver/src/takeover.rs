@@ -366,7 +366,8 @@ pub fn give_back(receiver: &Arc<Receiver>, request: &GiveBackRequest) -> Result<
     let recorded = receiver.ownerships.transition(&id, &name, &Event::Outdated(generation), "given back");
     recorded.map_err(|e| Status::internal(e.to_string()))?;
     receiver.store.carry_on(&id, generation).map_err(|e| control::store_status(&e))?;
-    let gone = durable::remove(&path(receiver, uuid)).and_then(|()| match std::fs::remove_dir_all(active.path()) {
+    let cleared = crate::activate::clear::remove(active.path()).and_then(|()| durable::remove(&path(receiver, uuid)));
+    let gone = cleared.and_then(|()| match std::fs::remove_dir_all(active.path()) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     });

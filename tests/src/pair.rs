@@ -16,6 +16,7 @@ const LOOK: Duration = Duration::from_millis(100);
 pub struct Pair {
     agents: [Option<Daemon>; 2],
     receivers: [Option<Daemon>; 2],
+    receiver_configs: [String; 2],
     /// The sites.
     pub rig: Rig,
     /// The guest, which runs at site A at first.
@@ -26,7 +27,8 @@ impl Pair {
     /// Sites up, daemons up at both; the guest is booted at A, after `prepare`.
     pub fn new(name: &str, guest: GuestSpec, prepare: impl FnOnce(&Rig, &GuestSpec) -> Result<()>) -> Result<Self> {
         let rig = Rig::new(name)?;
-        let mut pair = Self { agents: [None, None], receivers: [None, None], rig, guest };
+        let receiver_configs = [String::new(), String::new()];
+        let mut pair = Self { agents: [None, None], receivers: [None, None], receiver_configs, rig, guest };
         for at in At::ALL {
             pair.start(at, Program::Receiver)?;
             pair.start(at, Program::Agent)?;
@@ -46,11 +48,16 @@ impl Pair {
         }
     }
 
+    /// Gives a receiver this configuration, from its next start on.
+    pub fn configure_receiver(&mut self, at: At, lines: &str) {
+        lines.clone_into(&mut self.receiver_configs[at as usize]);
+    }
+
     /// Starts a daemon, or starts it again.
     pub fn start(&mut self, at: At, program: Program) -> Result<()> {
         let config = match program {
             Program::Agent => format!("receiver = \"{}\"\n", at.other().receiver()),
-            Program::Receiver => String::new(),
+            Program::Receiver => self.receiver_configs[at as usize].clone(),
         };
         *self.slot(at, program) = None;
         let daemon = Daemon::start(self.rig.site(at), program, &config)?;

@@ -90,6 +90,13 @@ impl Scene {
         self.receiver_config.push_str(lines);
     }
 
+    /// Puts lines in place of a section of the receiver's configuration, which must be its last, for its next start.
+    pub fn reconfigure_receiver(&mut self, section: &str, lines: &str) {
+        let end = self.receiver_config.find(section).unwrap_or(self.receiver_config.len());
+        self.receiver_config.truncate(end);
+        self.receiver_config.push_str(lines);
+    }
+
     /// Adds a variable to the receiver's environment, for its next start.
     pub fn set_receiver_environment(&mut self, name: &'static str, value: &'static str) {
         self.receiver_environment.push((name, value));

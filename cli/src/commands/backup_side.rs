@@ -208,6 +208,13 @@ fn report_text(out: Out, report: &ActivationReport) -> String {
         "  RTO:            {}, from the request to the running guest\n",
         text::seconds(report.rto_seconds)
     ));
+    if report.decrypted_bytes > 0 {
+        text.push_str(&format!(
+            "  decrypted:      {} in {} of that\n",
+            text::bytes(report.decrypted_bytes as f64),
+            text::seconds(report.decrypt_seconds)
+        ));
+    }
     if let Some(point) = &report.point {
         text.push_str(&format!("  recovery point: {}\n", point_text(point)));
     }

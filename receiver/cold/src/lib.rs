@@ -16,9 +16,9 @@
 //!   each chunk in the bucket while an export or a prune runs. So is parallelism, bandwidth, and how often is retried.
 //! - Nothing here knows the receiver's store: an export reads a [`Source`], an import gives pieces ([`Restore`]).
 //!
-//! `docs/cold.md` has the objects byte by byte. [`keys`] stands by itself: it knows nothing of buckets.
+//! `docs/cold.md` has the objects byte by byte. Its keys are those of [`vmdr_keys`].
 
-pub mod keys;
+pub use vmdr_keys as keys;
 
 mod bucket;
 mod chunk;

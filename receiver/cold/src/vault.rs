@@ -21,13 +21,13 @@ use uuid::Uuid;
 use crate::bucket::Bucket;
 use crate::chunk;
 use crate::error::ColdError;
-use crate::keys::{DataKey, KEY_ID_BYTES, KeyError, KeyId, MasterKey, WRAPPED_BYTES};
+use crate::keys::{
+    DataKey, KEY_ID_BYTES, KEY_RECORD_BYTES, KEY_RECORD_HEAD_BYTES, KeyError, KeyId, MasterKey, RecordFault,
+    WRAPPED_BYTES, key_record, wrapped_key,
+};
 use crate::manifest::{HEAD_BYTES_USUAL, Head, MANIFEST_BYTES_MAX, Manifest, Name, check_head};
-use crate::sealed::{self, MANIFEST, Place, VERSION};
+use crate::sealed::{self, MANIFEST, Place};
 
-const KEY_MAGIC: &[u8; 8] = b"VMDRKEY\0";
-const KEY_HEAD_BYTES: usize = 32;
-const KEY_OBJECT_BYTES: usize = KEY_HEAD_BYTES + WRAPPED_BYTES;
 /// With so many points of a domain in a bucket no further one is exported.
 const POINTS_MAX: usize = 20_000;
 /// So many are read: exports at the same time may write some beyond the limit, and what is there must stay readable.
@@ -87,29 +87,15 @@ pub async fn has_domain(bucket: &Bucket, uuid: Uuid) -> Result<bool, ColdError> 
 }
 
 fn key_bytes(uuid: Uuid, wrapped: &[u8; WRAPPED_BYTES]) -> Bytes {
-    let mut bytes = KEY_MAGIC.to_vec();
-    bytes.extend_from_slice(&VERSION.to_le_bytes());
-    bytes.extend_from_slice(&0u32.to_le_bytes());
-    bytes.extend_from_slice(uuid.as_bytes());
-    bytes.extend_from_slice(wrapped);
-    bytes.into()
+    key_record(uuid.as_bytes(), wrapped).to_vec().into()
 }
 
 fn open_key(name: &str, uuid: Uuid, bytes: &[u8], keys: &[MasterKey]) -> Result<(DataKey, KeyId), ColdError> {
     let damaged = |what: &str| ColdError::Damaged { object: name.to_owned(), what: what.to_owned() };
-    if bytes.len() < 12 || &bytes[..8] != KEY_MAGIC {
-        return Err(damaged("it is no key"));
-    }
-    let found = u32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]);
-    if found != VERSION {
-        return Err(ColdError::Version { object: name.to_owned(), found });
-    }
-    let Some(wrapped) = bytes.get(KEY_HEAD_BYTES..).and_then(|wrapped| wrapped.try_into().ok()) else {
-        return Err(damaged(&format!("it has {} bytes, {KEY_OBJECT_BYTES} are expected", bytes.len())));
-    };
-    if &bytes[16..32] != uuid.as_bytes() {
-        return Err(damaged("it is another domain's"));
-    }
+    let wrapped = wrapped_key(bytes, uuid.as_bytes()).map_err(|fault| match fault {
+        RecordFault::Version(found) => ColdError::Version { object: name.to_owned(), found },
+        fault => damaged(&fault.to_string()),
+    })?;
     DataKey::unwrap(wrapped, keys, uuid.as_bytes()).map_err(|source| match source {
         KeyError::Forged => damaged("it does not open under its key"),
         source => ColdError::Key { object: name.to_owned(), source },
@@ -120,7 +106,7 @@ impl Vault {
     /// Opens what is there of a domain. `keys`: the master key, and older ones.
     pub async fn open(bucket: &Bucket, uuid: Uuid, keys: &[MasterKey]) -> Result<Option<Self>, ColdError> {
         let name = format!("{uuid}/key");
-        let Some(bytes) = bucket.get(&name, KEY_OBJECT_BYTES as u64).await? else { return Ok(None) };
+        let Some(bytes) = bucket.get(&name, KEY_RECORD_BYTES as u64).await? else { return Ok(None) };
         let (key, under) = open_key(&name, uuid, &bytes, keys)?;
         Ok(Some(Self { bucket: bucket.clone(), uuid, key, under }))
     }
@@ -158,8 +144,8 @@ impl Vault {
     /// Refuses if the bucket has another data key by now, or none: what was sealed under this one could never be opened.
     pub(crate) async fn check_key(&self) -> Result<(), ColdError> {
         let name = self.object("key");
-        let bytes = self.bucket.get(&name, KEY_OBJECT_BYTES as u64).await?;
-        let which = KEY_HEAD_BYTES + KEY_ID_BYTES;
+        let bytes = self.bucket.get(&name, KEY_RECORD_BYTES as u64).await?;
+        let which = KEY_RECORD_HEAD_BYTES + KEY_ID_BYTES;
         match bytes.as_ref().and_then(|bytes| bytes.get(which..which + KEY_ID_BYTES)) {
             Some(id) if id == self.key.id().0 => Ok(()),
             Some(_) => {
@@ -188,7 +174,7 @@ impl Vault {
         let wrapped = self.key.wrap(master, self.uuid.as_bytes()).map_err(failed)?;
         self.bucket.put(&name, key_bytes(self.uuid, &wrapped)).await?;
         // Read again: what everything hangs on must be what it is taken for.
-        let bytes = self.bucket.get(&name, KEY_OBJECT_BYTES as u64).await?.unwrap_or_default();
+        let bytes = self.bucket.get(&name, KEY_RECORD_BYTES as u64).await?.unwrap_or_default();
         open_key(&name, self.uuid, &bytes, std::slice::from_ref(master))?;
         self.under = master.id();
         Ok(true)

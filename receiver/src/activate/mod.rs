@@ -12,6 +12,7 @@
 //! questions to the host, which preflight asks as well; [`thaw`] comes after it. [`mapping`] is how its NICs map onto this site.
 
 pub mod checks;
+pub mod clear;
 pub mod content;
 pub mod files;
 pub mod findings;
@@ -33,6 +34,8 @@ use std::path::PathBuf;
 pub struct Settings {
     /// The receiver's state directory: QEMU's user is let through from here on.
     pub state_directory: PathBuf,
+    /// Where guests that are encrypted at rest lie in the clear when they run.
+    pub clear_directory: Option<PathBuf>,
     /// How its NICs map onto this site.
     pub mapping: mapping::Mapping,
 }
@@ -57,6 +60,9 @@ pub enum ActivateError {
         /// Facts and remedies, in one line.
         reasons: String,
     },
+    /// An encrypted recovery point does not come into the clear; nothing of it is left there.
+    #[error("the recovery point cannot be decrypted: {0}")]
+    Decrypt(String),
     /// The store failed.
     #[error(transparent)]
     Store(#[from] crate::store::StoreError),

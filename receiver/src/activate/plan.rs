@@ -7,6 +7,7 @@ use vmdr_hypervisor::xml::Element;
 use vmdr_proto::control::{Finding, Severity};
 
 use super::checks;
+use super::clear;
 use super::files;
 use super::findings;
 use super::host::Host;
@@ -48,6 +49,12 @@ pub fn make(
     settings: &Settings,
     host: &dyn Host,
 ) -> Result<Plan, ActivateError> {
+    let mut encrypted = Vec::new();
+    let placed = match point.sealed {
+        true => Some(in_the_clear(point, attempt_directory, settings, &mut encrypted)?),
+        false => None,
+    };
+    let point = placed.as_ref().unwrap_or(point);
     let element = Element::parse(&point.domain_xml).map_err(|e| ActivateError::DomainXml(e.to_string()))?;
     let domain = DomainXml::from_element(&element).map_err(|e| ActivateError::DomainXml(e.to_string()))?;
     if !point.uuid.eq_ignore_ascii_case(&domain.uuid.to_string()) {
@@ -85,6 +92,7 @@ pub fn make(
     let mut transformed = xml::transform(&point.domain_xml, &placement, host)?;
     let mut found = checks::check(&element, &domain, &settings.mapping, host)?;
     found.append(&mut transformed.findings);
+    found.append(&mut encrypted);
     if let Some(closed) = files::closed_above(&settings.state_directory)? {
         let closed = closed.display();
         found.push(findings::refused(
@@ -125,6 +133,62 @@ pub fn make(
         None => checks::qemu_owner(&host.capabilities()?, &domain.virt_type),
     };
     Ok(Plan { domain, memory, transformed, disks, variables, findings: found, qemu_owner })
+}
+
+/// A point that is encrypted as it will be once it is decrypted, and what that means or lacks.
+fn in_the_clear(
+    point: &RecoveryPoint,
+    attempt_directory: &Path,
+    settings: &Settings,
+    found: &mut Vec<Finding>,
+) -> Result<RecoveryPoint, ActivateError> {
+    let subject = "encryption";
+    let files = attempt_directory.parent().unwrap_or(attempt_directory);
+    let placed = files.join(format!("point-{}-{}", point.generation, point.epoch));
+    match &settings.clear_directory {
+        None => found.push(findings::refused(
+            subject,
+            "it is encrypted at rest, and nothing says where it may lie in the clear while it runs",
+            "name a directory as clear_dir in [encryption] of receiver.toml",
+        )),
+        Some(clear) if !clear.is_dir() => found.push(findings::refused(
+            subject,
+            &format!("{}, where it is to lie in the clear, is no directory", clear.display()),
+            "make or mount it",
+        )),
+        Some(clear) => {
+            if let Some(closed) = files::closed_above(clear)? {
+                let closed = closed.display();
+                let fact = format!("QEMU's user cannot enter {closed}, which clear_dir is in");
+                found.push(findings::refused(
+                    subject,
+                    &fact,
+                    &format!("`chmod o+x {closed}`, or name another clear_dir"),
+                ));
+            }
+            let bytes = clear::estimate(point);
+            let free = rustix::fs::statvfs(clear).map(|of| of.f_bavail.saturating_mul(of.f_frsize));
+            match free {
+                Ok(free) if free < bytes && !placed.is_dir() => {
+                    let fact = format!(
+                        "{} MiB are decrypted to {} first, where {} MiB are free",
+                        bytes >> 20,
+                        clear.display(),
+                        free >> 20
+                    );
+                    found.push(findings::refused(subject, &fact, "free some, or name another clear_dir"));
+                }
+                _ => {}
+            }
+            let fact = format!(
+                "it is encrypted at rest and is decrypted to {} first: about {} MiB; what it writes lies there in the clear",
+                clear.display(),
+                bytes >> 20
+            );
+            found.push(findings::warning(subject, &fact, "its RTO is longer by what it takes to write as much there"));
+        }
+    }
+    Ok(clear::placed(point, &placed))
 }
 
 /// Whether the standby of this domain's directory was imported. If that cannot be told it counts as imported.

@@ -173,16 +173,22 @@ impl ActiveDirectory {
         &self.path
     }
 
+    /// Where its files are: beside the record, or where the link there points ([`super::clear`]).
+    pub fn files(&self) -> PathBuf {
+        super::clear::linked(&self.path).unwrap_or_else(|| self.path.clone())
+    }
+
     /// The directory of an attempt.
     pub fn attempt(&self, attempt: u32) -> PathBuf {
-        self.path.join(format!("{ATTEMPT}{attempt}"))
+        self.files().join(format!("{ATTEMPT}{attempt}"))
     }
 
     /// The numbers of the attempts that have a directory.
     pub fn attempts(&self) -> Result<Vec<u32>, RecordError> {
-        let failed = |source| RecordError::Io { what: "list", path: self.path.clone(), source };
+        let files = self.files();
+        let failed = |source| RecordError::Io { what: "list", path: files.clone(), source };
         let mut numbers = Vec::new();
-        for entry in fs::read_dir(&self.path).map_err(failed)? {
+        for entry in fs::read_dir(&files).map_err(failed)? {
             let name = entry.map_err(failed)?.file_name();
             numbers.extend(name.to_str().and_then(|n| n.strip_prefix(ATTEMPT)).and_then(|n| n.parse::<u32>().ok()));
         }

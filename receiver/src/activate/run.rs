@@ -23,6 +23,7 @@ use uuid::Uuid;
 use vmdr_daemon::durable;
 use vmdr_hypervisor::libvirt::DomainState;
 
+use super::clear::{self, Decrypted};
 use super::content;
 use super::files::{self, FileError};
 use super::findings;
@@ -75,6 +76,8 @@ pub struct Activated {
     pub lost_seconds: f64,
     /// It ran already.
     pub was_active: bool,
+    /// It is encrypted at rest: what that cost, within the RTO.
+    pub decrypted: Option<Decrypted>,
 }
 
 /// One activation of one domain. The caller sees to it that there is one at a time.
@@ -105,6 +108,15 @@ impl Activation<'_> {
         if let Some(guest) = self.settled_guest()? {
             progress("find the guest, which runs already");
             return self.found_active(&active, record, guest);
+        }
+        if let Some(files) = clear::linked(active.path()).filter(|files| !files.is_dir()) {
+            // An overlay that is gone would count as one that was never written.
+            let (files, link) = (files.display(), active.path().join(clear::LINK));
+            let reasons = format!(
+                "{files} is not there, where it lies in the clear: mount what it was on, or, if that is gone for good, remove {}",
+                link.display()
+            );
+            return Err(ActivateError::Refused { name: self.name.to_owned(), reasons });
         }
         let (generation, last_attempt) = match record.map(|r| r.step) {
             None => (None, 0),
@@ -139,11 +151,23 @@ impl Activation<'_> {
         // From here on the generation is this site's own. Where it cannot be removed, the next one is raised by more than it must be.
         let _ = std::fs::remove_file(self.standby.directory().join(IMPORTED_FILE));
 
+        let mut top = &self.settings.state_directory;
+        let mut decrypted = None;
+        let point = match (point.sealed, &self.settings.clear_directory) {
+            (true, Some(clear)) => {
+                progress("decrypt the recovery point");
+                clear::begin(&active, clear, self.uuid)?;
+                top = clear;
+                let (point, took) = clear::decrypt(&point, &active)?;
+                decrypted = took;
+                point
+            }
+            _ => point,
+        };
         progress("prepare disks and memory");
         let plan = plan::make(&point, &active.attempt(attempt), self.settings, self.host)?;
         self.refuse(&plan)?;
         let image = active.attempt(attempt).join(SAVE_IMAGE);
-        let top = &self.settings.state_directory;
         let overlays = make_files(top, &active.attempt(attempt), &point, &plan, &image)?;
 
         progress("restore the guest");
@@ -156,13 +180,15 @@ impl Activation<'_> {
         if let Err(source) = restored {
             return self.restore_failed(&active, step, source);
         }
-        self.finish(&active, generation, id, &plan, attempt, false)
+        let finished = self.finish(&active, generation, id, &plan, attempt, false)?;
+        Ok(Activated { decrypted, ..finished })
     }
 
     /// The point that was activated, or the newest if it is not there any more: only its definition is of interest now.
-    fn recorded(&self, point: PointId) -> Result<RecoveryPoint, ActivateError> {
+    fn recorded(&self, active: &ActiveDirectory, point: PointId) -> Result<RecoveryPoint, ActivateError> {
         let id = StoredPoint { generation: point.generation, epoch: point.epoch };
-        self.standby.recovery_point(Some(id)).or_else(|_| self.standby.recovery_point(None))
+        let stored = self.standby.recovery_point(Some(id)).or_else(|_| self.standby.recovery_point(None))?;
+        Ok(if stored.sealed { clear::placed(&stored, &clear::directory(active, &stored)) } else { stored })
     }
 
     fn refuse(&self, plan: &Plan) -> Result<(), ActivateError> {
@@ -229,13 +255,13 @@ impl Activation<'_> {
                 if (1..=attempt).any(|n| guest_is_on(&guest, &active.attempt(n))) =>
             {
                 let attempt = (1..=attempt).find(|n| guest_is_on(&guest, &active.attempt(*n))).unwrap_or(attempt);
-                let stored = self.recorded(point)?;
+                let stored = self.recorded(active, point)?;
                 let plan = plan::make(&stored, &active.attempt(attempt), self.settings, self.host)?;
                 self.finish(active, generation, point, &plan, attempt, true)
             }
             Some(Step::Running { generation, point, attempt, lost_seconds, .. }) => {
                 if !guest.persistent {
-                    let stored = self.recorded(point)?;
+                    let stored = self.recorded(active, point)?;
                     let plan = plan::make(&stored, &active.attempt(attempt), self.settings, self.host)?;
                     self.host.define(&plan.transformed.persistent)?;
                 }
@@ -246,6 +272,7 @@ impl Activation<'_> {
                     rto: None,
                     lost_seconds,
                     was_active: true,
+                    decrypted: None,
                 })
             }
             // Not from this standby: somebody has a guest of this UUID here. It is left alone.
@@ -256,6 +283,7 @@ impl Activation<'_> {
                 rto: None,
                 lost_seconds: 0.0,
                 was_active: true,
+                decrypted: None,
             }),
         }
     }
@@ -312,7 +340,8 @@ impl Activation<'_> {
             _ => {}
         }
         let rto = (!was_active).then_some(rto);
-        Ok(Activated { name: self.name.to_owned(), point: Some(point), generation, rto, lost_seconds, was_active })
+        let (name, point, decrypted) = (self.name.to_owned(), Some(point), None);
+        Ok(Activated { name, point, generation, rto, lost_seconds, was_active, decrypted })
     }
 
     /// Waits for the guest to run. One that libvirt left paused (it was killed between loading and starting) is resumed

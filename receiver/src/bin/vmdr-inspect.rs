@@ -1,11 +1,12 @@
 //! `vmdr-inspect`: explains a receiver's state directory, and says which recovery points can be restored from it. Needs no
-//! daemon and changes nothing. Exit codes: 0 sound, 1 damaged, 2 wrong usage, 3 it cannot be read.
+//! daemon and changes nothing. Exit codes: 0 sound, 1 damaged, 2 wrong usage, 3 it cannot be read, or not without a key.
 
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use vmdr_keys::{KeyError, MasterKey};
 use vmdr_receiver::store::inspect::{DomainReport, Report, Soundness, Wanted, inspect};
 
 /// Explains a receiver's state directory, and says which recovery points can be restored from it.
@@ -30,6 +31,9 @@ struct Arguments {
     /// Every record of every segment.
     #[arg(long)]
     records: bool,
+    /// The key that domains are encrypted under, of the receiver's [encryption]; may be given several times.
+    #[arg(long, value_name = "FILE")]
+    key_file: Vec<PathBuf>,
     /// One JSON document.
     #[arg(long)]
     json: bool,
@@ -37,7 +41,15 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let wanted = Wanted { domain: arguments.domain.clone(), records: arguments.records };
+    let keys: Result<Vec<MasterKey>, KeyError> = arguments.key_file.iter().map(|path| MasterKey::read(path)).collect();
+    let keys = match keys {
+        Ok(keys) => keys,
+        Err(error) => {
+            eprintln!("vmdr-inspect: {error}");
+            return ExitCode::from(3);
+        }
+    };
+    let wanted = Wanted { domain: arguments.domain.clone(), records: arguments.records, keys };
     let mut report = match inspect(&arguments.directory, &wanted) {
         Ok(report) => report,
         Err(error) => {
@@ -49,12 +61,17 @@ fn main() -> ExitCode {
         eprintln!("vmdr-inspect: nothing is stored of {domain} in {}", arguments.directory.display());
         return ExitCode::from(3);
     }
+    let closed = report.domains.iter().find_map(|domain| domain.closed.clone());
     let mut sound = report.sound;
     if let Some(wanted) = &arguments.point {
         for domain in &mut report.domains {
             domain.points.retain(|point| point.id == *wanted || point.names.contains(wanted));
         }
         let mut points = report.domains.iter().flat_map(|domain| &domain.points).peekable();
+        if let Some(what) = closed.as_ref().filter(|_| points.peek().is_none()) {
+            eprintln!("vmdr-inspect: {what}");
+            return ExitCode::from(3);
+        }
         if points.peek().is_none() {
             eprintln!("vmdr-inspect: there is no recovery point {wanted}");
             return ExitCode::FAILURE;
@@ -64,7 +81,11 @@ fn main() -> ExitCode {
     let text = if arguments.json { document(&report) } else { readable(&report, arguments.records) };
     // A reader that has seen enough is no error.
     let _ = std::io::stdout().lock().write_all(text.as_bytes());
-    if sound { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    match sound {
+        true => ExitCode::SUCCESS,
+        false if closed.is_some() => ExitCode::from(3),
+        false => ExitCode::FAILURE,
+    }
 }
 
 fn document(report: &Report) -> String {
@@ -106,6 +127,10 @@ fn about(report: &Report, domain: &DomainReport, records: bool) -> String {
     for damage in &domain.damage {
         let at = damage.offset.map_or_else(String::new, |at| format!(" at {at}"));
         text += &format!("  DAMAGED {}{at}: {}\n", short(&damage.path), damage.what);
+    }
+    if let Some(what) = &domain.closed {
+        text += &format!("  CLOSED: {what}\n");
+        return text;
     }
     for point in &domain.points {
         let word = match point.soundness {

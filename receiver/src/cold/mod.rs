@@ -24,10 +24,9 @@ use vmdr_cold::keys::{KeyError, MasterKey};
 use vmdr_cold::{Bucket, ColdError, Location, Tier};
 
 use crate::config::TierConfig;
+use crate::encryption::{OLD_KEYS_MAX, read_keys};
 use crate::history;
 
-/// Old keys, at most.
-const OLD_KEYS_MAX: usize = 16;
 /// The shortest time between two exports of a schedule.
 const EVERY_SECONDS_MIN: u64 = 10;
 
@@ -117,16 +116,7 @@ impl ColdConfig {
 
     /// The master key, and older ones. Reads files.
     fn keys(&self, instead: Option<&Path>) -> Result<Vec<MasterKey>, KeyError> {
-        let mut keys = Vec::new();
-        match (instead, self.key_file.as_deref(), self.key_credential.as_str()) {
-            (Some(path), ..) | (None, Some(path), _) => keys.push(MasterKey::read(path)?),
-            (None, None, "") => {}
-            (None, None, name) => keys.push(MasterKey::credential(name)?),
-        }
-        for path in &self.old_key_files {
-            keys.push(MasterKey::read(path)?);
-        }
-        Ok(keys)
+        read_keys(instead.or(self.key_file.as_deref()), &self.key_credential, &self.old_key_files)
     }
 
     fn location(&self, instead: &str) -> Result<Location, Status> {

@@ -10,18 +10,30 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 
 use rustix::io::Errno;
 
 use super::DrillError;
 use crate::store::{Array, DiskImage, PointReader, RamImage, RecoveryPoint};
 
-/// Read and written at once: so long a batch of the same domain waits.
-const PIECE_BYTES: usize = 1 << 20;
+/// How a copy goes about it.
+#[derive(Debug, Clone, Copy)]
+pub struct Pieces {
+    /// Read at once: so long a batch of the same domain waits.
+    bytes: usize,
+    /// Written between two syncs, so that what waits in the page cache does not hold up the journal's own.
+    sync_bytes: u64,
+}
+
+/// Beside replication of the same domain.
+pub const BESIDE: Pieces = Pieces { bytes: 1 << 20, sync_bytes: 16 << 20 };
+/// While a guest waits for it, and nothing is applied: what is encrypted is decrypted by all processors.
+pub const FIRST: Pieces = Pieces { bytes: 8 << 20, sync_bytes: 64 << 20 };
+/// Pieces that have been read and wait to be written, beside the one that is written and the one that is read.
+const WAITING_MAX: usize = 1;
 /// Zeroes are left out in pieces of this size.
 const GRAIN_BYTES: usize = 64 << 10;
-/// Written between two syncs, so that what waits in the page cache does not hold up the journal's own.
-const SYNC_BYTES: u64 = 16 << 20;
 
 /// What a copy cost.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -86,14 +98,45 @@ fn images(reader: &PointReader, point: &RecoveryPoint) -> Vec<(Array, PathBuf)> 
     reader.arrays().zip(paths.cloned()).collect()
 }
 
+/// The file of a RAM block, by its number in the layout.
+pub fn ram_path(directory: &Path, number: usize) -> PathBuf {
+    directory.join("ram").join(format!("{number}.img"))
+}
+
+/// The file of a disk, by its number among the images. (Targets come from outside.)
+pub fn disk_path(directory: &Path, number: usize) -> PathBuf {
+    directory.join("disk").join(format!("{number}.raw"))
+}
+
+/// The file with the device state.
+pub fn device_path(directory: &Path) -> PathBuf {
+    directory.join("device.state")
+}
+
+/// Makes a copy durable.
+pub fn sync(directory: &Path) -> Result<(), DrillError> {
+    for entry in fs::read_dir(directory).map_err(DrillError::io("list", directory))? {
+        let path = entry.map_err(DrillError::io("list", directory))?.path();
+        if path.is_dir() {
+            sync(&path)?;
+        } else {
+            File::open(&path).and_then(|file| file.sync_all()).map_err(DrillError::io("sync", &path))?;
+        }
+    }
+    File::open(directory).and_then(|own| own.sync_all()).map_err(DrillError::io("sync", directory))
+}
+
 /// Copies the point into `directory`, which is there and empty.
 pub fn copy(
     reader: &Arc<PointReader>,
     directory: &Path,
     clone: Option<Clone>,
+    pieces: Pieces,
     pace: &mut Pace<'_>,
 ) -> Result<(RecoveryPoint, Cost), DrillError> {
     let standby = Arc::clone(reader).recovery_point();
+    // What shares blocks with what is encrypted is so, too.
+    let clone = clone.filter(|_| !standby.sealed);
     let mut cost = Cost::default();
     for part in ["ram", "disk"] {
         let part = directory.join(part);
@@ -102,30 +145,37 @@ pub fn copy(
     let mut paths = Vec::new();
     for (array, from) in images(reader, &standby) {
         let path = match array {
-            Array::Ram(n) => directory.join("ram").join(format!("{n}.img")),
-            // Targets come from outside.
-            _ => directory.join("disk").join(format!("{}.raw", paths.len())),
+            Array::Ram(n) => ram_path(directory, usize::from(n)),
+            _ => disk_path(directory, paths.len()),
         };
-        image(reader, array, &from, &path, clone, pace, &mut cost)?;
+        image(reader, array, (&from, &path), clone, pieces, pace, &mut cost)?;
         paths.push(path);
     }
     let mut paths = paths.into_iter();
     let mut next = |old: &PathBuf| paths.next().unwrap_or_else(|| old.clone());
     let ram = standby.ram.iter().map(|block| RamImage { path: next(&block.path), ..block.clone() }).collect();
     let disks = standby.disks.iter().map(|disk| DiskImage { path: next(&disk.path), ..disk.clone() }).collect();
-    let device_state = directory.join("device.state");
+    let device_state = device_path(directory);
     fs::write(&device_state, reader.device_state()).map_err(DrillError::io("write", &device_state))?;
-    let copy =
-        RecoveryPoint { ram, disks, device_state, dir: directory.to_owned(), older: None, checked: None, ..standby };
+    let copy = RecoveryPoint {
+        ram,
+        disks,
+        device_state,
+        dir: directory.to_owned(),
+        older: None,
+        checked: None,
+        sealed: false,
+        ..standby
+    };
     Ok((copy, cost))
 }
 
 fn image(
     reader: &PointReader,
     array: Array,
-    from: &Path,
-    path: &Path,
+    (from, path): (&Path, &Path),
     clone: Option<Clone>,
+    pieces: Pieces,
     pace: &mut Pace<'_>,
     cost: &mut Cost,
 ) -> Result<(), DrillError> {
@@ -140,17 +190,18 @@ fn image(
         cost.shared_bytes += to.metadata().map_or(0, |of| of.blocks() * 512);
     }
     to.set_len(length).map_err(DrillError::io("size", path))?;
-    let mut copy = Copier { reader, array, to: &to, path, length, buffer: vec![0; PIECE_BYTES], unsynced: 0 };
-    if cloned {
-        // Only now: what was written while it was cloned is among them.
-        for change in reader.differences(array)? {
-            cost.copied_bytes += copy.range(change.offset, change.bytes, true, pace)?;
-        }
-    } else {
-        cost.copied_bytes += copy.range(0, length, false, pace)?;
-    }
+    // Only now: what was written while it was cloned is among them.
+    let ranges: Vec<(u64, u64)> = match cloned {
+        true => reader.differences(array)?.iter().map(|change| (change.offset, change.bytes)).collect(),
+        false => vec![(0, length)],
+    };
+    let copier = Copier { reader, array, to: &to, path, length, pieces, over: cloned };
+    cost.copied_bytes += copier.ranges(&ranges, pace)?;
     Ok(())
 }
+
+/// What was read, and where it is from.
+type Piece = (u64, Vec<u8>);
 
 struct Copier<'a> {
     reader: &'a PointReader,
@@ -158,39 +209,78 @@ struct Copier<'a> {
     to: &'a File,
     path: &'a Path,
     length: u64,
-    buffer: Vec<u8>,
-    unsynced: u64,
+    pieces: Pieces,
+    /// There is something, which zeroes have to replace.
+    over: bool,
 }
 
 impl Copier<'_> {
-    /// Returns the bytes written. `over`: there is something, which zeroes have to replace.
-    fn range(&mut self, offset: u64, bytes: u64, over: bool, pace: &mut Pace<'_>) -> Result<u64, DrillError> {
+    /// One reads while another writes. Returns the bytes written.
+    fn ranges(&self, ranges: &[(u64, u64)], pace: &mut Pace<'_>) -> Result<u64, DrillError> {
+        if ranges.is_empty() {
+            return Ok(0);
+        }
+        std::thread::scope(|scope| {
+            let (full, to_write) = sync_channel::<Piece>(WAITING_MAX);
+            let (empty, to_fill) = channel::<Vec<u8>>();
+            let writer = std::thread::Builder::new().name("copy".to_owned());
+            let writer = writer.spawn_scoped(scope, move || self.write_all(&to_write, &empty));
+            let writer = writer.map_err(DrillError::io("start a thread for", self.path))?;
+            let read = ranges.iter().try_for_each(|range| self.read(*range, &full, &to_fill, pace));
+            drop(full);
+            let written = writer.join().map_err(|_| DrillError::Stopped("the copy's writer has ended".to_owned()));
+            // Where the writer fails the reader only finds it gone.
+            let written = written??;
+            read.map(|()| written)
+        })
+    }
+
+    fn read(
+        &self,
+        (offset, bytes): (u64, u64),
+        full: &SyncSender<Piece>,
+        to_fill: &Receiver<Vec<u8>>,
+        pace: &mut Pace<'_>,
+    ) -> Result<(), DrillError> {
         let end = offset.saturating_add(bytes).min(self.length);
-        let (mut at, mut written) = (offset, 0);
+        let mut at = offset;
         while at < end {
-            if !over {
+            if !self.over {
                 at = self.reader.data_from(self.array, at)?;
                 if at >= end {
                     break;
                 }
             }
-            let now = (end - at).min(self.buffer.len() as u64) as usize;
-            pace(now as u64)?;
-            let piece = &mut self.buffer[..now];
-            self.reader.read(self.array, at, piece)?;
+            let now = (end - at).min(self.pieces.bytes as u64);
+            pace(now)?;
+            let mut piece = to_fill.try_recv().unwrap_or_default();
+            piece.resize(now as usize, 0);
+            self.reader.read(self.array, at, &mut piece)?;
+            if full.send((at, piece)).is_err() {
+                return Ok(());
+            }
+            at += now;
+        }
+        Ok(())
+    }
+
+    fn write_all(&self, to_write: &Receiver<Piece>, empty: &Sender<Vec<u8>>) -> Result<u64, DrillError> {
+        let (mut written, mut unsynced) = (0, 0);
+        for (at, piece) in to_write {
             for (number, grain) in piece.chunks(GRAIN_BYTES).enumerate() {
-                if over || grain.iter().any(|byte| *byte != 0) {
+                if self.over || grain.iter().any(|byte| *byte != 0) {
                     let to = at + (number * GRAIN_BYTES) as u64;
                     self.to.write_all_at(grain, to).map_err(DrillError::io("write", self.path))?;
                     written += grain.len() as u64;
-                    self.unsynced += grain.len() as u64;
+                    unsynced += grain.len() as u64;
                 }
             }
-            if self.unsynced >= SYNC_BYTES {
-                self.unsynced = 0;
+            if unsynced >= self.pieces.sync_bytes {
+                unsynced = 0;
                 self.to.sync_data().map_err(DrillError::io("sync", self.path))?;
             }
-            at += now as u64;
+            // Nobody needs it any more at the end.
+            let _ = empty.send(piece);
         }
         Ok(written)
     }

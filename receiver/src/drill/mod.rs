@@ -46,9 +46,9 @@ pub enum DrillError {
     Stopped(String),
     /// There is no room for it.
     #[error(
-        "a drill of it needs {needed_bytes} bytes and {free_bytes} are free where the state directory is, of which {reserve_bytes} \
+        "a drill of it needs {needed_bytes} bytes and {free_bytes} are free where its copy would lie, of which {reserve_bytes} \
          are kept for replication: free some, or put the state directory on a file system with reflinks (XFS), on which a drill \
-         shares the standby's blocks"
+         shares the blocks of a standby that is not encrypted"
     )]
     Space {
         /// Bytes that it would write, or more.

@@ -122,6 +122,9 @@ pub struct Current {
     /// Its QEMU, for the case that libvirt does not answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub qemu: Option<Process>,
+    /// Where its files are, of a domain that is encrypted at rest; otherwise beside this book.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clear: Option<PathBuf>,
     /// It is over, and its copy runs on until it is ended.
     pub kept: bool,
     /// How it goes.
@@ -248,12 +251,14 @@ pub(super) mod tests {
             copy_uuid: Uuid::from_u128(7),
             bridges: vec!["vmdr-d0a0b0c0".to_owned()],
             qemu: None,
+            clear: None,
             kept: false,
             report: Report { outcome: Outcome::UnderWay, ..report("0a0b0c") },
         };
         book.current = Some(current.clone());
         book.write(dir.path()).unwrap();
-        assert!(!std::fs::read_to_string(directory(dir.path()).join(FILE)).unwrap().contains("qemu"), "as before");
+        let text = std::fs::read_to_string(directory(dir.path()).join(FILE)).unwrap();
+        assert!(!text.contains("qemu") && !text.contains("clear"), "as before: {text}");
         let mut read = Book::read(dir.path()).unwrap();
         assert_eq!((read.current.as_ref(), read.newest().unwrap().outcome), (Some(&current), Outcome::UnderWay));
         for n in 0..REPORTS_MAX + 3 {

@@ -30,7 +30,7 @@ use crate::activate::host::{Host, LocalHost};
 use crate::activate::memory::Memory;
 use crate::activate::plan::{self, Plan};
 use crate::activate::run::{make_files, unix_ns};
-use crate::activate::{ActivateError, files, findings};
+use crate::activate::{ActivateError, clear, files, findings};
 use crate::daemon::Receiver;
 use crate::store::{DomainSummary, PointId, PointReader, RecoveryPoint};
 
@@ -126,8 +126,14 @@ impl Drill {
             ..Report::begun(id.clone(), asked.scheduled, unix_ns(SystemTime::now()))
         };
         let copy_name = format!("{short}-drill-{id}");
-        let current =
-            Current { id, copy_name, copy_uuid: Uuid::new_v4(), bridges: Vec::new(), qemu: None, kept: false, report };
+        let sealed = Arc::clone(&reader).recovery_point().sealed;
+        let clear_dir = receiver.config.encryption.clear_dir.as_ref().filter(|_| sealed);
+        if let Some(dir) = clear_dir {
+            clear::sweep_drills(dir, uuid).map_err(DrillError::io("remove what drills have left in", dir))?;
+        }
+        let clear = clear_dir.map(|dir| clear::drill(dir, uuid, &id));
+        let copy_uuid = Uuid::new_v4();
+        let current = Current { id, copy_name, copy_uuid, bridges: Vec::new(), qemu: None, clear, kept: false, report };
         claim.control.go_on()?;
         book.current = Some(current.clone());
         book.write(&directory)?;
@@ -182,6 +188,9 @@ impl Drill {
     }
 
     fn directory(&self) -> PathBuf {
+        if let Some(clear) = &self.current.clear {
+            return clear.clone();
+        }
         record::directory(&self.receiver.domain_directory(self.uuid)).join(&self.current.id)
     }
 
@@ -222,7 +231,11 @@ impl Drill {
             self.current.bridges = isolated.bridges;
             // Before anything of it is there.
             self.note()?;
-            durable::create_directory(&directory).map_err(DrillError::io("create", &directory))?;
+            let created = match &self.current.clear {
+                Some(clear) => clear::create(clear),
+                None => durable::create_directory(&directory),
+            };
+            created.map_err(DrillError::io("create", &directory))?;
             let clone = make_room(&receiver, &reader, &standby, &plan, &directory)?;
             progress("copy the recovery point");
             let begun = Instant::now();
@@ -239,7 +252,7 @@ impl Drill {
                 }
                 control.rest(pace.rest(bytes))
             };
-            let (point, cost) = copy::copy(&reader, &directory, clone, &mut turn)?;
+            let (point, cost) = copy::copy(&reader, &directory, clone, copy::BESIDE, &mut turn)?;
             self.current.report.copy_seconds = begun.elapsed().as_secs_f64();
             (self.current.report.copied_bytes, self.current.report.shared_bytes) =
                 (cost.copied_bytes, cost.shared_bytes);
@@ -253,7 +266,8 @@ impl Drill {
         let isolated = isolate(&mut plan.transformed.restore, &identity)
             .map_err(|what| DrillError::Refused(format!("it cannot be cut off: {}", what.join(", "))))?;
         let image = attempt.join(SAVE_IMAGE);
-        make_files(&settings.state_directory, &attempt, &point, &plan, &image)?;
+        let top = self.current.clear.as_deref().and_then(Path::parent).unwrap_or(&settings.state_directory);
+        make_files(top, &attempt, &point, &plan, &image)?;
         guard()?;
         net::create(&self.current.bridges)?;
         let probe = Arc::new(Probe::start(&self.current.bridges)?);
@@ -372,20 +386,26 @@ fn make_room(
 ) -> Result<Option<copy::Clone>, DrillError> {
     let images = standby.ram.iter().map(|block| &block.path).chain(standby.disks.iter().map(|disk| &disk.path));
     let clone = match images.into_iter().find(|path| path.exists()) {
-        Some(image) => copy::can_clone(image, directory)?,
-        None => None,
+        Some(image) if !standby.sealed => copy::can_clone(image, directory)?,
+        _ => None,
     };
     let (cloned, copied) = copy::estimate(reader, standby)?;
     // What goes into the save image.
     let carried = standby.ram.iter().enumerate().filter(|(number, _)| plan.memory != Memory::Mapped(*number));
     let carried: u64 = carried.map(|(_, block)| block.used_bytes).sum();
     let needed = (if clone.is_some() { cloned } else { copied }).saturating_add(carried);
-    let free = receiver.free_bytes().map_err(DrillError::io("look at", directory))?;
+    let free = free_bytes(directory).map_err(DrillError::io("look at", directory))?;
+    // Also where it lies elsewhere: that may be the same file system.
     let floor = receiver.config.space_floor_bytes();
     if free < needed.saturating_add(floor) {
         return Err(DrillError::Space { needed_bytes: needed, free_bytes: free, reserve_bytes: floor });
     }
     Ok(clone)
+}
+
+fn free_bytes(directory: &Path) -> std::io::Result<u64> {
+    let space = rustix::fs::statvfs(directory)?;
+    Ok(space.f_bavail.saturating_mul(space.f_frsize))
 }
 
 /// The copy takes processor time that nobody else wants.
@@ -407,6 +427,9 @@ fn tear_down(receiver: &Receiver, domain_directory: &Path, drill: &Current) -> R
     // As long as QEMU may have them open its files stay.
     domain?;
     files::remove_directory(&record::directory(domain_directory).join(&drill.id)).map_err(ActivateError::from)?;
+    if let Some(clear) = &drill.clear {
+        files::remove_directory(clear).map_err(ActivateError::from)?;
+    }
     // Made by libvirt, for this copy alone.
     let _ = std::fs::remove_file(Path::new(QEMU_LOGS).join(format!("{}.log", drill.copy_name)));
     Ok(network?)
@@ -540,6 +563,7 @@ mod tests {
             copy_uuid: Uuid::from_u128(1),
             bridges: Vec::new(),
             qemu: None,
+            clear: None,
             kept,
             report,
         };

@@ -15,6 +15,7 @@ use vmdr_hypervisor::libvirt::Connection;
 use vmdr_proto::control::{Divergence, DivergenceReply, DivergentFile};
 
 use super::{DIVERGED, NOTE, Note, OldDisk};
+use crate::activate::clear;
 use crate::activate::run::unix_ns;
 use crate::daemon::Receiver;
 use crate::store::KEPT;
@@ -142,6 +143,7 @@ fn remove_own(receiver: &Receiver, uuid: Uuid, directory: &Path, note: &Note) ->
     }
     let files = fs::read_dir(directory).into_iter().flatten().flatten();
     freed += files.filter_map(|entry| entry.metadata().ok()).map(|m| m.blocks() * 512).sum::<u64>();
+    clear::remove(directory).with_context(|| format!("remove what lies in the clear of {}", directory.display()))?;
     fs::remove_dir_all(directory).with_context(|| format!("remove {}", directory.display()))?;
     tracing::info!(domain = %uuid, directory = %directory.display(), freed, "no longer kept aside");
     Ok(freed)

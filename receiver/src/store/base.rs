@@ -60,7 +60,10 @@ impl Store {
             ingest.chunk(chunks, payload.into(), hash)?;
             chunks += 1;
         }
-        for (index, image) in ingest.seed_images(base.layout)?.into_iter().enumerate() {
+        // Whoever fills an image of a domain that is encrypted would write it in the clear. Left empty it is right too: the resync
+        // then sends all that is not zero.
+        let images = if ingest.is_sealed() { Vec::new() } else { ingest.seed_images(base.layout)? };
+        for (index, image) in images.into_iter().enumerate() {
             let io = |source: std::io::Error| {
                 let what = format!("fill {}: {source}", image.display());
                 match source.kind() {
@@ -78,6 +81,10 @@ impl Store {
 }
 
 impl Ingest {
+    fn is_sealed(&self) -> bool {
+        self.domain.sealed
+    }
+
     /// The images of the disks of the seed that is open. They are written past what makes checksums, which are made later.
     fn seed_images(&self, layout: &Layout) -> Result<Vec<PathBuf>, StoreError> {
         let mut ingest = self.domain.ingest();

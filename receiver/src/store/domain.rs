@@ -32,6 +32,10 @@ pub(super) struct Domain {
     pub id: String,
     pub dir: PathBuf,
     pub disk: Arc<dyn Disk>,
+    /// Its files are encrypted: nothing but `disk` can read them.
+    pub sealed: bool,
+    /// Why nothing more is taken for it.
+    pub refused: Option<String>,
     pub options: StoreOptions,
     pub ingest: Mutex<IngestState>,
     pub standby: Mutex<Option<Applier>>,

@@ -77,6 +77,14 @@ pub enum StoreError {
         /// What is wrong with it.
         what: String,
     },
+    /// It is encrypted and does not open, or is not encrypted and should be.
+    #[error("domain {domain}: {what}")]
+    Sealed {
+        /// The domain.
+        domain: String,
+        /// What is missing, and what to do.
+        what: String,
+    },
     /// A point that is known to be damaged.
     #[error(
         "domain {domain}: recovery point {point} is damaged; `vmdr points` lists those that are sound, and `--damaged` takes \
@@ -136,6 +144,7 @@ impl StoreError {
             StoreError::NoSuchPoint { .. } | StoreError::Refused { .. } => RefusedCode::Sequence,
             StoreError::Corrupt { .. } => RefusedCode::Corrupt,
             StoreError::Full { .. } => RefusedCode::Full,
+            StoreError::Sealed { .. } => RefusedCode::Io,
             StoreError::Locked(_) | StoreError::Io { .. } | StoreError::Damaged { .. } | StoreError::Flawed { .. } => {
                 RefusedCode::Io
             }

@@ -19,6 +19,7 @@ use vmdr_journal::{
     Array, Control, Disk, FsDisk, HistoryMark, HistoryScan, JournalError, Key, Mode, Standby, UNIT_BYTES, read_back,
     read_set, segment_path, segments, survey_journal, survey_segment, unit_sum,
 };
+use vmdr_keys::MasterKey;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::apply::same_files;
@@ -26,6 +27,7 @@ use super::catalog::{Chain, PointId};
 use super::domain::standby_dir;
 use super::flaws::{self, Flaw};
 use super::recover::Replay;
+use super::rest;
 use super::standby::{self, image_path};
 use super::sums::{self, Sums};
 use super::{EXPORTED_FILE, GROUPS, IMPORTED_FILE, OWNER_FILE};
@@ -63,6 +65,9 @@ pub struct DomainReport {
     pub damage: Vec<DamageReport>,
     /// The recovery points, newest first.
     pub points: Vec<PointReport>,
+    /// Why nothing of it can be read: it is encrypted, and the key is not here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub closed: Option<String>,
 }
 
 /// A file.
@@ -135,6 +140,8 @@ pub struct Wanted {
     pub domain: Option<String>,
     /// Every record of every segment.
     pub records: bool,
+    /// Keys that domains may be encrypted under.
+    pub keys: Vec<MasterKey>,
 }
 
 /// Looks at the state directory `dir`.
@@ -152,10 +159,10 @@ pub fn inspect(dir: &Path, wanted: &Wanted) -> std::io::Result<Report> {
             }
             continue;
         };
-        let domain = Looked::at(&path, uuid, wanted.records).report;
+        let domain = Looked::at(&path, uuid, wanted).report;
         let is_it = wanted.domain.as_ref().is_none_or(|wanted| *wanted == domain.uuid || *wanted == domain.name);
         if is_it {
-            report.sound &= domain.damage.is_empty();
+            report.sound &= domain.damage.is_empty() && domain.closed.is_none();
             report.sound &= domain.points.iter().all(|point| point.soundness != Soundness::Damaged);
             report.domains.push(domain);
         }
@@ -172,6 +179,7 @@ fn is_locked(dir: &Path) -> bool {
 }
 
 struct Looked<'a> {
+    disk: Arc<dyn Disk>,
     dir: &'a Path,
     uuid: Uuid,
     records: bool,
@@ -191,11 +199,39 @@ struct Found {
 }
 
 impl<'a> Looked<'a> {
-    fn at(dir: &'a Path, uuid: Uuid, records: bool) -> Self {
+    fn at(dir: &'a Path, uuid: Uuid, wanted: &Wanted) -> Self {
         let report = DomainReport { uuid: uuid.to_string(), ..DomainReport::default() };
-        let mut looked = Self { dir, uuid, records, report };
-        looked.domain();
+        let disk: Arc<dyn Disk> = Arc::new(FsDisk);
+        let place = rest::place_to_read(&disk, dir, uuid, &wanted.keys);
+        let mut looked = Self { disk, dir, uuid, records: wanted.records, report };
+        match place {
+            Ok(place) => {
+                looked.disk = place.disk;
+                if place.sealed {
+                    looked.file(&dir.join(rest::KEY_FILE), "the domain's data key: everything else here is encrypted");
+                }
+                looked.domain();
+            }
+            Err(what) => looked.closed(what),
+        }
         looked
+    }
+
+    /// Lists what there is of a domain of which nothing can be read.
+    fn closed(&mut self, what: String) {
+        let mut left = vec![self.dir.to_owned()];
+        while let Some(dir) = left.pop() {
+            for name in self.disk.list(&dir).unwrap_or_default() {
+                let path = dir.join(name);
+                if path.is_dir() && !path.is_symlink() {
+                    left.push(path);
+                } else {
+                    self.file(&path, "cannot be read");
+                }
+            }
+        }
+        self.report.files.sort_by(|a, b| a.path.cmp(&b.path));
+        self.report.closed = Some(what);
     }
 
     fn damage(&mut self, path: &Path, offset: Option<u64>, what: impl Into<String>) {
@@ -219,7 +255,7 @@ impl<'a> Looked<'a> {
 
     fn domain(&mut self) {
         let path = self.dir.join(vmdr_journal::CONTROL_FILE);
-        let control = match Control::load(&FsDisk, self.dir, self.uuid.as_bytes()) {
+        let control = match Control::load(&*self.disk, self.dir, self.uuid.as_bytes()) {
             Ok(control) => Some(control),
             Err(error) => {
                 self.failed(&path, &error);
@@ -269,7 +305,7 @@ impl<'a> Looked<'a> {
 
     /// What lies beside control record, journal and standbys.
     fn others(&mut self) {
-        let mut names = FsDisk.list(self.dir).unwrap_or_default();
+        let mut names = self.disk.list(self.dir).unwrap_or_default();
         names.sort();
         for name in names {
             let path = self.dir.join(&name);
@@ -277,7 +313,7 @@ impl<'a> Looked<'a> {
                 "control" | "journal" => {}
                 "control.new" => self.file(&path, "a control record that was being prepared: of no meaning"),
                 "verified" => {
-                    let good = super::verified::is_good(&FsDisk, self.dir);
+                    let good = super::verified::is_good(&*self.disk, self.dir);
                     self.file(&path, "when points were last verified");
                     if !good {
                         self.damage(&path, None, "it does not match its checksum: it counts as if it were not there");
@@ -298,19 +334,20 @@ impl<'a> Looked<'a> {
 
     /// Standbys of which it is not known what they are: their files are looked at all the same.
     fn without_control(&mut self) {
-        let mut names = FsDisk.list(self.dir).unwrap_or_default();
+        let mut names = self.disk.list(self.dir).unwrap_or_default();
         names.sort();
         for name in names.iter().filter(|name| name.starts_with("standby.")) {
             let dir = self.dir.join(name);
             self.file(&dir, "a standby; without the control record it is not known of which epoch");
             self.segments(&standby::history_dir(&dir), "history");
             for sub in ["ram", "disk"] {
-                let mut images = FsDisk.list(&dir.join(sub)).unwrap_or_default();
+                let mut images = self.disk.list(&dir.join(sub)).unwrap_or_default();
                 images.retain(|name| name.ends_with(".img") || name.ends_with(".raw"));
                 images.sort();
                 for image in images {
                     let path = dir.join(sub).join(image);
-                    let length = std::fs::metadata(&path).map_or(0, |meta| meta.len());
+                    let file = self.disk.open(&path, Mode::Read);
+                    let length = file.and_then(|file| file.length()).unwrap_or(0);
                     self.image(&path, Array::Layout, length, &BTreeMap::new());
                 }
             }
@@ -322,7 +359,7 @@ impl<'a> Looked<'a> {
         let history = standby::history_dir(&dir);
         let mut fatal = None;
         let layout_path = standby::layout_path(&dir, standby.layout_epoch);
-        let layout = match standby::read_layout(&FsDisk, &layout_path) {
+        let layout = match standby::read_layout(&*self.disk, &layout_path) {
             Ok(layout) => {
                 let what = format!("layout: {} RAM blocks, {} disks", layout.ram.len(), layout.disks.len());
                 self.file(&layout_path, what);
@@ -339,7 +376,7 @@ impl<'a> Looked<'a> {
             BTreeMap::new()
         });
         let mut unproved = !control.small_sums.iter().any(|sums| sums.dir == standby.dir);
-        for (array, path, length) in images(&dir, layout.as_ref()) {
+        for (array, path, length) in images(&*self.disk, &dir, layout.as_ref()) {
             match self.image(&path, array, length, &undo) {
                 Some(found) => flaws.extend(found),
                 None => unproved = true,
@@ -348,13 +385,13 @@ impl<'a> Looked<'a> {
         let known = flaws::path(&dir);
         if known.exists() {
             self.file(&known, "what of this standby is, or was, known to be damaged");
-            let bytes = standby::read_small(&FsDisk, &known, 1 << 20).unwrap_or_default();
+            let bytes = standby::read_small(&*self.disk, &known, 1 << 20).unwrap_or_default();
             if flaws::parse(&bytes).is_none() {
                 self.damage(&known, None, "it does not match its checksum");
             }
         }
         self.segments(&history, "history");
-        let scan = HistoryScan::read(&FsDisk, &history, self.uuid.as_bytes(), mark.committed);
+        let scan = HistoryScan::read(&*self.disk, &history, self.uuid.as_bytes(), mark.committed);
         let scan = scan.unwrap_or_else(|error| {
             self.failed(&history, &error);
             HistoryScan::default()
@@ -378,7 +415,7 @@ impl<'a> Looked<'a> {
         for (((path, most, what), expected), array) in
             [device, xml].into_iter().zip(expected).zip([Array::Device, Array::Xml])
         {
-            match standby::read_small(&FsDisk, &path, most) {
+            match standby::read_small(&*self.disk, &path, most) {
                 Ok(bytes) => {
                     self.file(&path, what);
                     if expected.is_some_and(|sum| sum != xxh3_64(&bytes)) {
@@ -407,7 +444,7 @@ impl<'a> Looked<'a> {
         if !current || standby.applying <= standby.epoch || mark.announced <= mark.committed {
             return Ok(undo);
         }
-        let read = read_back(&FsDisk, history, mark.committed, mark.announced, &mut |entry, _| {
+        let read = read_back(&*self.disk, history, mark.committed, mark.announced, &mut |entry, _| {
             for n in 0..u64::from(entry.count) {
                 undo.insert(Key { unit: entry.key.unit + n, ..entry.key }, !entry.is_flawed());
             }
@@ -422,10 +459,10 @@ impl<'a> Looked<'a> {
 
     /// Reads an image; the units that are damaged, or nothing if there are no checksums.
     fn image(&mut self, path: &Path, array: Array, length: u64, undo: &BTreeMap<Key, bool>) -> Option<Vec<Flaw>> {
-        let sums = Sums::open(&FsDisk, path, Mode::Read).ok().flatten();
+        let sums = Sums::open(&*self.disk, path, Mode::Read).ok().flatten();
         let what = if sums.is_some() { "image with checksums" } else { "image without checksums: nothing proves it" };
         self.file(path, format!("{what}, {length} bytes"));
-        let file = match FsDisk.open(path, Mode::Read) {
+        let file = match self.disk.open(path, Mode::Read) {
             Ok(file) => file,
             Err(error) => {
                 self.damage(path, None, format!("it cannot be opened: {error}"));
@@ -484,7 +521,7 @@ impl<'a> Looked<'a> {
 
     /// Every record of the segments in a directory.
     fn segments(&mut self, dir: &Path, of: &str) {
-        let mut numbers = segments(&FsDisk, dir).unwrap_or_default();
+        let mut numbers = segments(&*self.disk, dir).unwrap_or_default();
         numbers.sort_unstable();
         for number in numbers {
             let path = segment_path(dir, number);
@@ -493,7 +530,7 @@ impl<'a> Looked<'a> {
             let mut kinds: BTreeMap<&'static str, u64> = BTreeMap::new();
             let mut epochs: Option<(u64, u64)> = None;
             let wanted = self.records;
-            let seen = survey_segment(&FsDisk, dir, number, self.uuid.as_bytes(), &mut |record| {
+            let seen = survey_segment(&*self.disk, dir, number, self.uuid.as_bytes(), &mut |record| {
                 *kinds.entry(record.name).or_default() += 1;
                 let (low, high) = epochs.unwrap_or((record.epoch, record.epoch));
                 epochs = Some((low.min(record.epoch), high.max(record.epoch)));
@@ -549,7 +586,7 @@ impl<'a> Looked<'a> {
         for set in chain.sets.iter().rev() {
             let mut hit = Vec::new();
             let mut dead = Vec::new();
-            let read = read_set(&FsDisk, history, set, &mut |entry, stored, _| {
+            let read = read_set(&*self.disk, history, set, &mut |entry, stored, _| {
                 let wrong = |what| JournalError::Damaged { path: history.to_owned(), what };
                 entry.as_kept(stored, &mut unit).map_err(wrong)?;
                 if entry.is_flawed() {
@@ -578,7 +615,7 @@ impl<'a> Looked<'a> {
                 let mut after = 0;
                 for older in older {
                     let mut has = false;
-                    let found = read_set(&FsDisk, history, older, &mut |entry, _, _| {
+                    let found = read_set(&*self.disk, history, older, &mut |entry, _, _| {
                         let units = entry.key.unit..entry.key.unit + u64::from(entry.count);
                         has |= entry.key.array == key.array && units.contains(&key.unit) && !entry.is_flawed();
                         Ok(())
@@ -605,7 +642,7 @@ impl<'a> Looked<'a> {
     fn journal(&mut self, control: Option<&Control>, current: Option<&Found>) -> Option<(PointId, u64)> {
         let dir = self.dir.join("journal");
         self.segments(&dir, "journal");
-        let mut names = FsDisk.list(&dir).unwrap_or_default();
+        let mut names = self.disk.list(&dir).unwrap_or_default();
         names.sort();
         for name in names.iter().filter(|name| name.ends_with(".damaged")) {
             self.file(&dir.join(name), "a journal segment that was moved aside as damaged");
@@ -614,11 +651,11 @@ impl<'a> Looked<'a> {
         let standby = current.map(|found| found.standby);
         let layout = standby.and_then(|standby| {
             let at = standby_dir(self.dir, standby.dir);
-            standby::read_layout(&FsDisk, &standby::layout_path(&at, standby.layout_epoch)).ok().map(Arc::new)
+            standby::read_layout(&*self.disk, &standby::layout_path(&at, standby.layout_epoch)).ok().map(Arc::new)
         });
         let mut replay = Replay { standby, layout, ..Replay::default() };
         let recovered =
-            survey_journal(&FsDisk, &dir, self.uuid.as_bytes(), &mut |part, payloads| replay.part(part, payloads));
+            survey_journal(&*self.disk, &dir, self.uuid.as_bytes(), &mut |part, payloads| replay.part(part, payloads));
         match recovered {
             Ok(recovered) => {
                 for damage in &recovered.damage {
@@ -665,7 +702,7 @@ impl<'a> Looked<'a> {
             let why = why.or_else(|| {
                 let flaw = of.flaws.iter().find(|flaw| flaw.concerns(as_of));
                 let dir = standby_dir(self.dir, of.standby.dir);
-                let layout = standby::read_layout(&FsDisk, &standby::layout_path(&dir, of.standby.layout_epoch));
+                let layout = standby::read_layout(&*self.disk, &standby::layout_path(&dir, of.standby.layout_epoch));
                 flaw.map(|flaw| flaws::describe(&layout.unwrap_or_default(), flaw))
             });
             let soundness = match (&why, of.unproved) {
@@ -691,14 +728,14 @@ impl<'a> Looked<'a> {
 }
 
 /// The images of a standby: by its layout, or, where that cannot be read, those that lie there.
-fn images(dir: &Path, layout: Option<&Layout>) -> Vec<(Array, PathBuf, u64)> {
+fn images(disk: &dyn Disk, dir: &Path, layout: Option<&Layout>) -> Vec<(Array, PathBuf, u64)> {
     let Some(layout) = layout else {
         let mut all = Vec::new();
         for sub in ["ram", "disk"] {
-            for name in FsDisk.list(&dir.join(sub)).unwrap_or_default() {
+            for name in disk.list(&dir.join(sub)).unwrap_or_default() {
                 let path = dir.join(sub).join(&name);
                 if name.ends_with(".img") || name.ends_with(".raw") {
-                    let length = std::fs::metadata(&path).map_or(0, |meta| meta.len());
+                    let length = disk.open(&path, Mode::Read).and_then(|file| file.length()).unwrap_or(0);
                     all.push((Array::Layout, path, length));
                 }
             }

@@ -15,6 +15,7 @@
 //! On disk, below the state directory (`docs/journal.md` has the formats):
 //! ```text
 //! lock                                held while a receiver works here
+//! UUID/key                            the domain's data key, if it is encrypted: then all of the following is
 //! UUID/control                        what the rest contains
 //! UUID/journal/NNNNNNNN.seg           durable epochs that may not be in the standby yet
 //! UUID/standby.N/ram/I.img            RAM block number I
@@ -41,6 +42,7 @@ mod pending;
 mod points;
 mod reader;
 mod recover;
+mod rest;
 mod retention;
 mod standby;
 mod sums;
@@ -68,6 +70,7 @@ pub use error::StoreError;
 pub use ingest::Ingest;
 pub use points::{DiskImage, GivenUp, Point, RamImage, RecoveryPoint, Verified, VerifiedImage};
 pub use reader::{Change, PointReader};
+pub use rest::{KEY_FILE, Keyring};
 pub use retention::Retention;
 pub use thin::floor_bytes;
 pub use verify::{Progress, Scope, Verdict, Verification};
@@ -112,6 +115,8 @@ pub struct StoreOptions {
     pub history_segment_bytes: u64,
     /// Which points are kept, of a domain that has no policy of its own.
     pub retention: Retention,
+    /// The keys that domains are encrypted under; the default: none, new domains are stored in the clear.
+    pub keys: Keyring,
 }
 
 impl Default for StoreOptions {
@@ -125,6 +130,7 @@ impl Default for StoreOptions {
             segment_bytes: vmdr_journal::SEGMENT_BYTES,
             history_segment_bytes: vmdr_journal::HISTORY_SEGMENT_BYTES,
             retention: Retention::default(),
+            keys: Keyring::default(),
         }
     }
 }
@@ -308,6 +314,9 @@ impl Store {
             self.open_slot(uuid, &mut state, Some((name, generation.max(1))))?;
         }
         let SlotState::Open(domain) = &*state else { return Err(StoreError::Unknown(uuid.to_string())) };
+        if let Some(what) = &domain.refused {
+            return Err(StoreError::Sealed { domain: uuid.to_string(), what: what.clone() });
+        }
         domain.open_stream(name, generation)
     }
 
@@ -370,11 +379,12 @@ impl Store {
         for _ in 0..NEWEST_TRIES {
             let Ok(newest) = &mut point else { return point };
             let domain = self.domain(uuid)?;
-            if damaged || domain.newest_is_damaged() {
+            let as_it_is = damaged || domain.newest_is_damaged();
+            if as_it_is && !newest.sealed {
                 return point;
             }
             let id = PointId { generation: newest.generation, epoch: newest.epoch };
-            match PointReader::open(domain, Some(id), false) {
+            match PointReader::open(domain, Some(id), as_it_is) {
                 Ok(reader) => {
                     newest.checked = Some(Arc::new(reader));
                     return point;

@@ -94,6 +94,8 @@ pub struct RecoveryPoint {
     pub dir: PathBuf,
     /// What it consists of, blocks that are gone included.
     pub layout: Layout,
+    /// The files are encrypted: only a reader can read them.
+    pub sealed: bool,
     /// It is not what the files have, which are of a newer point: this reads it. `device_state` is then not there.
     pub older: Option<Arc<PointReader>>,
     /// Of the newest point: reads it, compared with its checksums. Not of one that is taken although it is damaged.
@@ -329,6 +331,7 @@ impl Domain {
             disks: disks.collect(),
             dir,
             layout: whole,
+            sealed: self.sealed,
             older: None,
             checked: None,
         })
@@ -567,7 +570,7 @@ impl Domain {
         summary.frozen = shared.frozen;
         summary.unsummed = shared.unsummed;
         let trouble = shared.failed.clone().or(shared.stalled.clone()).or(shared.over_budget.clone());
-        summary.trouble = trouble.or(shared.damage.clone());
+        summary.trouble = trouble.or(shared.damage.clone()).or(self.refused.clone());
         summary.alarm = shared.alarm.clone();
     }
 }

@@ -412,6 +412,7 @@ impl PointReader {
             disks: disks.collect(),
             dir,
             layout: self.layout.clone(),
+            sealed: self.domain.sealed,
             older: Some(self),
             checked: None,
         }

@@ -22,6 +22,7 @@ use super::check::PartCheck;
 use super::domain::{Content, Domain, Epoch, IngestState, OpenEpoch, Shared, standby_dir};
 use super::flaws::{self, Flaw};
 use super::images::StandbyFiles;
+use super::rest;
 use super::standby::{self, read_layout};
 use super::thin::is_kept;
 use super::verified;
@@ -51,6 +52,7 @@ impl Domain {
     ) -> Result<Arc<Self>, StoreError> {
         let id = uuid.to_string();
         let of = |error| StoreError::of(&id, error);
+        let rest::Place { disk, sealed, refused } = rest::place(&disk, dir, uuid, &options.keys, new.is_some())?;
         let mut control = load_or_begin(&disk, dir, uuid, new)?;
         sweep(&*disk, dir, &control).map_err(of)?;
         let opened = open_standby(&disk, dir, &mut control).map_err(of)?;
@@ -120,6 +122,8 @@ impl Domain {
             id: id.clone(),
             dir: dir.to_owned(),
             disk,
+            sealed,
+            refused,
             options,
             ingest: Mutex::new(IngestState { journal, layout, open, part: None }),
             standby: Mutex::new(applier),

@@ -80,6 +80,7 @@ fn fixture() -> Fixture {
         machine: "pc-q35-10.0".to_owned(),
         dir: domain.clone(),
         layout: vmdr_codec::Layout::default(),
+        sealed: false,
         older: None,
         checked: None,
     };
@@ -97,8 +98,11 @@ fn fixture() -> Fixture {
         capabilities: super::super::host::fake::CAPABILITIES.replace("+64056:+994", &owner),
         ..FakeHost::default()
     };
-    let settings =
-        Settings { state_directory: top, mapping: BTreeMap::from([("vmbr0".to_owned(), "br-dr".to_owned())]).into() };
+    let settings = Settings {
+        state_directory: top,
+        clear_directory: None,
+        mapping: BTreeMap::from([("vmbr0".to_owned(), "br-dr".to_owned())]).into(),
+    };
     let (generation, raised) = (Mutex::new(1), Mutex::default());
     Fixture { standby: FakeStandby { directory: domain, generation, raised, point }, host, settings, parent: directory }
 }
@@ -379,6 +383,29 @@ fn a_state_directory_that_qemu_cannot_reach_is_refused_before_anything_is_done()
     std::fs::set_permissions(f.parent.path(), std::fs::Permissions::from_mode(0o750)).unwrap();
     let error = f.run().unwrap_err().to_string();
     assert!(error.contains("chmod o+x"), "{error}");
+    assert_eq!((f.step(), f.restores()), (None, 0));
+}
+
+#[test]
+fn a_point_that_is_encrypted_needs_a_place_in_the_clear() {
+    let mut f = fixture();
+    f.standby.point.sealed = true;
+    let error = f.run().unwrap_err().to_string();
+    assert!(error.contains("clear_dir in [encryption]"), "{error}");
+    f.settings.clear_directory = Some(f.parent.path().join("missing"));
+    let error = f.run().unwrap_err().to_string();
+    assert!(error.contains("is no directory"), "{error}");
+    assert_eq!((f.step(), f.restores()), (None, 0));
+    assert!(!f.active().path().exists());
+}
+
+#[test]
+fn what_lay_in_the_clear_and_is_not_mounted_is_not_taken_for_never_written() {
+    let f = fixture();
+    std::fs::create_dir_all(f.active().path()).unwrap();
+    std::os::unix::fs::symlink(f.parent.path().join("missing"), f.active().path().join("files")).unwrap();
+    let error = f.run().unwrap_err().to_string();
+    assert!(error.contains("mount what it was on"), "{error}");
     assert_eq!((f.step(), f.restores()), (None, 0));
 }
 

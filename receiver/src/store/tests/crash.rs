@@ -20,10 +20,16 @@ fn work(store: &Store, host: &mut Host, context: &str) -> Result<(), StoreError>
 
 #[test]
 fn nothing_acknowledged_is_lost_in_a_crash() {
+    schedules(100, &eager());
+}
+
+/// Lives that end in crashes; after each what was acknowledged is there.
+pub fn schedules(seeds_usual: u64, options: &StoreOptions) {
+    let store_on = |disk: &SimDisk| Store::open_on(Arc::new(disk.clone()), Path::new("/state"), options.clone());
     // VMDR_SEEDS=FROM..TO replays or widens.
     let seeds = std::env::var("VMDR_SEEDS").ok();
     let range = seeds.as_deref().and_then(|text| text.split_once(".."));
-    let (from, to) = range.map_or((0, 100), |(from, to)| (from.parse().unwrap(), to.parse().unwrap()));
+    let (from, to) = range.map_or((0, seeds_usual), |(from, to)| (from.parse().unwrap(), to.parse().unwrap()));
     for seed in from..to {
         let mut host = Host::new(seed);
         let mut disk = SimDisk::new();

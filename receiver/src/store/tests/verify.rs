@@ -19,8 +19,13 @@ pub fn verified(store: &Store, scope: Scope) -> Verdict {
 }
 
 /// A guest with a past that is all in the standby and its history: deltas up to `newest`.
-fn with_a_past(dir: &Path, host: &mut Host, newest: u64) -> Store {
-    let store = Store::open(dir, by_hand()).unwrap();
+pub fn with_a_past(dir: &Path, host: &mut Host, newest: u64) -> Store {
+    with_a_past_under(dir, host, newest, by_hand())
+}
+
+/// The same, with other options.
+pub fn with_a_past_under(dir: &Path, host: &mut Host, newest: u64, options: StoreOptions) -> Store {
+    let store = Store::open(dir, options).unwrap();
     let mut ingest = store.open_stream(UUID, "gast", 0).unwrap();
     let domain = store.domain(UUID).unwrap();
     host.cut();
@@ -42,13 +47,13 @@ fn delta(host: &mut Host, ingest: &mut Ingest, epoch: u64) {
     host.acknowledged = epoch;
 }
 
-fn flip(path: &Path, at: u64, bit: u64) {
+pub fn flip(path: &Path, at: u64, bit: u64) {
     let mut bytes = std::fs::read(path).unwrap();
     bytes[at as usize] ^= 1 << bit;
     std::fs::write(path, bytes).unwrap();
 }
 
-fn files(dir: &Path) -> Vec<PathBuf> {
+pub fn files(dir: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap()) {
         if entry.file_type().unwrap().is_dir() {
@@ -62,7 +67,7 @@ fn files(dir: &Path) -> Vec<PathBuf> {
 }
 
 /// Every point that is offered reads as it was; every other is refused as damaged.
-fn offered(store: &Store, host: &Host, context: &str) -> (Vec<u64>, Vec<u64>) {
+pub fn offered(store: &Store, host: &Host, context: &str) -> (Vec<u64>, Vec<u64>) {
     let (mut good, mut bad) = (Vec::new(), Vec::new());
     for point in store.points(UUID).unwrap() {
         match store.read_point(UUID, Some(point.id())) {

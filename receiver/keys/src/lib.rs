@@ -40,10 +40,18 @@ const KEY_FILE_BYTES_MAX: usize = 2 * KEY_BYTES + 2;
 /// Where systemd says that a service's credentials are.
 const CREDENTIALS_VARIABLE: &str = "CREDENTIALS_DIRECTORY";
 
+const RECORD_MAGIC: &[u8; 8] = b"VMDRKEY\0";
+const RECORD_VERSION: u32 = 1;
+/// Bytes before the wrapped key in a key record.
+pub const KEY_RECORD_HEAD_BYTES: usize = 32;
+/// Bytes of a key record.
+pub const KEY_RECORD_BYTES: usize = KEY_RECORD_HEAD_BYTES + WRAPPED_BYTES;
+
 const CONTEXT_ID: &str = "vmdr 2026-11 identity of a master key";
 const CONTEXT_WRAP: &str = "vmdr 2026-11 wrapping of a data key";
 const CONTEXT_SEAL: &str = "vmdr 2026-11 sealing of an object";
 const CONTEXT_NAME: &str = "vmdr 2026-11 names of content";
+const CONTEXT_BLOCKS: &str = "vmdr 2026-11 sealing of blocks";
 
 /// What is wrong with keys.
 #[derive(Debug, thiserror::Error)]
@@ -291,6 +299,11 @@ impl DataKey {
         *blake3::keyed_hash(&self.naming, content).as_bytes()
     }
 
+    /// What seals blocks of this owner.
+    pub fn blocks(&self, owner: &[u8]) -> BlockKey {
+        BlockKey { secret: derive(CONTEXT_BLOCKS, &[&self.secret[..], owner]) }
+    }
+
     /// What seals the segments of one object. The salt must be fresh for every object written, see [`salt`].
     pub fn sealer(&self, of: Identity<'_>, salt: &[u8; SALT_BYTES]) -> Result<Sealer, KeyError> {
         let key = derive(CONTEXT_SEAL, &[&self.secret[..], of.owner, of.kind, of.name, salt]);
@@ -333,6 +346,92 @@ impl Sealer {
         segment.truncate(length);
         Ok(())
     }
+}
+
+/// Seals single blocks that are written again and again, in any order: each writing under a key of its own, derived from the
+/// data key, whose they are, and the salt, which must be fresh each time ([`fill_random`]).
+#[derive(Clone)]
+pub struct BlockKey {
+    secret: Zeroizing<[u8; KEY_BYTES]>,
+}
+
+impl fmt::Debug for BlockKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("BlockKey")
+    }
+}
+
+impl BlockKey {
+    fn cipher(&self, salt: &[u8; SALT_BYTES]) -> Result<LessSafeKey, KeyError> {
+        cipher(&Zeroizing::new(*blake3::keyed_hash(&self.secret, salt).as_bytes()))
+    }
+
+    /// Seals a block in place; `about` is what it is, which must be the same when it is opened.
+    pub fn seal(&self, salt: &[u8; SALT_BYTES], about: &[u8], block: &mut [u8]) -> Result<[u8; TAG_BYTES], KeyError> {
+        let tag = self.cipher(salt)?.seal_in_place_separate_tag(nonce(0), Aad::from(about), block);
+        let mut bytes = [0; TAG_BYTES];
+        bytes.copy_from_slice(tag.map_err(|_| KeyError::Forged)?.as_ref());
+        Ok(bytes)
+    }
+
+    /// Opens a block in place. After an error it holds nothing of use.
+    pub fn open(
+        &self,
+        salt: &[u8; SALT_BYTES],
+        tag: [u8; TAG_BYTES],
+        about: &[u8],
+        block: &mut [u8],
+    ) -> Result<(), KeyError> {
+        let cipher = self.cipher(salt)?;
+        let opened = cipher.open_in_place_separate_tag(nonce(0), Aad::from(about), tag.into(), block, 0..);
+        opened.map(|_| ()).map_err(|_| KeyError::Forged)
+    }
+}
+
+/// What is wrong with the bytes of a key record.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RecordFault {
+    /// Something else.
+    #[error("it is no key")]
+    NoKey,
+    /// Of a later version.
+    #[error("it has version {0}, this vmdr knows {RECORD_VERSION}")]
+    Version(u32),
+    /// Cut short, or with something behind it.
+    #[error("it has {0} bytes, {KEY_RECORD_BYTES} are expected")]
+    Length(usize),
+    /// Of another owner.
+    #[error("it is another domain's")]
+    Owner,
+}
+
+/// A wrapped key as it lies in a file or object: `VMDRKEY\0`, version (u32), 0 (u32), the owner's UUID (16), the wrapped key.
+pub fn key_record(owner: &[u8; 16], wrapped: &[u8; WRAPPED_BYTES]) -> [u8; KEY_RECORD_BYTES] {
+    let mut bytes = [0; KEY_RECORD_BYTES];
+    bytes[..8].copy_from_slice(RECORD_MAGIC);
+    bytes[8..12].copy_from_slice(&RECORD_VERSION.to_le_bytes());
+    bytes[16..32].copy_from_slice(owner);
+    bytes[KEY_RECORD_HEAD_BYTES..].copy_from_slice(wrapped);
+    bytes
+}
+
+/// The wrapped key in a record that is this owner's.
+pub fn wrapped_key<'a>(bytes: &'a [u8], owner: &[u8; 16]) -> Result<&'a [u8; WRAPPED_BYTES], RecordFault> {
+    if bytes.len() < 12 || &bytes[..8] != RECORD_MAGIC {
+        return Err(RecordFault::NoKey);
+    }
+    let version = u32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]);
+    if version != RECORD_VERSION {
+        return Err(RecordFault::Version(version));
+    }
+    let wrapped = bytes.get(KEY_RECORD_HEAD_BYTES..).and_then(|wrapped| wrapped.try_into().ok());
+    let wrapped = wrapped.ok_or(RecordFault::Length(bytes.len()))?;
+    if &bytes[16..32] == owner { Ok(wrapped) } else { Err(RecordFault::Owner) }
+}
+
+/// Fills a buffer with random bytes, for many salts at once.
+pub fn fill_random(bytes: &mut [u8]) -> Result<(), KeyError> {
+    random(bytes)
 }
 
 /// A fresh salt.
