@@ -205,7 +205,7 @@ impl Standby {
             Stance::Taking { from } => {
                 let from = from.clone();
                 #[cfg(test)]
-                if self.without == Some(Without::Granted) && self.claimed.is_some() {
+                if self.without == Some(Without::Granted) && self.number > 0 {
                     self.done = true;
                     return Ok(Some(Act::Activate { generation: from.generation + 1 }));
                 }

@@ -405,7 +405,7 @@ impl World {
                 self.say(|| "B: the guest runs".to_owned());
             }
             What::Fault if self.now < MENDED => {
-                let fault = Fault::draw(&mut self.random);
+                let fault = self.draw_fault();
                 self.inject(fault);
                 let next = self.random.spread_ms(300, 12_000);
                 self.at(next, What::Fault);
@@ -417,6 +417,24 @@ impl World {
     }
 
     // The faults.
+
+    /// Where a check is left out, what that is for happens more often: so that it is found soon.
+    fn draw_fault(&mut self) -> Fault {
+        let length = self.random.spread_ms(100, 25_000);
+        let often = match self.mutant {
+            Some(Mutant::Standby(standby::Without::Dirty)) => Some(Fault::Disk { length }),
+            Some(Mutant::WitnessEmpty) => Some(Fault::Wipe),
+            Some(Mutant::Guard) => Some(Fault::Shim { length }),
+            Some(Mutant::Holder(holder::Without::Confirmed)) if self.a.up => Some(Fault::Host { length }),
+            Some(Mutant::Holder(holder::Without::Confirmed)) => Some(Fault::ByHand),
+            Some(Mutant::Holder(holder::Without::Opening)) => Some(Fault::Slow { length }),
+            _ => None,
+        };
+        match often {
+            Some(fault) if self.random.per_mille(400) => fault,
+            _ => Fault::draw(&mut self.random),
+        }
+    }
 
     pub(crate) fn inject(&mut self, fault: Fault) {
         self.say(|| format!("fault: {fault:?}"));

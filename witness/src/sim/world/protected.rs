@@ -114,7 +114,8 @@ impl World {
         let Some(agent) = &mut self.a.agent else { return Ok(()) };
         match message {
             Message::Welcome { disarmed } => {
-                if agent.holder.opened(stream, disarmed) {
+                let counts = agent.holder.opened(stream, disarmed);
+                if counts {
                     (agent.stream, agent.heard) = (Some(stream), now);
                     self.a.confirmed = true;
                 }
