@@ -137,7 +137,8 @@ fn a_guest_that_is_encrypted_at_rest_is_activated_and_nothing_else_opens_it() ->
     // Nothing is written where something should have been mounted.
     let words = ["activate", &name, "--yes", "--wait"];
     let output = daemon::vmdr_output(scene.rig.site(At::B), PROGRESS_SECONDS_MAX, &words)?;
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    // The findings are in the plan, which is shown first.
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(!output.status.success() && said.contains("is no directory"), "{said}");
     fs::create_dir_all(&clear).context("make the directory for what is in the clear")?;
     let report = scene.activate()?;
