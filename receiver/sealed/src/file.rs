@@ -339,8 +339,9 @@ impl SealedFile {
         Ok(found)
     }
 
-    /// Writes bytes; the file has `length` before, and `length_after` then. `in_place`: whole blocks of an image are.
-    fn put(&self, bytes: &[u8], offset: u64, (length, length_after): (u64, u64), in_place: bool) -> io::Result<()> {
+    /// Writes bytes; the file has `length` before, and `length_after` then. `anew`: what is there is of no use any more; otherwise
+    /// these bytes are what is there, and stay if this does not work.
+    fn put(&self, bytes: &[u8], offset: u64, (length, length_after): (u64, u64), anew: bool) -> io::Result<()> {
         let mut writer = self.writer();
         writer.check()?;
         let end = offset + bytes.len() as u64;
@@ -348,7 +349,7 @@ impl SealedFile {
         for blocks in by_group(offset / block_bytes..end.div_ceil(block_bytes)) {
             let mut content = vec![0; (blocks.end - blocks.start) as usize * BLOCK];
             let lengths = (length, length_after);
-            let plan = self.plan(&writer, &blocks, &mut content, (bytes, offset), lengths, in_place)?;
+            let plan = self.plan(&writer, &blocks, &mut content, (bytes, offset), lengths, anew)?;
             self.carry_out(&mut writer, &blocks, &mut content, plan)?;
         }
         Ok(())
@@ -362,7 +363,7 @@ impl SealedFile {
         content: &mut [u8],
         (bytes, offset): (&[u8], u64),
         (length, length_after): (u64, u64),
-        in_place: bool,
+        anew: bool,
     ) -> io::Result<Plan> {
         let block_bytes = BLOCK as u64;
         let end = offset + bytes.len() as u64;
@@ -376,7 +377,7 @@ impl SealedFile {
             let within = length.saturating_sub(start).min(block_bytes);
             let inside = (length_after - start).min(block_bytes) as u32;
             let whole = from == start && to - start >= within.min(length_after - start);
-            let in_place = in_place && whole && self.kind == Kind::Image;
+            let in_place = anew && whole && self.kind == Kind::Image;
             let number = sides.iter().flatten().map(|entry| entry.number).max().unwrap_or(0).saturating_add(1);
             let there = sides.iter().any(Option::is_some);
             let newest = u64::from(sides[1].map(|entry| entry.number) > sides[0].map(|entry| entry.number));
@@ -385,7 +386,7 @@ impl SealedFile {
             let mut old = None;
             let side = if !there {
                 dirty.unwrap_or(0)
-            } else if whole && (dirty.is_some() || in_place) {
+            } else if anew && whole && (dirty.is_some() || in_place) {
                 dirty.unwrap_or(newest)
             } else {
                 now = match self.load(block..block + 1, content) {

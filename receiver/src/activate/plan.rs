@@ -168,17 +168,14 @@ fn in_the_clear(
             }
             let bytes = clear::estimate(point);
             let free = rustix::fs::statvfs(clear).map(|of| of.f_bavail.saturating_mul(of.f_frsize));
-            match free {
-                Ok(free) if free < bytes && !placed.is_dir() => {
-                    let fact = format!(
-                        "{} MiB are decrypted to {} first, where {} MiB are free",
-                        bytes >> 20,
-                        clear.display(),
-                        free >> 20
-                    );
-                    found.push(findings::refused(subject, &fact, "free some, or name another clear_dir"));
-                }
-                _ => {}
+            if let Ok(free) = free
+                && free < bytes
+                && !placed.is_dir()
+            {
+                let clear = clear.display();
+                let fact =
+                    format!("{} MiB are decrypted to {clear} first, where {} MiB are free", bytes >> 20, free >> 20);
+                found.push(findings::refused(subject, &fact, "free some, or name another clear_dir"));
             }
             let fact = format!(
                 "it is encrypted at rest and is decrypted to {} first: about {} MiB; what it writes lies there in the clear",
