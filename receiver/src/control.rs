@@ -1,5 +1,6 @@
 //! What the `vmdr` command asks of the receiver.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Instant, SystemTime};
@@ -546,21 +547,32 @@ fn forget(receiver: &Arc<Receiver>, wanted: &str) -> Result<ForgetReply, Status>
             receiver.store.set_frozen(&id, false).map_err(|e| store_status(&e))?;
         }
     }
-    let clear = clear::linked(ActiveDirectory::of(&receiver.store.dir().join(&id)).path());
+    // First: with the domain goes what leads there.
+    forget_clear(receiver, uuid)?;
     let freed_bytes = receiver.store.forget(&id).map_err(|e| store_status(&e))?;
-    let drills = receiver.config.encryption.clear_dir.as_deref().map_or(Ok(()), |dir| clear::sweep_drills(dir, uuid));
-    drills.map_err(|error| Status::internal(format!("it is forgotten, but not the copies of its drills: {error}")))?;
-    if let Some(files) = clear {
-        clear::remove_files(&files).map_err(|error| {
-            Status::internal(format!(
-                "it is forgotten, but what of it lies in the clear stays in {}: {error}",
-                files.display()
-            ))
-        })?;
-    }
     receiver.forget_session(uuid);
     tracing::info!(domain = %summary.name, %uuid, freed_bytes, "forgotten");
     Ok(ForgetReply { freed_bytes })
+}
+
+/// Removes what lies in the clear of a domain that is encrypted at rest.
+fn forget_clear(receiver: &Receiver, uuid: Uuid) -> Result<(), Status> {
+    let remains = |what: &Path, error: &std::io::Error| {
+        Status::failed_precondition(format!(
+            "what of it lies in the clear in {} cannot be removed, and nothing is forgotten: {error}",
+            what.display()
+        ))
+    };
+    if let Some(files) = clear::linked(ActiveDirectory::of(&receiver.domain_directory(uuid)).path()) {
+        // Where nothing is mounted nothing is found.
+        let above = files.parent().unwrap_or(&files);
+        std::fs::metadata(above).map_err(|error| remains(above, &error))?;
+        clear::remove_files(&files).map_err(|error| remains(&files, &error))?;
+    }
+    match &receiver.config.encryption.clear_dir {
+        Some(dir) => clear::sweep_drills(dir, uuid).map_err(|error| remains(dir, &error)),
+        None => Ok(()),
+    }
 }
 
 #[tonic::async_trait]

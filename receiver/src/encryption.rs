@@ -62,7 +62,8 @@ impl EncryptionConfig {
         Ok(())
     }
 
-    fn is_on(&self) -> bool {
+    /// Whether anything is to be encrypted.
+    pub fn is_on(&self) -> bool {
         self.key_file.is_some() || !self.key_credential.is_empty()
     }
 

@@ -42,6 +42,12 @@ fn start(arguments: &Arguments) -> anyhow::Result<()> {
         println!("the configuration is right");
         return Ok(());
     }
+    if config.encryption.is_on() {
+        // A core dump would have keys, and guests, in a file.
+        let none = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
+        rustix::process::setrlimit(rustix::process::Resource::Core, none)?;
+        rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;
+    }
     let filter = EnvFilter::try_from_env("VMDR_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
     let runtime = tokio::runtime::Runtime::new()?;

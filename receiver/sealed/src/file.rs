@@ -39,7 +39,7 @@ pub(crate) struct SealedFile {
     inner: Box<dyn File>,
     key: BlockKey,
     kind: Kind,
-    /// Held for writing while a block and its entry do not belong together: of all files of a disk.
+    /// Held for writing while a block and its entry do not belong together: of all files that share it.
     gate: Arc<RwLock<()>>,
     /// The file's length as far as it is known.
     length: AtomicU64,
@@ -57,6 +57,9 @@ struct Target {
     shadow: bool,
     /// It is there already, exactly so.
     unchanged: bool,
+    /// It is a hole, and may be one only because what was to make it durable has failed: the other side has to become one, too, or what
+    /// lies there on the disk would count.
+    alone: bool,
 }
 
 /// What becomes of the blocks of one group, and what has to be done before.
@@ -425,7 +428,8 @@ impl SealedFile {
             {
                 plan.before.push((block, side, now.length, old));
             }
-            plan.targets.push(Target { side, number, inside, shadow: !in_place, unchanged });
+            let alone = !there && !stays && writer.settled.is_some();
+            plan.targets.push(Target { side, number, inside, shadow: !in_place, unchanged, alone });
         }
         Ok(plan)
     }
@@ -451,14 +455,14 @@ impl SealedFile {
             self.fill_holes(writer, &plan.holes)?;
             for (block, _) in &plan.holes {
                 let target = &mut plan.targets[(*block - blocks.start) as usize];
-                (target.side, target.number) = (1, target.number + 1);
+                (target.side, target.number, target.alone) = (1, target.number + 1, false);
             }
         }
         let written = self.write_sealed(writer, blocks, content, &plan.targets);
         if written.is_err() {
             for (block, side, length, mut old) in plan.before {
                 let number = plan.targets[(block - blocks.start) as usize].number.saturating_add(1);
-                let target = Target { side, number, inside: length, shadow: true, unchanged: false };
+                let target = Target { side, number, inside: length, shadow: true, unchanged: false, alone: false };
                 if self.write_sealed(writer, &(block..block + 1), &mut old[..], &[target]).is_err() {
                     writer.failed = true;
                 }
@@ -476,6 +480,9 @@ impl SealedFile {
             let salt = salt().map_err(no_key)?;
             let tag = self.key.seal(&salt, &self.about(*block, (1, *within)), &mut content).map_err(no_key)?;
             write_all(&*self.inner, &content, slot_at(*block, 0))?;
+            if writer.settled.is_some() {
+                write_all(&*self.inner, &[0; ENTRY], entry_at(*block, 1))?;
+            }
             entries.push((*block, Entry { salt, tag, number: 1, length: *within }));
         }
         writer.sync(&*self.inner)?;
@@ -523,13 +530,16 @@ impl SealedFile {
         let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
         let mut first = 0;
         while first < targets.len() {
-            let Target { side, unchanged, .. } = targets[first];
-            let alike = |target: &&Target| (target.side, target.unchanged) == (side, unchanged);
+            let Target { side, unchanged, alone, .. } = targets[first];
+            let alike = |target: &&Target| (target.side, target.unchanged, target.alone) == (side, unchanged, alone);
             let run = targets[first..].iter().take_while(alike).count();
             let block = blocks.start + first as u64;
             if !unchanged {
                 write_all(&*self.inner, &content[first * BLOCK..(first + run) * BLOCK], slot_at(block, side))?;
                 write_all(&*self.inner, &entries[first * ENTRY..(first + run) * ENTRY], entry_at(block, side))?;
+                if alone {
+                    write_all(&*self.inner, &vec![0; run * ENTRY], entry_at(block, 1 - side))?;
+                }
             }
             first += run;
         }

@@ -35,20 +35,23 @@ use layout::Kind;
 pub struct SealedDisk {
     inner: Arc<dyn Disk>,
     key: BlockKey,
-    gate: Arc<RwLock<()>>,
+    /// Of the files of the journal, which acknowledgements wait for, and of all others.
+    gates: [Arc<RwLock<()>>; 2],
 }
 
 impl SealedDisk {
     /// Over `inner`: all files that are opened through this are sealed under `key`.
     pub fn new(inner: Arc<dyn Disk>, key: BlockKey) -> Self {
-        Self { inner, key, gate: Arc::default() }
+        Self { inner, key, gates: Default::default() }
     }
 }
 
 impl Disk for SealedDisk {
     fn open(&self, path: &Path, mode: Mode) -> io::Result<Box<dyn File>> {
         let inner = self.inner.open(path, mode)?;
-        let gate = Arc::clone(&self.gate);
+        // By the directory, out of which nothing of it is renamed.
+        let journal = path.parent().is_some_and(|dir| dir.ends_with("journal"));
+        let gate = Arc::clone(&self.gates[usize::from(journal)]);
         Ok(Box::new(SealedFile::new(inner, self.key.clone(), gate, Kind::of(path), mode)))
     }
 

@@ -43,14 +43,20 @@ pub fn linked(active: &Path) -> Option<PathBuf> {
 
 /// Sees to it that the files of this activation lie below `clear`. Those of an earlier attempt stay where they are.
 pub fn begin(active: &ActiveDirectory, clear: &Path, uuid: Uuid) -> Result<(), ActivateError> {
-    if linked(active.path()).is_some() {
-        return Ok(());
+    let link = active.path().join(LINK);
+    if let Some(there) = linked(active.path()) {
+        if there.starts_with(clear) || active.attempts()?.into_iter().next().is_some() {
+            return Ok(());
+        }
+        // The configuration names another place by now, and nothing has run where it was to be.
+        remove_files(&there).map_err(failed("remove", &there))?;
+        fs::remove_file(&link).map_err(failed("remove", &link))?;
     }
     let files = clear.join(format!("{uuid}-{}", Uuid::new_v4().simple()));
     // `clear` itself is not made: nothing is written where something should have been mounted.
     create(&files).map_err(failed("create", &files))?;
+    durable::sync_directory(clear).map_err(failed("sync", clear))?;
     durable::create_directory(active.path()).map_err(failed("create", active.path()))?;
-    let link = active.path().join(LINK);
     symlink(&files, &link).map_err(failed("create", &link))?;
     durable::sync_directory(active.path()).map_err(failed("sync", active.path()))
 }
@@ -88,10 +94,34 @@ pub struct Decrypted {
     pub time: Duration,
 }
 
-/// How much of a point there is to be decrypted, in bytes, more or less: what is zero is a hole, and not read.
+/// Whether something is mounted at a directory itself. Then it is there as well while nothing is mounted, and what is meant for what
+/// is to be mounted there would lie on what is below.
+pub fn is_mount_point(directory: &Path) -> io::Result<bool> {
+    let above = directory.parent().unwrap_or(directory);
+    Ok(fs::metadata(directory)?.dev() != fs::metadata(above)?.dev())
+}
+
+/// Removes decrypted points but this one, which a guest runs on.
+pub fn keep_only(active: &ActiveDirectory, generation: u64, epoch: u64) -> io::Result<()> {
+    let Some(files) = linked(active.path()) else { return Ok(()) };
+    let kept = format!("point-{generation}-{epoch}");
+    for entry in fs::read_dir(&files)? {
+        let entry = entry?;
+        if entry.file_name().to_str().is_some_and(|name| name.starts_with("point-") && name != kept) {
+            remove_files(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// How much of a point there is to be decrypted, in bytes, more or less: what is zero is a hole, and not read. Of an older one what
+/// differs counts once more.
 pub fn estimate(point: &RecoveryPoint) -> u64 {
     let ram = point.ram.iter().map(|block| (&block.path, block.used_bytes));
     let images = ram.chain(point.disks.iter().map(|disk| (&disk.path, disk.size_bytes)));
+    if let Some(bytes) = point.older.as_ref().and_then(|reader| copy::estimate(reader, point).ok()) {
+        return bytes.1;
+    }
     // Both sides of a block count as stored; an image has few that are there twice.
     images.map(|(path, length)| fs::metadata(path).map_or(0, |of| of.blocks() * 512).min(length)).sum()
 }

@@ -156,6 +156,14 @@ fn in_the_clear(
             &format!("{}, where it is to lie in the clear, is no directory", clear.display()),
             "make or mount it",
         )),
+        Some(clear) if clear::is_mount_point(clear).unwrap_or(true) => found.push(findings::refused(
+            subject,
+            &format!(
+                "{}, where it is to lie in the clear, is a mount point: it is there too while nothing is mounted",
+                clear.display()
+            ),
+            "make a directory in what is mounted there, and name that as clear_dir",
+        )),
         Some(clear) => {
             if let Some(closed) = files::closed_above(clear)? {
                 let closed = closed.display();

@@ -153,11 +153,13 @@ impl Activation<'_> {
 
         let mut top = &self.settings.state_directory;
         let mut decrypted = None;
+        let above;
         let point = match (point.sealed, &self.settings.clear_directory) {
             (true, Some(clear)) => {
                 progress("decrypt the recovery point");
                 clear::begin(&active, clear, self.uuid)?;
-                top = clear;
+                above = clear::linked(active.path()).and_then(|files| files.parent().map(Path::to_owned));
+                top = above.as_ref().unwrap_or(clear);
                 let (point, took) = clear::decrypt(&point, &active)?;
                 decrypted = took;
                 point
@@ -333,6 +335,9 @@ impl Activation<'_> {
         self.host.define(&plan.transformed.persistent)?;
         for other in active.attempts()?.into_iter().filter(|n| *n != attempt) {
             files::remove_directory(&active.attempt(other))?;
+        }
+        if let Err(error) = clear::keep_only(active, point.generation, point.epoch) {
+            tracing::warn!(domain = self.name, %error, "what was decrypted for other points stays");
         }
         let image = active.attempt(attempt).join(SAVE_IMAGE);
         match std::fs::remove_file(&image) {

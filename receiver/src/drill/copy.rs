@@ -33,7 +33,7 @@ pub const FIRST: Pieces = Pieces { bytes: 8 << 20, sync_bytes: 64 << 20 };
 /// Pieces that have been read and wait to be written, beside the one that is written and the one that is read.
 const WAITING_MAX: usize = 1;
 /// Zeroes are left out in pieces of this size.
-const GRAIN_BYTES: usize = 64 << 10;
+const GRAIN_BYTES: usize = 4 << 10;
 
 /// What a copy cost.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -267,13 +267,16 @@ impl Copier<'_> {
     fn write_all(&self, to_write: &Receiver<Piece>, empty: &Sender<Vec<u8>>) -> Result<u64, DrillError> {
         let (mut written, mut unsynced) = (0, 0);
         for (at, piece) in to_write {
-            for (number, grain) in piece.chunks(GRAIN_BYTES).enumerate() {
-                if self.over || grain.iter().any(|byte| *byte != 0) {
-                    let to = at + (number * GRAIN_BYTES) as u64;
-                    self.to.write_all_at(grain, to).map_err(DrillError::io("write", self.path))?;
-                    written += grain.len() as u64;
-                    unsynced += grain.len() as u64;
+            let mut from = 0;
+            while from < piece.len() {
+                let (end, zero) = self.run(&piece, from);
+                if !zero {
+                    let to = at + from as u64;
+                    self.to.write_all_at(&piece[from..end], to).map_err(DrillError::io("write", self.path))?;
+                    written += (end - from) as u64;
+                    unsynced += (end - from) as u64;
                 }
+                from = end;
             }
             if unsynced >= self.pieces.sync_bytes {
                 unsynced = 0;
@@ -283,5 +286,17 @@ impl Copier<'_> {
             let _ = empty.send(piece);
         }
         Ok(written)
+    }
+
+    /// Where the grains end that are zero like the one at `from`, or are not; all are to be written over what there is.
+    fn run(&self, piece: &[u8], from: usize) -> (usize, bool) {
+        if self.over {
+            return (piece.len(), false);
+        }
+        let is_zero = |grain: &[u8]| grain.iter().all(|byte| *byte == 0);
+        let mut grains = piece[from..].chunks(GRAIN_BYTES);
+        let zero = grains.next().is_some_and(is_zero);
+        let more = grains.take_while(|grain| is_zero(grain) == zero).map(<[u8]>::len).sum::<usize>();
+        ((from + GRAIN_BYTES.min(piece.len() - from)) + more, zero)
     }
 }

@@ -107,6 +107,11 @@ pub(super) fn place(
                 }
                 Err(error) => tracing::error!(domain = %uuid, %error, "the data key is not wrapped anew yet"),
             }
+        } else if ring.keys.len() > 1 {
+            // It may have been wrapped anew by somebody who was ended before that was durable.
+            let synced = disk.open(&path, Mode::Write).and_then(|file| file.sync()).and_then(|()| disk.sync_dir(dir));
+            synced.map_err(|error| failed("sync", &path, error))?;
+            tracing::info!(domain = %uuid, key = %under, "the data key is wrapped under the first key");
         }
         return sealed(&key);
     }
