@@ -201,6 +201,8 @@ pub(crate) struct World {
     /// How long A's guest stood still although its host was up, and how often B has taken it.
     pub(crate) stopped_us: u64,
     pub(crate) taken: u32,
+    /// The witness has lost all that it had, once.
+    wiped: bool,
     pub(crate) running_since_b: Option<u64>,
 }
 
@@ -263,6 +265,7 @@ impl World {
             tracing,
             stopped_us: 0,
             taken: 0,
+            wiped: false,
             running_since_b: None,
         };
         world.start_agent();
@@ -296,6 +299,13 @@ impl World {
             self.at(first, What::Fault);
         }
         self.run_until(END / 1000)?;
+        let fenced = !self.a_runs() && matches!(self.a.own, Some((Role::Fenced, _)));
+        if self.wiped && fenced && self.b.active.is_none() {
+            // The witness has lost everything while the guest was being taken, and grants nothing now: the alarm stands, and the operator
+            // activates it.
+            self.activate_by_hand();
+            self.run_until(END / 1000 + 30_000)?;
+        }
         self.is_well()
     }
 
@@ -461,7 +471,10 @@ impl World {
                 self.at(until(self.now, length).saturating_sub(self.now), What::Mend(fault));
             }
             Fault::Receiver { length } => self.crash_receiver(until(self.now, length).saturating_sub(self.now)),
-            Fault::Wipe if self.witness.up => self.witness.wipe(),
+            Fault::Wipe if self.witness.up => {
+                self.witness.wipe();
+                self.wiped = true;
+            }
             Fault::Shim { length } if self.a.up => self.a.hung = until(self.now, length),
             Fault::Disk { length } => self.b.sound = until(self.now, length),
             Fault::Operator => {
@@ -490,8 +503,10 @@ impl World {
                 let boots = self.mutant == Some(Mutant::Boot);
                 self.a.page = if boots { May::Always } else { May::Never };
                 self.a.confirmed = false;
-                self.start_agent();
                 self.at(SHIM_LOOK, What::ShimLook(self.a.boot));
+                // Whatever starts guests at boot does not wait for it.
+                let later = self.random.spread_ms(1, 5_000);
+                self.at(later, What::Mend(Fault::Agent { length: later }));
             }
             Fault::Receiver { .. } if self.b.standby.is_none() => self.start_receiver(),
             _ => {}

@@ -61,6 +61,11 @@ impl World {
         if !matches!(message, Message::Open { .. }) && !self.b.opened.contains(&stream) {
             return Ok(());
         }
+        // What comes on a stream of before an activation is answered with who owns the guest, as an epoch of an older generation is.
+        if self.b.active.is_some() && !matches!(message, Message::Open { .. }) {
+            self.send(1, stream, Message::Fenced(stored));
+            return Ok(());
+        }
         // It numbers them as they arrive.
         let order = self.b.opened.iter().position(|opened| *opened == stream).map_or(0, |at| at as u64 + 1);
         standby.heard(order, local);
