@@ -37,9 +37,7 @@ fn files(directory: &Path) -> Vec<PathBuf> {
 fn has<'a>(path: &Path, patterns: &[&'a [u8]]) -> Option<&'a [u8]> {
     // What the receiver removes meanwhile has nothing.
     let bytes = fs::read(path).unwrap_or_default();
-    let is_first = |byte: u8| patterns.iter().any(|pattern| pattern.first() == Some(&byte));
-    let places = bytes.iter().enumerate().filter(|(_, byte)| **byte != 0 && is_first(**byte));
-    places.map(|(at, _)| &bytes[at..]).find_map(|rest| patterns.iter().find(|of| rest.starts_with(of)).copied())
+    patterns.iter().find(|pattern| memchr::memmem::find(&bytes, pattern).is_some()).copied()
 }
 
 fn write_key(rig: &Rig, at: At, name: &str, key: &str) -> Result<()> {
