@@ -24,6 +24,7 @@ use vmdr_proto::replication::RefusedCode;
 
 use crate::access;
 use crate::activate::clear;
+use crate::activate::files::remove_tree;
 use crate::activate::host::{Host, LocalHost};
 use crate::activate::memory::{self, Memory};
 use crate::activate::record::ActiveDirectory;
@@ -567,7 +568,7 @@ fn forget_clear(receiver: &Receiver, uuid: Uuid) -> Result<(), Status> {
         // Where nothing is mounted nothing is found.
         let above = files.parent().unwrap_or(&files);
         std::fs::metadata(above).map_err(|error| remains(above, &error))?;
-        clear::remove_files(&files).map_err(|error| remains(&files, &error))?;
+        remove_tree(&files).map_err(|error| remains(&files, &error))?;
     }
     match &receiver.config.encryption.clear_dir {
         Some(dir) => clear::sweep_drills(dir, uuid).map_err(|error| remains(dir, &error)),

@@ -1,11 +1,12 @@
 //! The scene most end-to-end cases begin with: a guest with a workload at site A, an agent there, a receiver at site B.
 
+use crate::client::Pong;
 use crate::daemon::{self, Daemon, Program};
 use crate::guest::GuestSpec;
 use crate::oracle;
 use crate::rig::{self, At, Rig};
 use crate::wait::wait_for;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
@@ -243,5 +244,19 @@ impl Scene {
         }
         let document: Value = serde_json::from_str(&out).with_context(|| format!("read the report: {out}"))?;
         Ok(document["report"].clone())
+    }
+
+    /// Checks that the guest, which was activated, goes on from where it was: not booted, no tick older than at `begun`, RAM and disk as
+    /// they were, and writing.
+    pub fn check_resumed(&self, begun: &Pong) -> Result<()> {
+        let (client, address) = (self.rig.client(), self.guest.address);
+        let after = client.ping(address, ANSWER)?;
+        ensure!(after.boot == begun.boot, "the guest was booted, not resumed");
+        ensure!(begun.tick <= after.tick, "tick {} after {}", after.tick, begun.tick);
+        client.self_check(address).context("RAM and disk as they were restored")?;
+        let on = client.wait_tick(address, after.tick + 20, ANSWER)?;
+        ensure!(on.acknowledged > after.acknowledged, "it does not write its disk");
+        client.self_check(address).context("RAM and disk after going on")?;
+        Ok(())
     }
 }

@@ -207,12 +207,6 @@ fn a_fresh_receiver_runs_a_guest_from_nothing_but_the_bucket() -> Result<()> {
 
     let report = scene.activate()?;
     assert_eq!(report["point"]["id"], next["point"], "{report}");
-    let after = client.ping(address, ANSWER)?;
-    ensure!(after.boot == begun.boot, "the guest was booted, not resumed");
-    ensure!(begun.tick <= after.tick, "tick {} after {}", after.tick, begun.tick);
-    client.self_check(address).context("RAM and disk out of the bucket")?;
-    let on = client.wait_tick(address, after.tick + 20, ANSWER)?;
-    ensure!(on.acknowledged > after.acknowledged, "it does not write its disk");
-    client.self_check(address).context("RAM and disk after going on")?;
+    scene.check_resumed(&begun)?;
     scene.rig.finish()
 }

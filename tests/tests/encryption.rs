@@ -142,13 +142,7 @@ fn a_guest_that_is_encrypted_at_rest_is_activated_and_nothing_else_opens_it() ->
     let report = scene.activate()?;
     println!("activated in {} s, decrypted: {}", report["rto_seconds"], report["decrypted"]);
     ensure!(report["decrypted"]["bytes"].as_u64() > Some(16 << 20), "{report}");
-    let after = client.ping(address, ANSWER)?;
-    ensure!(after.boot == begun.boot, "the guest was booted, not resumed");
-    ensure!(begun.tick <= after.tick, "tick {} after {}", after.tick, begun.tick);
-    client.self_check(address).context("RAM and disk as they were decrypted")?;
-    let on = client.wait_tick(address, after.tick + 20, ANSWER)?;
-    ensure!(on.acknowledged > after.acknowledged, "it does not write its disk");
-    client.self_check(address).context("RAM and disk after going on")?;
+    scene.check_resumed(&begun)?;
     closed(&scene, "while it runs")?;
     ensure!(files(&clear).iter().any(|path| has(path, &[PATTERN]).is_some()), "it lies in the clear there");
     scene.rig.finish()

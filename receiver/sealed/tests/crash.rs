@@ -2,6 +2,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 #[allow(dead_code)]
+#[path = "../../src/store/tests/random.rs"]
+mod random;
+#[allow(dead_code)]
 #[path = "../../src/store/tests/sim.rs"]
 mod sim;
 
@@ -9,29 +12,11 @@ use std::io::IoSlice;
 use std::path::Path;
 use std::sync::Arc;
 
+use random::Random;
 use sim::{Fault, SimDisk};
 use vmdr_journal::{Disk, File, Mode};
 use vmdr_keys::DataKey;
 use vmdr_sealed::SealedDisk;
-
-/// Numbers that a seed reproduces (SplitMix64).
-#[derive(Debug, Clone)]
-pub struct Random(pub u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// One below this.
-    pub fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
-    }
-}
 
 const SPACE: u64 = 700_000;
 const MARK: &[u8] = b"the guest's own secret, which nobody may find. ";

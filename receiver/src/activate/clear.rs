@@ -21,13 +21,15 @@ use uuid::Uuid;
 use vmdr_daemon::durable;
 
 use super::ActivateError;
-use super::files::FileError;
+use super::files::{FileError, remove_tree};
 use super::record::ActiveDirectory;
 use crate::drill::copy;
 use crate::store::{DiskImage, RamImage, RecoveryPoint};
 
 /// The link in the directory of the activation's record to where its files are.
 pub const LINK: &str = "files";
+/// What names of directories of decrypted points begin with.
+const POINT: &str = "point-";
 /// Between UUID and identity in the name of a drill's directory.
 const DRILL: &str = "-drill-";
 
@@ -41,15 +43,16 @@ pub fn linked(active: &Path) -> Option<PathBuf> {
     fs::read_link(active.join(LINK)).ok()
 }
 
-/// Sees to it that the files of this activation lie below `clear`. Those of an earlier attempt stay where they are.
-pub fn begin(active: &ActiveDirectory, clear: &Path, uuid: Uuid) -> Result<(), ActivateError> {
+/// Sees to it that the files of this activation lie below `clear`. Those of an earlier attempt stay where they are. Returns the directory
+/// that they lie below.
+pub fn begin(active: &ActiveDirectory, clear: &Path, uuid: Uuid) -> Result<PathBuf, ActivateError> {
     let link = active.path().join(LINK);
     if let Some(there) = linked(active.path()) {
-        if there.starts_with(clear) || active.attempts()?.into_iter().next().is_some() {
-            return Ok(());
+        if there.starts_with(clear) || !active.attempts()?.is_empty() {
+            return Ok(there.parent().unwrap_or(clear).to_owned());
         }
         // The configuration names another place by now, and nothing has run where it was to be.
-        remove_files(&there).map_err(failed("remove", &there))?;
+        remove_tree(&there).map_err(failed("remove", &there))?;
         fs::remove_file(&link).map_err(failed("remove", &link))?;
     }
     let files = clear.join(format!("{uuid}-{}", Uuid::new_v4().simple()));
@@ -58,12 +61,18 @@ pub fn begin(active: &ActiveDirectory, clear: &Path, uuid: Uuid) -> Result<(), A
     durable::sync_directory(clear).map_err(failed("sync", clear))?;
     durable::create_directory(active.path()).map_err(failed("create", active.path()))?;
     symlink(&files, &link).map_err(failed("create", &link))?;
-    durable::sync_directory(active.path()).map_err(failed("sync", active.path()))
+    durable::sync_directory(active.path()).map_err(failed("sync", active.path()))?;
+    Ok(clear.to_owned())
 }
 
-/// The directory of a decrypted point.
-pub fn directory(active: &ActiveDirectory, point: &RecoveryPoint) -> PathBuf {
-    active.files().join(format!("point-{}-{}", point.generation, point.epoch))
+/// The name of the directory of a decrypted point.
+fn point_name(generation: u64, epoch: u64) -> String {
+    format!("{POINT}{generation}-{epoch}")
+}
+
+/// The directory of a decrypted point, where the files of an activation are ([`ActiveDirectory::files`]).
+pub fn directory(files: &Path, point: &RecoveryPoint) -> PathBuf {
+    files.join(point_name(point.generation, point.epoch))
 }
 
 /// The point as it is when it was decrypted into `directory`.
@@ -104,11 +113,11 @@ pub fn is_mount_point(directory: &Path) -> io::Result<bool> {
 /// Removes decrypted points but this one, which a guest runs on.
 pub fn keep_only(active: &ActiveDirectory, generation: u64, epoch: u64) -> io::Result<()> {
     let Some(files) = linked(active.path()) else { return Ok(()) };
-    let kept = format!("point-{generation}-{epoch}");
+    let kept = point_name(generation, epoch);
     for entry in fs::read_dir(&files)? {
         let entry = entry?;
-        if entry.file_name().to_str().is_some_and(|name| name.starts_with("point-") && name != kept) {
-            remove_files(&entry.path())?;
+        if entry.file_name().to_str().is_some_and(|name| name.starts_with(POINT) && name != kept) {
+            remove_tree(&entry.path())?;
         }
     }
     Ok(())
@@ -117,11 +126,11 @@ pub fn keep_only(active: &ActiveDirectory, generation: u64, epoch: u64) -> io::R
 /// How much of a point there is to be decrypted, in bytes, more or less: what is zero is a hole, and not read. Of an older one what
 /// differs counts once more.
 pub fn estimate(point: &RecoveryPoint) -> u64 {
+    if let Some((_, copied)) = point.older.as_ref().and_then(|reader| copy::estimate(reader, point).ok()) {
+        return copied;
+    }
     let ram = point.ram.iter().map(|block| (&block.path, block.used_bytes));
     let images = ram.chain(point.disks.iter().map(|disk| (&disk.path, disk.size_bytes)));
-    if let Some(bytes) = point.older.as_ref().and_then(|reader| copy::estimate(reader, point).ok()) {
-        return bytes.1;
-    }
     // Both sides of a block count as stored; an image has few that are there twice.
     images.map(|(path, length)| fs::metadata(path).map_or(0, |of| of.blocks() * 512).min(length)).sum()
 }
@@ -141,7 +150,7 @@ pub fn sweep_drills(clear: &Path, uuid: Uuid) -> io::Result<()> {
     for entry in entries {
         let entry = entry?;
         if entry.file_name().to_str().is_some_and(|name| name.starts_with(&prefix)) {
-            remove_files(&entry.path())?;
+            remove_tree(&entry.path())?;
         }
     }
     Ok(())
@@ -157,7 +166,7 @@ pub fn decrypt(
     point: &RecoveryPoint,
     active: &ActiveDirectory,
 ) -> Result<(RecoveryPoint, Option<Decrypted>), ActivateError> {
-    let whole = directory(active, point);
+    let whole = directory(&active.files(), point);
     let mut decrypted = None;
     if !whole.is_dir() {
         let begun = Instant::now();
@@ -186,13 +195,5 @@ pub fn decrypt(
 
 /// Removes what lies in the clear of the activation in `active`; the record stays.
 pub fn remove(active: &Path) -> io::Result<()> {
-    linked(active).map_or(Ok(()), |files| remove_files(&files))
-}
-
-/// Removes such a directory.
-pub fn remove_files(files: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(files) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
+    linked(active).map_or(Ok(()), |files| remove_tree(&files))
 }

@@ -158,12 +158,17 @@ pub fn copy_variables(from: &mut dyn Read, to: &Path, bytes: u64, owner: Option<
     file.sync_all().map_err(failed("sync", to))
 }
 
-/// Removes a directory of an attempt, if it is there.
-pub fn remove_directory(path: &Path) -> Result<(), FileError> {
+/// Removes a directory, if it is there.
+pub fn remove_tree(path: &Path) -> io::Result<()> {
     match fs::remove_dir_all(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove", path)(e)),
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
         _ => Ok(()),
     }
+}
+
+/// Removes a directory of an attempt, if it is there.
+pub fn remove_directory(path: &Path) -> Result<(), FileError> {
+    remove_tree(path).map_err(failed("remove", path))
 }
 
 #[cfg(test)]

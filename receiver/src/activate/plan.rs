@@ -144,7 +144,7 @@ fn in_the_clear(
 ) -> Result<RecoveryPoint, ActivateError> {
     let subject = "encryption";
     let files = attempt_directory.parent().unwrap_or(attempt_directory);
-    let placed = files.join(format!("point-{}-{}", point.generation, point.epoch));
+    let placed = clear::directory(files, point);
     match &settings.clear_directory {
         None => found.push(findings::refused(
             subject,

@@ -157,9 +157,8 @@ impl Activation<'_> {
         let point = match (point.sealed, &self.settings.clear_directory) {
             (true, Some(clear)) => {
                 progress("decrypt the recovery point");
-                clear::begin(&active, clear, self.uuid)?;
-                above = clear::linked(active.path()).and_then(|files| files.parent().map(Path::to_owned));
-                top = above.as_ref().unwrap_or(clear);
+                above = clear::begin(&active, clear, self.uuid)?;
+                top = &above;
                 let (point, took) = clear::decrypt(&point, &active)?;
                 decrypted = took;
                 point
@@ -190,7 +189,7 @@ impl Activation<'_> {
     fn recorded(&self, active: &ActiveDirectory, point: PointId) -> Result<RecoveryPoint, ActivateError> {
         let id = StoredPoint { generation: point.generation, epoch: point.epoch };
         let stored = self.standby.recovery_point(Some(id)).or_else(|_| self.standby.recovery_point(None))?;
-        Ok(if stored.sealed { clear::placed(&stored, &clear::directory(active, &stored)) } else { stored })
+        Ok(if stored.sealed { clear::placed(&stored, &clear::directory(&active.files(), &stored)) } else { stored })
     }
 
     fn refuse(&self, plan: &Plan) -> Result<(), ActivateError> {
