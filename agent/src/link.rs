@@ -285,6 +285,7 @@ async fn connect<T: Send + 'static>(
                 LinkEvent::Up { position: message.position.unwrap_or_default(), sender }
             }
             from_receiver::Message::Welcome(_) | from_receiver::Message::Heartbeat(_) => continue,
+            from_receiver::Message::Armed(_) | from_receiver::Message::Disarmed(_) => continue,
             from_receiver::Message::Compare(_) => LinkEvent::Compare,
             from_receiver::Message::Durable(durable) => LinkEvent::Durable(durable),
             from_receiver::Message::Refused(refused) => LinkEvent::Refused(refused),

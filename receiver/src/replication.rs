@@ -237,7 +237,7 @@ async fn serve(receiver: Arc<Receiver>, from: PeerInfo, mut incoming: Streaming<
     }
     let position = ingest.position();
     tracing::info!(domain = %name, %uuid, %peer, host, generation = position.generation, epoch = position.epoch, "stream opened");
-    let welcome = Welcome { protocol_version: REPLICATION_VERSION, position: Some(position.into()) };
+    let welcome = Welcome { protocol_version: REPLICATION_VERSION, position: Some(position.into()), failover: None };
     if replies.send(reply(from_receiver::Message::Welcome(welcome))).await.is_err() {
         return;
     }
@@ -420,6 +420,9 @@ impl Stream<'_> {
                     Some(from_receiver::Message::Taken(Taken { generation }))
                 }
                 Some(to_receiver::Message::Open(_)) => return Err(corrupt("a second Open in a stream")),
+                Some(to_receiver::Message::Arm(_) | to_receiver::Message::Disarm(_)) => {
+                    return Err(corrupt("this receiver has no witness, and says so in its Welcome"));
+                }
                 None => return Err(corrupt("an empty message, or one of a later version")),
             };
             if self.ingest.wants_comparison() {

@@ -83,6 +83,7 @@ pub(super) fn protect_request(
         interval_ms: interval.map_or(0, |interval| interval.ms),
         receiver: receiver.unwrap_or_default().to_owned(),
         application_every_seconds: application_every.unwrap_or(0),
+        ..ProtectRequest::default()
     }
 }
 

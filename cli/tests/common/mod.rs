@@ -328,7 +328,7 @@ impl Agent for Daemon {
     type ProtectStream = Stream;
 
     async fn protect(&self, request: Request<ProtectRequest>) -> Result<Response<Stream>, Status> {
-        let ProtectRequest { domain, interval_ms, receiver, application_every_seconds } = request.into_inner();
+        let ProtectRequest { domain, interval_ms, receiver, application_every_seconds, .. } = request.into_inner();
         self.asked("protect", &domain)?;
         self.calls.lock().unwrap().push(format!("interval {interval_ms} receiver {receiver}").trim_end().to_owned());
         if application_every_seconds > 0 {

@@ -293,6 +293,7 @@ impl Stream {
                 from_receiver::Message::Heartbeat(m) => Answer::Heartbeat(m),
                 from_receiver::Message::Taken(m) => panic!("nothing was handed over: {m:?}"),
                 from_receiver::Message::Compare(m) => panic!("nothing is damaged: {m:?}"),
+                from_receiver::Message::Armed(_) | from_receiver::Message::Disarmed(_) => panic!("nothing was armed"),
             },
             Ok(Some(FromReceiver { message: None })) => panic!("an empty answer"),
             Ok(None) => Answer::End(None),
