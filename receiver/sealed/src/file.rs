@@ -1,14 +1,15 @@
 //! One sealed file. [`super::layout`] has its bytes.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use vmdr_journal::{File, Mode, write_all};
-use vmdr_keys::{BlockKey, SALT_BYTES, fill_random, salt};
+use vmdr_keys::{BlockKey, SALT_BYTES, fill_random};
 
+use crate::clear::Cleared;
 use crate::layout::{BLOCK, ENTRY, Entry, GROUP_BLOCKS, GROUP_BYTES, Kind, SIDES, by_group, entry_at, slot_at};
 use crate::parallel;
 
@@ -23,24 +24,24 @@ const FAILED: i32 = 5;
 
 /// What there is of a block.
 #[derive(Debug, Clone, Copy, Default)]
-struct Now {
+pub(crate) struct Now {
     /// The side of the version that counts.
-    side: Option<u64>,
+    pub side: Option<u64>,
     /// The highest number of a version, whether or not it opens.
     number: u64,
-    /// Bytes of the block that are within the file, if this is its last.
-    length: u32,
+    /// Bytes of the block that are within the file, if this is its last; 0: it was cleared, and tells nothing of that.
+    pub length: u32,
     /// There is something, and nothing of it opens.
     bad: bool,
 }
 
 #[derive(Debug)]
 pub(crate) struct SealedFile {
-    inner: Box<dyn File>,
-    key: BlockKey,
+    pub(crate) inner: Box<dyn File>,
+    pub(crate) key: BlockKey,
     kind: Kind,
     /// Held for writing while a block and its entry do not belong together: of all files that share it.
-    gate: Arc<RwLock<()>>,
+    pub(crate) gate: Arc<RwLock<()>>,
     /// The file's length as far as it is known.
     length: AtomicU64,
     writer: Mutex<Writer>,
@@ -70,53 +71,56 @@ struct Plan {
     settle: Vec<(u64, u64)>,
     /// Versions that stay as they are, and that another process may not have made durable.
     rewrite: Vec<(u64, u64)>,
-    /// Holes that are written in part, and how much of each is within the file.
-    holes: Vec<(u64, u32)>,
+    /// Holes that are written in part.
+    holes: Vec<u64>,
     /// What was written since the last sync and would be lost if this does not work: the block, its side, length and content.
     before: Vec<(u64, u64, u32, Box<[u8; BLOCK]>)>,
 }
 
 #[derive(Debug)]
-struct Writer {
+pub(crate) struct Writer {
     /// Blocks that were written since the last sync, and on which side.
-    dirty: HashMap<u64, u64>,
+    pub dirty: HashMap<u64, u64>,
     /// Blocks of which the version that counts is durable for certain; `None`: all that are not dirty, because nobody else has
     /// ever written this file.
-    settled: Option<HashSet<u64>>,
+    pub settled: Option<HashSet<u64>>,
     /// Blocks of which the version that counts was written once more, as it is, since the last sync.
     rewritten: HashSet<u64>,
+    /// Blocks that were cleared, and the side that says so: what they had before takes room until the next sync.
+    pub cleared: BTreeMap<u64, u64>,
     /// A sync of our own has failed, or something could not be taken back: what was written before may be lost, and another
     /// sync would not say so.
-    failed: bool,
+    pub failed: bool,
 }
 
 impl Writer {
-    fn check(&self) -> io::Result<()> {
+    pub(crate) fn check(&self) -> io::Result<()> {
         // EIO, so that nobody takes it for a want of space, after which one goes on.
         if self.failed { Err(io::Error::from_raw_os_error(FAILED)) } else { Ok(()) }
     }
 
-    fn is_settled(&self, block: u64) -> bool {
+    pub(crate) fn is_settled(&self, block: u64) -> bool {
         self.settled.as_ref().is_none_or(|settled| settled.contains(&block))
     }
 
-    fn settle(&mut self, blocks: impl Iterator<Item = u64>) {
+    pub(crate) fn settle(&mut self, blocks: impl Iterator<Item = u64>) {
         if let Some(settled) = &mut self.settled {
             settled.extend(blocks);
         }
     }
 
     /// These blocks become holes, or whatever a crash leaves of them.
-    fn forget(&mut self, gone: impl Fn(u64) -> bool) {
+    pub(crate) fn forget(&mut self, gone: impl Fn(u64) -> bool) {
         self.dirty.retain(|block, _| !gone(*block));
         self.rewritten.retain(|block| !gone(*block));
+        self.cleared.retain(|block, _| !gone(*block));
         if let Some(settled) = &mut self.settled {
             settled.retain(|block| !gone(*block));
         }
     }
 
     /// A sync of which nobody above knows. What is dirty stays so: it is not what has to be there after a crash.
-    fn sync(&mut self, inner: &dyn File) -> io::Result<()> {
+    pub(crate) fn sync(&mut self, inner: &dyn File) -> io::Result<()> {
         self.failed = inner.sync().is_err();
         self.check()?;
         let rewritten = std::mem::take(&mut self.rewritten);
@@ -139,7 +143,7 @@ impl Writer {
     }
 }
 
-fn no_key(error: vmdr_keys::KeyError) -> io::Error {
+pub(crate) fn no_key(error: vmdr_keys::KeyError) -> io::Error {
     io::Error::other(error)
 }
 
@@ -151,15 +155,21 @@ impl SealedFile {
     pub fn new(inner: Box<dyn File>, key: BlockKey, gate: Arc<RwLock<()>>, kind: Kind, mode: Mode) -> Self {
         let settled = (mode != Mode::Create).then(HashSet::new);
         let length = if mode == Mode::Create { 0 } else { UNKNOWN };
-        let writer = Writer { dirty: HashMap::new(), settled, rewritten: HashSet::new(), failed: false };
+        let writer = Writer {
+            dirty: HashMap::new(),
+            settled,
+            rewritten: HashSet::new(),
+            cleared: BTreeMap::new(),
+            failed: false,
+        };
         Self { inner, key, kind, gate, length: AtomicU64::new(length), writer: Mutex::new(writer) }
     }
 
-    fn writer(&self) -> MutexGuard<'_, Writer> {
+    pub(crate) fn writer(&self) -> MutexGuard<'_, Writer> {
         self.writer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn about(&self, block: u64, entry: (u64, u32)) -> [u8; 21] {
+    pub(crate) fn about(&self, block: u64, entry: (u64, u32)) -> [u8; 21] {
         let mut about = [0; 21];
         about[0] = self.kind.byte();
         about[1..9].copy_from_slice(&block.to_le_bytes());
@@ -169,14 +179,14 @@ impl SealedFile {
     }
 
     /// Reads what there is; what lies behind the end is zero.
-    fn read_inner(&self, buffer: &mut [u8], at: u64) -> io::Result<()> {
+    pub(crate) fn read_inner(&self, buffer: &mut [u8], at: u64) -> io::Result<()> {
         let got = self.inner.read_at(buffer, at)?;
         buffer[got..].fill(0);
         Ok(())
     }
 
     /// The entries of blocks of one group, for both sides.
-    fn entries(&self, blocks: &Range<u64>) -> io::Result<Vec<[Option<Entry>; SIDES as usize]>> {
+    pub(crate) fn entries(&self, blocks: &Range<u64>) -> io::Result<Vec<[Option<Entry>; SIDES as usize]>> {
         let count = (blocks.end - blocks.start) as usize;
         let mut found = vec![[None; SIDES as usize]; count];
         let mut bytes = vec![0; count * ENTRY];
@@ -193,6 +203,10 @@ impl SealedFile {
     fn open(&self, block: u64, entry: &Entry, slot: &mut [u8]) -> bool {
         let Ok(length) = usize::try_from(entry.length) else { return false };
         let about = self.about(block, (entry.number, entry.length));
+        if length == 0 {
+            slot.fill(0);
+            return self.key.open(&entry.salt, entry.tag, &about, &mut []).is_ok();
+        }
         let good = (1..=BLOCK).contains(&length) && self.key.open(&entry.salt, entry.tag, &about, slot).is_ok();
         if good {
             slot[length..].fill(0);
@@ -201,7 +215,7 @@ impl SealedFile {
     }
 
     /// Reads blocks of one group. What there is not, or does not open, is zero.
-    fn load(&self, blocks: Range<u64>, into: &mut [u8]) -> io::Result<Vec<Now>> {
+    pub(crate) fn load(&self, blocks: Range<u64>, into: &mut [u8]) -> io::Result<Vec<Now>> {
         let _still = self.gate.read().unwrap_or_else(PoisonError::into_inner);
         let entries = self.entries(&blocks)?;
         if entries.iter().any(|sides| sides[0].is_some()) {
@@ -272,8 +286,19 @@ impl SealedFile {
         for group in (0..groups).rev() {
             let first = group * GROUP_BLOCKS;
             let entries = self.entries(&(first..first + GROUP_BLOCKS))?;
-            if let Some(last) = entries.iter().rposition(|sides| sides.iter().any(Option::is_some)) {
-                return Ok(Some(first + last as u64));
+            for (i, sides) in entries.iter().enumerate().rev() {
+                let block = first + i as u64;
+                // Of what was cleared nothing is left but that it was.
+                let there = match sides.iter().flatten().any(|entry| entry.length == 0) {
+                    true => {
+                        let now = self.load(block..block + 1, &mut [0; BLOCK])?[0];
+                        now.side.is_none() || now.length > 0
+                    }
+                    false => sides.iter().any(Option::is_some),
+                };
+                if there {
+                    return Ok(Some(block));
+                }
             }
         }
         Ok(None)
@@ -316,9 +341,11 @@ impl SealedFile {
         let mut slot = vec![0; BLOCK];
         let mut entry = [0; ENTRY];
         for (block, side) in blocks {
-            self.read_inner(&mut slot, slot_at(*block, *side))?;
             self.read_inner(&mut entry, entry_at(*block, *side))?;
-            write_all(&*self.inner, &slot, slot_at(*block, *side))?;
+            if Entry::from_bytes(&entry).is_some_and(|entry| entry.length > 0) {
+                self.read_inner(&mut slot, slot_at(*block, *side))?;
+                write_all(&*self.inner, &slot, slot_at(*block, *side))?;
+            }
             write_all(&*self.inner, &entry, entry_at(*block, *side))?;
             writer.rewritten.insert(*block);
         }
@@ -344,7 +371,13 @@ impl SealedFile {
 
     /// Writes bytes; the file has `length` before, and `length_after` then. `anew`: what is there is of no use any more; otherwise
     /// these bytes are what is there, and stay if this does not work.
-    fn put(&self, bytes: &[u8], offset: u64, (length, length_after): (u64, u64), anew: bool) -> io::Result<()> {
+    pub(crate) fn put(
+        &self,
+        bytes: &[u8],
+        offset: u64,
+        (length, length_after): (u64, u64),
+        anew: bool,
+    ) -> io::Result<()> {
         let mut writer = self.writer();
         writer.check()?;
         let end = offset + bytes.len() as u64;
@@ -411,8 +444,8 @@ impl SealedFile {
                 && start + block_bytes < length_after
                 && content.iter().all(|byte| *byte == 0);
             let unchanged = stays || (now.length == inside && old.as_deref() == Some(&*content));
-            if !there && !stays && !in_place && within > 0 && self.kind == Kind::Image {
-                plan.holes.push((block, within as u32));
+            if !there && !stays && !in_place && self.kind == Kind::Image {
+                plan.holes.push(block);
             }
             if let Some(counts) = now.side
                 && dirty.is_none()
@@ -453,7 +486,7 @@ impl SealedFile {
         }
         if !plan.holes.is_empty() {
             self.fill_holes(writer, &plan.holes)?;
-            for (block, _) in &plan.holes {
+            for block in &plan.holes {
                 let target = &mut plan.targets[(*block - blocks.start) as usize];
                 (target.side, target.number, target.alone) = (1, target.number + 1, false);
             }
@@ -462,6 +495,10 @@ impl SealedFile {
         if written.is_err() {
             for (block, side, length, mut old) in plan.before {
                 let number = plan.targets[(block - blocks.start) as usize].number.saturating_add(1);
+                if length == 0 {
+                    writer.failed |= self.write_cleared(writer, &[(block, Cleared { side, number })]).is_err();
+                    continue;
+                }
                 let target = Target { side, number, inside: length, shadow: true, unchanged: false, alone: false };
                 if self.write_sealed(writer, &(block..block + 1), &mut old[..], &[target]).is_err() {
                     writer.failed = true;
@@ -469,37 +506,6 @@ impl SealedFile {
             }
         }
         written
-    }
-
-    /// Makes zero versions of blocks that were holes and are going to be written in part: a hole is no version to go back to, and
-    /// of an image what does not open is damage. So an entry is written when what it is of is durable.
-    fn fill_holes(&self, writer: &mut Writer, holes: &[(u64, u32)]) -> io::Result<()> {
-        let mut entries = Vec::with_capacity(holes.len());
-        for (block, within) in holes {
-            let mut content = [0; BLOCK];
-            let salt = salt().map_err(no_key)?;
-            let tag = self.key.seal(&salt, &self.about(*block, (1, *within)), &mut content).map_err(no_key)?;
-            write_all(&*self.inner, &content, slot_at(*block, 0))?;
-            if writer.settled.is_some() {
-                write_all(&*self.inner, &[0; ENTRY], entry_at(*block, 1))?;
-            }
-            entries.push((*block, Entry { salt, tag, number: 1, length: *within }));
-        }
-        writer.sync(&*self.inner)?;
-        {
-            let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
-            for (block, entry) in entries {
-                let at = entry_at(block, 0);
-                if let Err(error) = write_all(&*self.inner, &entry.to_bytes(), at) {
-                    // A part of an entry would be damage where there was none.
-                    writer.failed |= write_all(&*self.inner, &[0; ENTRY], at).is_err();
-                    return Err(error);
-                }
-            }
-        }
-        writer.sync(&*self.inner)?;
-        writer.settle(holes.iter().map(|(block, _)| *block));
-        Ok(())
     }
 
     fn write_sealed(
@@ -526,6 +532,7 @@ impl SealedFile {
             if target.shadow {
                 writer.dirty.insert(block, target.side);
             }
+            writer.cleared.remove(&block);
         }
         let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
         let mut first = 0;
@@ -556,60 +563,6 @@ impl SealedFile {
         let result = self.put(bytes, offset, (length, after), true);
         self.length.store(if result.is_ok() { after } else { UNKNOWN }, Ordering::Release);
         result
-    }
-
-    /// Makes whole blocks holes.
-    fn clear(&self, blocks: Range<u64>) -> io::Result<()> {
-        let stored = self.inner.length()?;
-        let zero = |range: Range<u64>| match range.end.min(stored).checked_sub(range.start) {
-            None | Some(0) => Ok(()),
-            Some(bytes) => self.inner.zero(range.start, bytes),
-        };
-        let mut writer = self.writer();
-        writer.check()?;
-        writer.forget(|block| blocks.contains(&block));
-        let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
-        let (first, last) = (blocks.start.div_ceil(GROUP_BLOCKS), blocks.end / GROUP_BLOCKS);
-        if first < last {
-            zero(first * GROUP_BYTES..last * GROUP_BYTES)?;
-        }
-        let whole = first * GROUP_BLOCKS..last.max(first) * GROUP_BLOCKS;
-        for part in by_group(blocks).filter(|part| !(whole.contains(&part.start) && part.end <= whole.end)) {
-            let count = part.end - part.start;
-            for side in 0..SIDES {
-                let (entries, slots) = (entry_at(part.start, side), slot_at(part.start, side));
-                zero(entries..entries + count * ENTRY as u64)?;
-                zero(slots..slots + count * BLOCK as u64)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn shorten(&self, length: u64, to: u64) -> io::Result<()> {
-        let block_bytes = BLOCK as u64;
-        if to == 0 {
-            let mut writer = self.writer();
-            writer.check()?;
-            writer.forget(|_| true);
-            let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
-            return self.inner.set_length(0);
-        }
-        let last = (to - 1) / block_bytes;
-        // First what stays: it is in the clear neither before nor after.
-        let mut content = [0; BLOCK];
-        let now = self.load(last..last + 1, &mut content)?[0];
-        let inside = to - last * block_bytes;
-        if now.side.is_none() || u64::from(now.length) != inside {
-            self.put(&content[..inside as usize], last * block_bytes, (length.max(to), to), false)?;
-        }
-        let group_end = (last / GROUP_BLOCKS + 1) * GROUP_BLOCKS;
-        self.clear(last + 1..group_end)?;
-        let stored = (last / GROUP_BLOCKS + 1) * GROUP_BYTES;
-        if self.inner.length()? > stored {
-            self.inner.set_length(stored)?;
-        }
-        self.writer().forget(|block| block > last);
-        Ok(())
     }
 }
 
@@ -677,8 +630,9 @@ impl File for SealedFile {
             }
             let end = (found + 1) * GROUP_BLOCKS;
             let entries = self.entries(&(block..end))?;
-            match entries.iter().position(|sides| sides.iter().any(Option::is_some)) {
-                Some(at) => return Ok(offset.max((block + at as u64) * BLOCK as u64)),
+            let there = |(block, sides): &(u64, _)| !self.is_hole(*block, sides);
+            match (block..).zip(entries).find(there) {
+                Some((at, _)) => return Ok(offset.max(at * BLOCK as u64)),
                 None => block = end,
             }
         }
@@ -695,27 +649,22 @@ impl File for SealedFile {
         // The last block tells how long the file is, so it stays.
         let last = (all - 1) / block_bytes;
         let (first, behind) = (offset.div_ceil(block_bytes), (end / block_bytes).min(last));
-        let zeroes = [0; BLOCK];
-        if first >= behind {
-            let mut at = offset;
-            while at < end {
-                let now = (block_bytes - at % block_bytes).min(end - at);
-                self.write(&zeroes[..now as usize], at)?;
+        // Not in place: what is zero already stays so, whatever a crash leaves of this.
+        let write = |from: u64, to: u64| {
+            let mut at = from;
+            while at < to {
+                let now = (block_bytes - at % block_bytes).min(to - at);
+                self.put(&[0; BLOCK][..now as usize], at, (all, all), false)?;
                 at += now;
             }
-            return Ok(());
+            Ok(())
+        };
+        if first >= behind {
+            return write(offset, end);
         }
-        if offset < first * block_bytes {
-            self.write(&zeroes[..(first * block_bytes - offset) as usize], offset)?;
-        }
+        write(offset, first * block_bytes)?;
         self.clear(first..behind)?;
-        let mut at = behind * block_bytes;
-        while at < end {
-            let now = block_bytes.min(end - at);
-            self.write(&zeroes[..now as usize], at)?;
-            at += now;
-        }
-        Ok(())
+        write(behind * block_bytes, end)
     }
 
     fn length(&self) -> io::Result<u64> {
@@ -737,6 +686,9 @@ impl File for SealedFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.writer().sync_all(&*self.inner)
+        let mut writer = self.writer();
+        writer.sync_all(&*self.inner)?;
+        self.reclaim(std::mem::take(&mut writer.cleared));
+        Ok(())
     }
 }

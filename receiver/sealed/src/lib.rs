@@ -10,12 +10,14 @@
 //! - Whole blocks of *images* (`.img`, `.raw`) are written in place instead: whoever writes those keeps what they replace,
 //!   and writes it back after a crash. So an image is not twice as large. Blocks that are written in part take the other side
 //!   there too.
-//! - A block that was never written is a hole, here and there, and costs nothing.
+//! - A block that was never written is a hole, here and there, and costs nothing. One that is cleared gets a version without
+//!   content, so that a crash leaves what it was or zeroes, and nothing between.
 //! - A block that does not open reads, of an image, as an error (`EBADMSG`), as a bad sector would; of all other files as
 //!   zeroes, as what a crash has torn may: these are full of checksums, or are some, and whoever reads them knows what that means.
 //!
 //! Names, lengths and times of files are not hidden. `docs/encryption.md` has the bytes.
 
+mod clear;
 mod file;
 mod layout;
 mod parallel;

@@ -30,6 +30,8 @@ struct Model {
     /// Bytes of which nothing is known, because a write failed.
     unknown: Vec<bool>,
     length_known: bool,
+    /// Its length was changed since the last sync.
+    resized: bool,
     /// Something has failed since the last sync, or it has: what was written may be lost by a sync that nobody asked for.
     failed: bool,
 }
@@ -43,6 +45,7 @@ impl Model {
             touched: flags.clone(),
             unknown: flags,
             length_known: true,
+            resized: false,
             failed: false,
         }
     }
@@ -51,6 +54,19 @@ impl Model {
         for at in range.start..range.end {
             self.touched[at as usize] = true;
             self.unknown[at as usize] = !worked;
+        }
+        self.length_known &= worked;
+        self.failed |= !worked;
+    }
+
+    /// Bytes become zero: those that were so, durably, stay so.
+    fn change_to_zero(&mut self, range: std::ops::Range<u64>, worked: bool) {
+        for at in range {
+            let was_zero = self.synced.get(at as usize) == Some(&0) && !self.touched[at as usize];
+            if worked && was_zero {
+                continue;
+            }
+            self.change(at..at + 1, worked);
         }
         self.length_known &= worked;
         self.failed |= !worked;
@@ -102,7 +118,8 @@ impl Model {
     /// After a crash: what was synced and not changed since is there.
     fn assert_durable(&mut self, file: &dyn File, context: &str) {
         let length = file.length().unwrap();
-        if self.length_known && self.live.len() == self.synced.len() && !self.touched.iter().any(|touched| *touched) {
+        let same_length = self.length_known && !self.resized && self.live.len() == self.synced.len();
+        if same_length && !self.touched.iter().any(|touched| *touched) {
             assert_eq!(length, self.synced.len() as u64, "{context}");
         }
         for start in (0..self.synced.len()).step_by(4096) {
@@ -169,7 +186,7 @@ fn step(random: &mut Random, file: &dyn File, model: &mut Model) {
             if offset < end {
                 let worked = file.zero(offset, count.min(length - offset)).is_ok();
                 model.live[offset as usize..end as usize].fill(0);
-                model.change(offset..end, worked);
+                model.change_to_zero(offset..end, worked);
             }
         }
         6 => {
@@ -178,7 +195,8 @@ fn step(random: &mut Random, file: &dyn File, model: &mut Model) {
             let from = length.min(to);
             model.live.resize(to as usize, 0);
             // A block that is last now, or was, is the same as before up to there.
-            model.change(from..length.max(to), worked);
+            model.change_to_zero(from..length.max(to), worked);
+            model.resized |= from < length.max(to);
         }
         7 => {
             let (offset, count) = range(random, length);
@@ -195,7 +213,7 @@ fn step(random: &mut Random, file: &dyn File, model: &mut Model) {
             if file.sync().is_ok() {
                 model.synced = model.live.clone();
                 model.touched.clone_from(&model.unknown);
-                model.failed = false;
+                (model.failed, model.resized) = (false, false);
             } else {
                 model.trust_nothing();
                 model.failed = true;
@@ -268,7 +286,7 @@ fn schedule(seed: u64, name: &str, faults: bool) {
         }
         model.touched = unknown.clone();
         model.unknown = unknown;
-        (model.length_known, model.failed) = (true, false);
+        (model.length_known, model.failed, model.resized) = (true, false, false);
         (model.live, model.synced) = (found.clone(), found);
     }
 }
@@ -389,6 +407,7 @@ fn holes_stay_holes_on_a_file_system() {
     let used = raw.used_bytes(&path).unwrap();
     assert!(used < 2 << 20, "{used}");
     file.zero(5 << 30, 1 << 20).unwrap();
+    file.sync().unwrap();
     assert!(raw.used_bytes(&path).unwrap() < 200_000);
     let mut read = vec![1; 1 << 20];
     assert_eq!(reopened.read_at(&mut read, 5 << 30).unwrap(), 1 << 20);

@@ -20,7 +20,11 @@ pub fn by_hand() -> StoreOptions {
 }
 
 fn open(disk: &SimDisk) -> Result<Store, StoreError> {
-    Store::open_on(Arc::new(disk.clone()), Path::new("/state"), by_hand())
+    open_with(disk, &by_hand())
+}
+
+fn open_with(disk: &SimDisk, options: &StoreOptions) -> Result<Store, StoreError> {
+    Store::open_on(Arc::new(disk.clone()), Path::new("/state"), options.clone())
 }
 
 pub fn host(seed: u64) -> Host {
@@ -127,10 +131,24 @@ fn seeds(usual: u64, soak: u64) -> std::ops::Range<u64> {
 
 #[test]
 fn every_point_is_what_it_was_after_a_crash_at_any_operation() {
-    // How many operations a schedule has; crashes are spread over all of them.
-    for seed in seeds(SCHEDULES.0, SCHEDULES.1) {
+    schedules(seeds(SCHEDULES.0, SCHEDULES.1), &by_hand());
+}
+
+#[test]
+fn every_point_of_an_encrypted_domain_is_what_it_was_after_a_crash_at_any_operation() {
+    // In some of these a crash once left a unit of zeroes that did not open, or its checksum of long ago.
+    let found = [33, 56, 83, 210, 248];
+    let all =
+        seeds(SCHEDULES.0, SCHEDULES.1).chain(found.into_iter().filter(|_| std::env::var_os("VMDR_SEEDS").is_none()));
+    schedules(all, &StoreOptions { keys: keyring(1), ..by_hand() });
+}
+
+/// How many operations a schedule has; crashes are spread over all of them.
+fn schedules(seeds: impl Iterator<Item = u64>, options: &StoreOptions) {
+    let test = if options.keys == Keyring::default() { "every_point_is" } else { "every_point_of_an_encrypted" };
+    for seed in seeds {
         let context = format!(
-            "replay: VMDR_SEEDS={seed}..{} cargo nextest run -p vmdr-receiver --lib history::every_point; seed {seed}",
+            "replay: VMDR_SEEDS={seed}..{} cargo nextest run -p vmdr-receiver --lib history::{test}; seed {seed}",
             seed + 1
         );
         let mut host = host(seed % 16);
@@ -143,17 +161,17 @@ fn every_point_is_what_it_was_after_a_crash_at_any_operation() {
                 _ => 1 + random.below(700),
             };
             disk.fail(after, Fault::Crash);
-            if let Ok(store) = open(&disk) {
+            if let Ok(store) = open_with(&disk, options) {
                 let _ = life(&store, &mut host, &context);
             }
             disk = disk.crashed(&mut random);
             if random.below(3) == 0 {
                 // The next life ends while it looks what is there.
                 disk.fail(1 + random.below(60), Fault::Crash);
-                let _ = open(&disk).and_then(|store| store.domain(UUID)?.apply_all());
+                let _ = open_with(&disk, options).and_then(|store| store.domain(UUID)?.apply_all());
                 disk = disk.crashed(&mut random);
             }
-            let store = open(&disk).unwrap_or_else(|e| panic!("{context}: {e}"));
+            let store = open_with(&disk, options).unwrap_or_else(|e| panic!("{context}: {e}"));
             if !store.domains().is_empty() {
                 check(&store, &host, &context);
             }
