@@ -5,6 +5,7 @@ use super::*;
 const SLOTS: [(u64, u64); 2] = [(0, 16 * PAGE_BYTES), (1 << 20, 40 * PAGE_BYTES)];
 
 /// A log that is told what was written.
+#[derive(Debug)]
 struct Told {
     slots: Vec<Slot>,
     written: Vec<(usize, u64)>,
