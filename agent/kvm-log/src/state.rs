@@ -1,10 +1,11 @@
 //! What a guest is besides its memory: vCPUs, KVM's interrupt controllers, timer and clock; to bytes and back.
 //!
 //! # Format, version 1
-//! All numbers little-endian. `version u32`, `vcpus u32`, then sections: `kind u16, index u16` (of a vCPU, or of an
+//! All numbers little-endian. `version u32`, `vcpus u32`, `sections u32`, then so many sections: `kind u16, index u16` (of a vCPU, or of an
 //! interrupt controller), `length u32`, and as many bytes: KVM's structure of x86-64, or an array of it, as
 //! `KVM_GET_*` gives it.
 
+use std::collections::BTreeMap;
 use std::io;
 
 use kvm_bindings::*;
@@ -14,6 +15,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 /// vCPUs that a state may have.
 const VCPUS_MAX: u32 = 4096;
 const VERSION: u32 = 1;
+/// Sections that each vCPU has; a local APIC is one more.
+const VCPU_SECTIONS: usize = 10;
 /// MSRs whose value is relative to another's: set when that one is.
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// `KVM_CAP_XSAVE2`: bytes that a vCPU's XSAVE area takes.
@@ -170,8 +173,13 @@ impl GuestState {
     /// The state as bytes, see the [module's](self) format.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut to = Vec::new();
-        to.extend_from_slice(&VERSION.to_le_bytes());
-        to.extend_from_slice(&(self.vcpus.len() as u32).to_le_bytes());
+        let lapics = self.vcpus.iter().filter(|vcpu| vcpu.lapic.is_some()).count();
+        let of_vcpus = self.vcpus.len() * VCPU_SECTIONS + lapics;
+        let sections =
+            of_vcpus + self.irqchips.len() + usize::from(self.pit.is_some()) + usize::from(self.clock.is_some());
+        for number in [VERSION, self.vcpus.len() as u32, sections as u32] {
+            to.extend_from_slice(&number.to_le_bytes());
+        }
         for (index, vcpu) in self.vcpus.iter().enumerate() {
             vcpu.write(index as u16, &mut to);
         }
@@ -197,19 +205,22 @@ impl GuestState {
         if vcpus > VCPUS_MAX {
             return Err(StateError::Format("number of vCPUs"));
         }
-        let mut sections = Vec::new();
-        while !rest.is_empty() {
+        let count = take_u32(&mut rest)?;
+        let mut sections = BTreeMap::new();
+        for _ in 0..count {
             let head = take_u32(&mut rest)?;
             let length = take_u32(&mut rest)? as usize;
             let (body, after) = rest.split_at_checked(length).ok_or(StateError::Format("a section is cut short"))?;
             let key = (head as u16, (head >> 16) as u16);
             let known = matches!(key.0, KIND_REGS..=KIND_TSC_KHZ | KIND_IRQCHIP..=KIND_CLOCK);
-            let of_a_vcpu = key.0 >= KIND_IRQCHIP || u32::from(key.1) < vcpus;
-            if !known || !of_a_vcpu || sections.iter().any(|(other, _)| *other == key) {
+            let in_range = key.0 >= KIND_IRQCHIP || u32::from(key.1) < vcpus;
+            if !known || !in_range || sections.insert(key, body).is_some() {
                 return Err(StateError::Format("a section is unknown or there twice"));
             }
-            sections.push((key, body));
             rest = after;
+        }
+        if !rest.is_empty() {
+            return Err(StateError::Format("bytes are left over"));
         }
         let sections = Sections(sections);
         let vcpus = (0..vcpus as u16).map(|index| VcpuState::read(&sections, index)).collect::<Result<_>>()?;
@@ -359,11 +370,12 @@ fn section<T: IntoBytes + Immutable + ?Sized>(to: &mut Vec<u8>, kind: u16, index
     to.extend_from_slice(bytes);
 }
 
-struct Sections<'a>(Vec<((u16, u16), &'a [u8])>);
+/// By kind and index.
+struct Sections<'a>(BTreeMap<(u16, u16), &'a [u8]>);
 
 impl Sections<'_> {
     fn optional<T: FromBytes>(&self, kind: u16, index: u16) -> Result<Option<T>> {
-        let Some((_, bytes)) = self.0.iter().find(|(key, _)| *key == (kind, index)) else { return Ok(None) };
+        let Some(bytes) = self.0.get(&(kind, index)) else { return Ok(None) };
         T::read_from_bytes(bytes).map(Some).map_err(|_| StateError::Format("a section has another length"))
     }
 
@@ -372,8 +384,7 @@ impl Sections<'_> {
     }
 
     fn many<T: FromBytes>(&self, kind: u16, index: u16) -> Result<Vec<T>> {
-        let found = self.0.iter().find(|(key, _)| *key == (kind, index));
-        let (_, bytes) = found.ok_or(StateError::Format("a section is missing"))?;
+        let bytes = self.0.get(&(kind, index)).ok_or(StateError::Format("a section is missing"))?;
         let pieces = bytes.chunks(size_of::<T>());
         pieces.map(|piece| T::read_from_bytes(piece).map_err(|_| StateError::Format("an array is cut short"))).collect()
     }

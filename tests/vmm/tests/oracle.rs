@@ -6,6 +6,7 @@
 //! - the shim's has exactly the same, rounded to the pages that the host's page table keeps: 2 MiB for hugetlb, where one
 //!   bit stands for all of it. (A transparent huge page is split by the first write to it, so that there it is 4 KiB.)
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(unsafe_code)]
 
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::Path;
@@ -118,8 +119,8 @@ fn compare(kind: Kind, ring: bool) {
             huge_seen += u32::from(huge > 0);
         }
         // As many small batches as large ones.
-        let writes =
-            random.random_range(1..=1 << random.random_range(0..=LARGEST_BATCH.ilog2())).min(WRITES - model.writes);
+        let most = 1 << random.random_range(0..=LARGEST_BATCH.ilog2());
+        let writes = random.random_range(1..=most).min(WRITES - model.writes);
         let before = model.clone();
         let mut truth = Bitmap::new(AREA_BYTES / PAGE_BYTES);
         model.batch(writes, &mut truth);
