@@ -147,8 +147,8 @@ impl Model {
         Ok(Self { area, shift: shift(bytes), random: SEED, writes: 0, sum: 0, sse: 0 })
     }
 
-    /// Does a batch; the pages of the area that it writes are added to `written`.
-    pub fn batch(&mut self, writes: u32, written: &mut Bitmap) {
+    /// Does a batch; the pages of the area that it writes are added to `written`, those that it reads to `read`.
+    pub fn batch(&mut self, writes: u32, written: &mut Bitmap, read: &mut Bitmap) {
         self.sum = self.sum.wrapping_add(FS_WORD);
         for _ in 0..writes {
             self.random = self.random.wrapping_mul(MULTIPLIER).wrapping_add(INCREMENT);
@@ -159,6 +159,7 @@ impl Model {
             if self.writes.is_multiple_of(4) {
                 let other = (self.random.wrapping_mul(OTHER) >> self.shift) / 4;
                 self.sum = self.sum.wrapping_add(self.area[other as usize]);
+                read.insert(u64::from(other) / 1024, 1);
             }
             self.sse = self.sse.wrapping_add(self.writes);
         }

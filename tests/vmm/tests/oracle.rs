@@ -2,7 +2,10 @@
 //!
 //! For each kind of pages two guests, one logged by KVM's bitmap and one by its rings, and both by the log that vmdr's shim
 //! uses (userfaultfd and PAGEMAP_SCAN) over the same mapping. After each batch of the guest's writes:
-//! - KVM's log has exactly the pages of 4 KiB that the model of the guest wrote;
+//! - KVM's log has exactly the pages of 4 KiB that the model of the guest wrote, and none that it only read, but for hugetlb:
+//!   there it may have those that were read in a page of 2 MiB that was written. (Where the host's page table lets a page be
+//!   written, KVM maps it so for a read, too, and reports it at once. The shim's log keeps the host's pages protected until the
+//!   first write, which for hugetlb is the first to any of the 512.)
 //! - the shim's has exactly the same, rounded to the pages that the host's page table keeps: 2 MiB for hugetlb, where one
 //!   bit stands for all of it. (A transparent huge page is split by the first write to it, so that there it is 4 KiB.)
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -25,8 +28,8 @@ use vmdr_test_vmm::memory::{self, Kind, anonymous_huge_bytes, slots};
 use vmdr_test_vmm::program::Model;
 use vmdr_tests::huge_pages::HugePages;
 
-/// What the guest writes at random: with five kinds of pages and two logs of KVM's, a million writes under each of these.
-const WRITES: u32 = 200_000;
+/// What the guest writes at random: with five kinds of pages and two logs of KVM's, a million writes.
+const WRITES: u32 = 100_000;
 const AREA_BYTES: u64 = 32 << 20;
 const LARGEST_BATCH: u32 = 20_000;
 /// Less than the largest batch has pages: the guest stops with a full ring.
@@ -121,15 +124,16 @@ fn compare(kind: Kind, ring: bool) {
         // As many small batches as large ones.
         let most = 1 << random.random_range(0..=LARGEST_BATCH.ilog2());
         let writes = random.random_range(1..=most).min(WRITES - model.writes);
-        let before = model.clone();
+        let before = model.priority();
         let mut truth = Bitmap::new(AREA_BYTES / PAGE_BYTES);
-        model.batch(writes, &mut truth);
+        let mut read = truth.clone();
+        model.batch(writes, &mut truth, &mut read);
         let mut drain = || -> anyhow::Result<()> {
             full += 1;
             Ok(ring.as_mut().map_or(Ok(()), RingLog::drain)?)
         };
         guest.batch(writes, &mut drain).unwrap_or_else(|error| panic!("{what}: {error:#}"));
-        guest.check(&model, &before).unwrap_or_else(|error| panic!("{what}: {error:#}"));
+        guest.check_registers(&model, before).unwrap_or_else(|error| panic!("{what}: {error:#}"));
 
         let kvm: &mut dyn DirtyLog = match (&mut ring, &mut bitmap) {
             (Some(ring), _) => ring,
@@ -145,8 +149,10 @@ fn compare(kind: Kind, ring: bool) {
         cost.shim += begun.elapsed();
         cost.pages += truth.count();
 
-        expect_same(&by_kvm[1], &truth, &format!("{what}: batch {batches} of {writes}: KVM's log and the truth"));
         let rounded = rounded(&truth, kind.page_bytes() / PAGE_BYTES);
+        let only_read = |page: &u64| read.contains(*page) && rounded.contains(*page) && !truth.contains(*page);
+        (0..truth.len()).filter(only_read).for_each(|page| by_kvm[1].remove(page, 1));
+        expect_same(&by_kvm[1], &truth, &format!("{what}: batch {batches} of {writes}: KVM's log and the truth"));
         expect_same(
             &by_shim[1],
             &rounded,
@@ -157,6 +163,7 @@ fn compare(kind: Kind, ring: bool) {
         cost.copy += copy(&memory, &truth);
         batches += 1;
     }
+    model.check_memory(&memory).unwrap_or_else(|error| panic!("{what}: {error:#}"));
     // Nothing was written since.
     let mut after = shim.sets();
     shim.collect(&mut after).unwrap();
