@@ -28,8 +28,8 @@ use vmdr_test_vmm::memory::{self, Kind, anonymous_huge_bytes, slots};
 use vmdr_test_vmm::program::Model;
 use vmdr_tests::huge_pages::HugePages;
 
-/// What the guest writes at random: with five kinds of pages and two logs of KVM's, a million writes.
-const WRITES: u32 = 100_000;
+/// What the guest writes at random: with five kinds of pages and two logs of KVM's, a million under each of these.
+const WRITES: u32 = 200_000;
 const AREA_BYTES: u64 = 32 << 20;
 const LARGEST_BATCH: u32 = 20_000;
 /// Less than the largest batch has pages: the guest stops with a full ring.
