@@ -11,7 +11,7 @@
 //! ```
 
 pub mod arena;
-pub mod bitmap;
+pub use vmdr_bitmap as bitmap;
 pub mod capture;
 pub mod config;
 pub mod dirty_log;

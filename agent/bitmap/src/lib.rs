@@ -1,7 +1,7 @@
 //! A set of small units (pages of memory, granules of a disk), of fixed size.
 
 /// A bitmap that knows how many bits are set.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Bitmap {
     words: Vec<u64>,
     bits: u64,
@@ -37,6 +37,18 @@ impl Bitmap {
     /// Sets `count` units from `first`. What lies beyond the end is ignored.
     pub fn insert(&mut self, first: u64, count: u64) {
         self.change(first, count, |word, mask| word | mask);
+    }
+
+    /// Sets the units of `bits`, the lowest of which is unit 64 * `index`. What lies beyond the end is ignored.
+    pub fn insert_word(&mut self, index: u64, bits: u64) {
+        let left = self.bits.saturating_sub(index.saturating_mul(64));
+        if left == 0 {
+            return;
+        }
+        let bits = if left < 64 { bits & ((1 << left) - 1) } else { bits };
+        let word = &mut self.words[index as usize];
+        self.set += u64::from((bits & !*word).count_ones());
+        *word |= bits;
     }
 
     /// Clears `count` units from `first`.
@@ -112,6 +124,18 @@ mod tests {
     use super::*;
 
     proptest! {
+        #[test]
+        fn a_word_is_its_bits(bits in 1u64..200, before in any::<u64>(), index in 0u64..5, word in any::<u64>()) {
+            let mut bitmap = Bitmap::new(bits);
+            bitmap.insert(before % bits, 3);
+            let mut model = bitmap.clone();
+            bitmap.insert_word(index, word);
+            for bit in (0..64).filter(|bit| word >> bit & 1 == 1) {
+                model.insert(index * 64 + bit, 1);
+            }
+            prop_assert_eq!(bitmap, model);
+        }
+
         #[test]
         fn behaves_like_a_vector(bits in 1u64..300, ops in proptest::collection::vec((any::<bool>(), 0u64..320, 0u64..200), 0..40)) {
             let mut bitmap = Bitmap::new(bits);
