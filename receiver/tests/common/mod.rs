@@ -239,6 +239,8 @@ pub enum Answer {
     Durable(Durable),
     Refused(Refused),
     Heartbeat(Heartbeat),
+    Armed(u64),
+    Disarmed(u64),
     /// The stream ended, with the status if it was not in order.
     End(Option<tonic::Status>),
 }
@@ -250,6 +252,8 @@ impl std::fmt::Debug for Answer {
             Answer::Durable(m) => m.fmt(f),
             Answer::Refused(m) => m.fmt(f),
             Answer::Heartbeat(m) => m.fmt(f),
+            Answer::Armed(number) => write!(f, "armed ({number})"),
+            Answer::Disarmed(number) => write!(f, "disarmed ({number})"),
             Answer::End(status) => write!(f, "the end ({status:?})"),
         }
     }
@@ -293,7 +297,8 @@ impl Stream {
                 from_receiver::Message::Heartbeat(m) => Answer::Heartbeat(m),
                 from_receiver::Message::Taken(m) => panic!("nothing was handed over: {m:?}"),
                 from_receiver::Message::Compare(m) => panic!("nothing is damaged: {m:?}"),
-                from_receiver::Message::Armed(_) | from_receiver::Message::Disarmed(_) => panic!("nothing was armed"),
+                from_receiver::Message::Armed(m) => Answer::Armed(m.number),
+                from_receiver::Message::Disarmed(m) => Answer::Disarmed(m.number),
             },
             Ok(Some(FromReceiver { message: None })) => panic!("an empty answer"),
             Ok(None) => Answer::End(None),
