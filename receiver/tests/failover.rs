@@ -14,7 +14,7 @@ use etcd::Server;
 use rustix::process::Signal;
 use vmdr_etcd::Etcd;
 use vmdr_proto::control::{DomainRequest, DomainStatus, FailoverStatus, GrantRequest, StatusRequest};
-use vmdr_proto::replication::{Arm, Disarm, Heartbeat, RefusedCode, RestRequest, to_receiver};
+use vmdr_proto::replication::{Arm, Disarm, HandOver, Heartbeat, RefusedCode, RestRequest, to_receiver};
 use vmdr_witness::{Allowed, Claim, Over, Owner, View};
 
 const UUID: &str = "22222222-1111-4111-8111-111111111111";
@@ -249,7 +249,7 @@ async fn an_older_stream_and_one_without_a_point_arm_nothing() {
     let (mut old, _) = case.stream().await;
     let (mut new, _) = case.open(AGENT).await;
     old.send(to_receiver::Message::Arm(Arm { number: 2 })).await;
-    assert_eq!(old.refused().await.code(), RefusedCode::Superseded);
+    assert_eq!(old.refused().await.code(), RefusedCode::Sequence);
     assert!(arm(&mut new, 3).await && disarm(&mut new, 4).await);
     case.assert_not_taken("disarmed").await;
 }
@@ -399,6 +399,34 @@ async fn who_rests_is_not_taken_and_who_was_not_read_is_not_silent() {
     // It sends again, and is silent again.
     drop(case.open(AGENT).await);
     case.wait_taken().await;
+}
+
+/// The witness learns of what was handed over when nobody holds its lease any more, also across a restart.
+#[tokio::test]
+async fn what_is_handed_over_is_not_taken_and_the_witness_learns_of_it() {
+    let mut case = Case::new().await;
+    case.lease(Duration::from_secs(60)).await;
+    let mut stream = case.armed().await;
+    stream.send(to_receiver::Message::HandOver(HandOver { generation: 2, epoch: 1, protect_back: false })).await;
+    assert!(matches!(stream.answer().await, Answer::Taken(2)));
+    stream.send(to_receiver::Message::Disarm(Disarm { number: 7 })).await;
+    assert_eq!(stream.refused().await.code(), RefusedCode::Fenced);
+    drop(stream);
+    for again in [false, true] {
+        if again {
+            case.kill_and_start().await;
+        }
+        let now = case.wait_for("waiting for the lease", |now| now.message.contains("holds a lease")).await;
+        assert!(now.stance == "disarmed" && now.message.contains("generation 2"), "{now:?}");
+        case.assert_not_taken("disarmed").await;
+    }
+    case.etcd.release(UUID, &case.id(AGENT)).await.unwrap();
+    case.wait_taken().await;
+    let deadline = Instant::now() + WAIT;
+    while case.book().exists() {
+        assert!(Instant::now() < deadline, "{:?}", case.failover().await);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 #[tokio::test]
