@@ -35,10 +35,14 @@ struct Case {
     client: Client,
 }
 
+fn guest() -> GuestSpec {
+    let workload = "--ram-mib 24 --pages 100 --interval-ms 20 --record-bytes 65536 --records 64 --readers 1";
+    GuestSpec::linux("web1").memory(128).workload(workload)
+}
+
 impl Case {
     fn new(name: &str) -> Result<Self> {
-        let workload = "--ram-mib 24 --pages 100 --interval-ms 20 --record-bytes 65536 --records 64 --readers 1";
-        let mut scene = Scene::new(name, GuestSpec::linux("web1").memory(128).workload(workload))?;
+        let mut scene = Scene::new(name, guest())?;
         let etcd = Etcd::start(&scene.rig)?;
         let witness = format!("[witness]\nendpoints = [{:?}]\ntimeout_ms = 1000\n", etcd::url());
         scene.configure_agent(&format!("{witness}lease_seconds = {}\n", LEASE.as_secs()));
@@ -225,6 +229,29 @@ fn a_host_that_reaches_nobody_stops_its_guest_before_it_is_taken() -> Result<()>
         std::thread::sleep(Duration::from_millis(50));
     }
     case.finish()
+}
+
+/// What all of this rests on. An operator who activates while the host runs, and nobody hears of the other, has two.
+#[test]
+fn the_observer_sees_where_it_executes_and_that_two_do() -> Result<()> {
+    let scene = Scene::new("failover-observer", guest())?;
+    let observer = Observer::start(&scene.rig, &scene.guest.name)?;
+    scene.protect(&["--interval", "100ms"])?;
+    scene.wait_durable()?;
+    let second = Duration::from_secs(1);
+    ensure!(observer.executes(At::A, second) && observer.seen(At::B).first.is_none());
+    let site = scene.rig.site(At::A);
+    site.virsh(&["suspend", &scene.guest.name])?;
+    std::thread::sleep(3 * second);
+    ensure!(!observer.executes(At::A, 2 * second), "a paused guest executes");
+    site.virsh(&["resume", &scene.guest.name])?;
+    wait_for("the guest to execute", ANSWER, || Ok(observer.executes(At::A, second).then_some(())))?;
+    ensure!(observer.both().is_none());
+    scene.rig.set_link(false)?;
+    scene.activate()?;
+    wait_for("two that execute", ANSWER, || Ok(observer.both().filter(|both| *both > second)))?;
+    drop(observer);
+    scene.rig.finish()
 }
 
 /// The bound of the rule: user space cannot do better than to look at the clock first of all.

@@ -119,7 +119,7 @@ fn seen(receiver: &Arc<Receiver>, domain: &Arc<Domain>, life: u64, view: Result<
     core.asking = false;
     let view = match view {
         Ok(view) => view,
-        Err(error) => return core.silent_witness = error,
+        Err(error) => return unanswered(domain, &mut core, error),
     };
     core.silent_witness.clear();
     if core.over || rests || core.life != life {
@@ -181,9 +181,8 @@ fn claimed(receiver: &Arc<Receiver>, domain: &Arc<Domain>, life: u64, number: u6
             None
         }
         (Err(error), _) => {
-            tracing::warn!(domain = %domain.uuid, "automatic failover: {error}");
-            *silent_witness = error;
             standby.unanswered(number, now);
+            unanswered(domain, &mut core, error);
             None
         }
     };
@@ -222,13 +221,14 @@ fn published(receiver: &Arc<Receiver>, domain: &Arc<Domain>, generation: u64, an
                 "it is this site's in generation {generation}, and {host} holds a lease of it at the witness: it may run there as well"
             );
             if core.contradiction != what {
-                tracing::error!(domain = %domain.uuid, "CONTRADICTION: {what}");
+                tracing::warn!(domain = %domain.uuid, "automatic failover: {what}, unless that ends by itself");
             }
             core.contradiction = what;
+            core.held_since.get_or_insert(receiver.failover.clock.now());
         }
         // Somebody owns it in a newer generation: then there is nothing to tell.
         Ok(Allowed::Yes | Allowed::Outdated(_) | Allowed::Missing) => {
-            core.contradiction.clear();
+            (core.contradiction, core.held_since) = (String::new(), None);
             if let Err(error) = take::settled(receiver, domain, &mut core) {
                 tracing::error!(domain = %domain.uuid, "automatic failover: {error}");
             } else {
@@ -239,8 +239,16 @@ fn published(receiver: &Arc<Receiver>, domain: &Arc<Domain>, generation: u64, an
                 );
             }
         }
-        Err(error) => core.silent_witness = error,
+        Err(error) => unanswered(domain, &mut core, error),
     }
+}
+
+/// The witness does not answer: said once.
+fn unanswered(domain: &Domain, core: &mut Core, error: String) {
+    if core.silent_witness != error {
+        tracing::warn!(domain = %domain.uuid, "automatic failover: {error}");
+    }
+    core.silent_witness = error;
 }
 
 /// Renews the claim of a guest that is being activated, and finds out whether it is this site's still.

@@ -117,6 +117,8 @@ struct Core {
     silent_witness: String,
     /// What the witness has that does not go with what is here, a sentence.
     contradiction: String,
+    /// Since when another has held the lease of what was activated here.
+    held_since: Option<Time>,
     /// The activation, once lease and generation are this site's.
     taking: Option<Taking>,
     /// It was activated here, or handed over: nothing is taken any more.
@@ -352,7 +354,13 @@ pub fn asked(receiver: &Receiver, uuid: Uuid, stream: u64, peer: &PeerInfo, inge
     if word == Word::Arm && !ingest.has_point() {
         return false;
     }
+    let newer = stream > core.stream;
+    core.stream = core.stream.max(stream);
     let Core { standby: Some(standby), book, .. } = &mut *core else { return false };
+    if newer {
+        // The core was made anew since it was opened.
+        standby.opened(stream, failover.clock.now());
+    }
     let before = book.stance.clone();
     let keep = |stance: &Stance| book.keep(&domain.directory, stance);
     let done = match word {

@@ -1,13 +1,17 @@
 //! What is said of automatic failover: in the status, in figures, in alarms.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use uuid::Uuid;
 use vmdr_proto::control::FailoverStatus;
-use vmdr_witness::{Allowed, Stance};
+use vmdr_witness::{Allowed, Stance, Time};
 
 use super::{Core, Domain, Failover, drive, locked};
 use crate::daemon::Receiver;
+
+/// For how long somebody's lease of what was activated here by hand may be one that only has not ended yet: most have by then.
+const HELD: Duration = Duration::from_secs(60);
 
 impl Failover {
     /// Of a domain whose failover is, or was, automatic.
@@ -102,14 +106,16 @@ impl Failover {
     /// What an operator has to see to: a guest that was to be activated, and is not.
     pub fn troubles(&self) -> HashMap<Uuid, String> {
         let domains: Vec<_> = locked(&self.domains).values().cloned().collect();
-        domains.iter().filter_map(|domain| Some((domain.uuid, domain.trouble()?))).collect()
+        let now = self.clock.now();
+        domains.iter().filter_map(|domain| Some((domain.uuid, domain.trouble(now)?))).collect()
     }
 }
 
 impl Domain {
-    fn trouble(&self) -> Option<String> {
+    fn trouble(&self, now: Time) -> Option<String> {
         let core = self.core();
-        if !core.contradiction.is_empty() {
+        let ends_by_itself = core.held_since.is_some_and(|since| now < since + HELD);
+        if !core.contradiction.is_empty() && !ends_by_itself {
             return Some(format!("automatic failover: {}", core.contradiction));
         }
         let trouble = core.taking.as_ref().map(|taking| taking.trouble.clone());
