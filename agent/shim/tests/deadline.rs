@@ -165,9 +165,9 @@ impl Shim {
         self.state_after(to_shim::Request::GetState(GetState {}))
     }
 
-    /// Arms, and copies what there is, so that cuts can be made.
+    /// Arms; the first cut has all of memory.
     fn arm(&mut self) {
-        self.state_after(to_shim::Request::Arm(Arm { generation: 1, epoch: 1, ..Arm::default() }));
+        self.state_after(to_shim::Request::Arm(Arm { generation: 1, epoch: 1, seed: true, ..Arm::default() }));
         let passed = self.ask(to_shim::Request::Pass(Pass {}));
         assert!(matches!(passed, from_shim::Reply::Passed(_)), "{passed:?}");
     }

@@ -6,7 +6,7 @@ use vmdr_daemon::ownership::{Event, Ownership, next};
 use vmdr_proto::control::ProtectRequest;
 use vmdr_witness::{Allowed, Claim, Over};
 
-use super::{Control, blocking, internal};
+use super::{blocking, internal};
 use crate::daemon::Agent;
 use crate::failover::{Failover, STAND_DOWN_LIMIT, Witness};
 use crate::registry::{Mode, Protection};

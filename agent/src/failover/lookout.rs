@@ -69,7 +69,7 @@ struct Watch {
 }
 
 impl Lookout {
-    pub(super) fn start(config: Arc<Config>, protection: &Protection, permission: PathBuf) -> anyhow::Result<Self> {
+    pub(super) fn start(config: Arc<Config>, protection: &Protection, permission: &Path) -> anyhow::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let uuid: Uuid = protection.uuid.parse().context("the domain's UUID")?;
@@ -79,7 +79,7 @@ impl Lookout {
             domain: protection.name.clone(),
             uuid,
             generation: protection.generation,
-            permission: Arc::new(Permission::open(&permission)?),
+            permission: Arc::new(Permission::open(permission)?),
             never: None,
         };
         std::thread::Builder::new().name(format!("lookout {}", protection.name)).spawn(move || {
