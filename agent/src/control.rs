@@ -1,5 +1,6 @@
 //! The control socket: what the `vmdr` command asks of an agent.
 
+mod failover;
 mod ownership;
 
 use std::pin::Pin;
@@ -30,11 +31,12 @@ use vmdr_trust::Trust;
 
 use crate::config::check_interval;
 use crate::daemon::Agent;
+use crate::failover::Failover;
 use crate::link::Questions;
 use crate::preflight::domain::PASSTHROUGH_INTERVAL_MS_MIN;
 use crate::preflight::{self, DomainOptions, Finding, HostFacts, Severity};
 use crate::quiesce;
-use crate::registry::Protection;
+use crate::registry::{Mode, Protection};
 use crate::session::{Answer, Input, Phase, Session, rest};
 use vmdr_daemon::guest_channel::GuestChannel;
 
@@ -111,7 +113,14 @@ impl AgentService for Control {
 
     async fn protect(&self, request: Request<ProtectRequest>) -> Result<Response<Self::ProtectStream>, Status> {
         let request = request.into_inner();
+        let mode = failover::mode(&request)?;
         let interval = self.interval(request.interval_ms)?;
+        if let Some(mode) = mode
+            && let Some(uuid) = self.agent.find(&request.domain)
+            && self.agent.sessions().get(&uuid).is_some_and(|session| !session.is_over())
+        {
+            return self.change_failover(&uuid, mode, &request).await;
+        }
         let receiver =
             if request.receiver.is_empty() { self.agent.config.receiver.clone() } else { Some(request.receiver) };
         let Some(receiver) = receiver else {
@@ -136,16 +145,24 @@ impl AgentService for Control {
         let ours = self.agent.config.ownerships().get(&examined.uuid).map_err(|e| Status::internal(e.to_string()))?;
         let ours = ours.filter(|ours| ours.role == Role::Owner && examined.stored_generation == 0);
         let generation = ours.map_or(0, |ours| ours.generation);
+        if mode == Some(Mode::Auto) {
+            failover::possible(&self.agent, &examined.uuid).await?;
+        }
         let (sender, progress) = mpsc::channel(REPORTS_MAX);
-        self.begin(examined, receiver, interval, every, generation, sender)?;
+        self.begin(examined, receiver, interval, every, generation, mode.unwrap_or_default(), sender)?;
         Ok(Response::new(Box::pin(ReceiverStream::new(progress))))
     }
 
     async fn unprotect(&self, request: Request<DomainRequest>) -> Result<Response<UnprotectReply>, Status> {
         let name = request.into_inner().domain;
         let _one_at_a_time = self.agent.administration.lock().await;
+        let uuid = self.agent.find(&name);
+        if let Some(uuid) = &uuid
+            && self.phase(uuid) != Some(Phase::Moving)
+        {
+            failover::stand_down(&self.agent, uuid, &name).await?;
+        }
         let session = {
-            let uuid = self.agent.find(&name);
             let mut sessions = self.agent.sessions();
             let moving = |session: &Session| session.shared.status().phase == Phase::Moving;
             if uuid.as_ref().and_then(|uuid| sessions.get(uuid)).is_some_and(moving) {
@@ -163,9 +180,14 @@ impl AgentService for Control {
             session.end(Input::Unprotect);
             agent.registry.remove(&session.protection.uuid)?;
             agent.ended(&session.protection)?;
+            // It runs as any other does.
+            let _ = std::fs::remove_file(agent.config.ownerships().permission(&session.protection.uuid));
             Ok(session.protection.clone())
         })
         .await?;
+        if protection.is_automatic() {
+            failover::release(&self.agent, &protection.uuid).await;
+        }
         let why = "its protection was ended";
         if let Err(error) = rest::tell(&self.agent.trust, &protection, why).await {
             let domain = &protection.name;
@@ -185,12 +207,23 @@ impl AgentService for Control {
     }
 
     async fn suspend(&self, request: Request<DomainRequest>) -> Result<Response<SuspendReply>, Status> {
-        let epoch = self.ask(&request.into_inner().domain, ANSWER_LIMIT, Input::Suspend).await?;
-        Ok(Response::new(SuspendReply { epoch }))
+        let name = request.into_inner().domain;
+        let uuid = self.agent.find(&name).unwrap_or_default();
+        let _one_at_a_time = self.agent.administration.lock().await;
+        failover::stand_down(&self.agent, &uuid, &name).await?;
+        let suspended = self.ask(&name, ANSWER_LIMIT, Input::Suspend).await;
+        if suspended.is_err() {
+            failover::stand_up(&self.agent, &uuid);
+        }
+        Ok(Response::new(SuspendReply { epoch: suspended? }))
     }
 
     async fn resume(&self, request: Request<DomainRequest>) -> Result<Response<ResumeReply>, Status> {
-        self.ask(&request.into_inner().domain, ANSWER_LIMIT, Input::Resume).await?;
+        let name = request.into_inner().domain;
+        self.ask(&name, ANSWER_LIMIT, Input::Resume).await?;
+        if let Some(uuid) = self.agent.find(&name) {
+            failover::stand_up(&self.agent, &uuid);
+        }
         Ok(Response::new(ResumeReply {}))
     }
 
@@ -327,7 +360,32 @@ impl Control {
         Ok(Interval { asked, ms })
     }
 
+    fn phase(&self, uuid: &str) -> Option<Phase> {
+        self.agent.sessions().get(uuid).map(|session| session.shared.status().phase)
+    }
+
+    /// Of a domain that is protected already, nothing else can be changed.
+    async fn change_failover(
+        &self,
+        uuid: &str,
+        mode: Mode,
+        request: &ProtectRequest,
+    ) -> Result<Response<Reports>, Status> {
+        if request.interval_ms > 0 || !request.receiver.is_empty() || request.application_every_seconds > 0 {
+            return Err(Status::already_exists(format!(
+                "domain {} is already protected: only its failover can be changed",
+                request.domain
+            )));
+        }
+        let _one_at_a_time = self.agent.administration.lock().await;
+        failover::set(&self.agent, uuid, mode).await?;
+        let message = format!("failover of domain {} is {}", request.domain, mode.name());
+        let done = Progress { step: "failover".to_owned(), message, ..Default::default() };
+        Ok(Response::new(Box::pin(tokio_stream::once(Ok(done)))))
+    }
+
     /// Begins a protection, unless something was found against it.
+    #[allow(clippy::too_many_arguments)]
     fn begin(
         &self,
         examined: Examined,
@@ -335,6 +393,7 @@ impl Control {
         interval: Interval,
         application_every_seconds: u64,
         generation: u64,
+        mode: Mode,
         reports: mpsc::Sender<Result<Progress, Status>>,
     ) -> Result<(), Status> {
         if let Some(error) = refusals(&examined) {
@@ -361,6 +420,8 @@ impl Control {
             application_every_seconds,
             holds_to_move: false,
             moving: None,
+            // Until there is a recovery point nothing could be taken: it is made automatic then.
+            failover: Mode::Manual,
         };
         self.agent.registry.save(&protection).map_err(|error| internal(&error))?;
         if let Err(error) = self.agent.start(protection, true) {
@@ -368,7 +429,7 @@ impl Control {
             return Err(internal(&error));
         }
         // Goes on when the command goes away: what was asked for is done.
-        tokio::spawn(follow(self.agent.clone(), examined, reports));
+        tokio::spawn(follow(self.agent.clone(), examined, mode, reports));
         Ok(())
     }
 
@@ -472,7 +533,7 @@ fn refusals(examined: &Examined) -> Option<Status> {
 }
 
 /// Reports on a session until it is protected or has failed. A failure takes everything back.
-async fn follow(agent: Agent, examined: Examined, progress: mpsc::Sender<Result<Progress, Status>>) {
+async fn follow(agent: Agent, examined: Examined, mode: Mode, progress: mpsc::Sender<Result<Progress, Status>>) {
     for warning in examined.findings.iter().filter(|finding| finding.severity == Severity::Warning) {
         let message = format!("warning: {}: {} ({})", warning.subject, warning.fact, warning.remedy);
         let _ = progress.send(Ok(Progress { step: "check".to_owned(), message, ..Default::default() })).await;
@@ -508,6 +569,18 @@ async fn follow(agent: Agent, examined: Examined, progress: mpsc::Sender<Result<
                 return;
             }
             Phase::Protected if durable > 0 => {
+                if mode == Mode::Auto {
+                    let _one_at_a_time = agent.administration.lock().await;
+                    if let Err(status) = failover::set(&agent, &examined.uuid, mode).await {
+                        let message = format!(
+                            "domain {} is protected, but its failover is manual: {}",
+                            examined.name,
+                            status.message()
+                        );
+                        let _ = progress.send(Err(Status::new(status.code(), message))).await;
+                        return;
+                    }
+                }
                 let message = format!("domain {} is protected: epoch {durable} is durable", examined.name);
                 let _ =
                     progress.send(Ok(Progress { step: "protected".to_owned(), message, ..Default::default() })).await;
@@ -567,6 +640,7 @@ pub fn domain_status(session: &Session) -> DomainStatus {
         application_cut_unix_ns: status.application.cut_unix_ns,
         application_frozen_seconds: status.application.frozen.as_secs_f64(),
         application_error: status.application.error.clone(),
+        failover: session.failover.as_ref().map(Failover::status),
         // What only a receiver knows.
         ..DomainStatus::default()
     }
@@ -587,6 +661,10 @@ fn advice(phase: Phase) -> &'static str {
         Phase::Stalled => "see to the guest's storage: no recovery point is made until it answers again",
         Phase::Held => "the guest is paused and its standby level with it; `vmdr release` lets it go on",
         Phase::Paused => "somebody stopped the guest: resume it (`virsh resume`), epochs then go on",
+        Phase::Stopped => {
+            "the guest goes on by itself when the witness or the backup site can be reached; see `vmdr status` at the backup site \
+             whether it runs there"
+        }
         Phase::Suspended => "when you are done: `vmdr resume`; until then the recovery point stays and grows older",
         Phase::ShutOff => "nothing is wrong: protection goes on when the guest is started",
         Phase::Crashed => {
