@@ -41,6 +41,8 @@ const TICK: Duration = Duration::from_millis(50);
 const STAND_DOWN_LOOK: Duration = Duration::from_millis(20);
 /// How long the backup may take to stand down when it is asked to for good.
 pub const STAND_DOWN_LIMIT: Duration = Duration::from_secs(15);
+/// How long, when this agent is told to end: that is no reason to take its guests.
+pub const END_LIMIT: Duration = Duration::from_secs(3);
 
 /// What happens.
 #[derive(Debug)]
@@ -212,6 +214,11 @@ impl Failover {
     /// Whether the guest may run now.
     pub fn allows(&self) -> bool {
         self.shared.permission.allows()
+    }
+
+    /// The guest is paused, and goes on when it may.
+    pub fn stay_stopped(&self) {
+        self.shared.permission.set_stopped(true);
     }
 
     /// The generation in which another site owns the guest.

@@ -274,7 +274,10 @@ impl<'a> Active<'a> {
                 self.io_error = what;
                 Ok(())
             }
-            Input::Outdated(generation) => self.outdated(generation, "the witness has a newer generation"),
+            Input::Outdated(generation) => {
+                let reason = "the witness has another owner, in a newer generation";
+                self.outdated(generation, reason, reason.to_owned())
+            }
             Input::DevicesChanged if self.ended.is_some() => Ok(()),
             Input::DevicesChanged => {
                 self.xml_changed = true;
@@ -314,8 +317,7 @@ impl<'a> Active<'a> {
                 }
                 if refused.code() == RefusedCode::Fenced {
                     let newer = refused.position.map_or(0, |position| position.generation);
-                    self.outdated(newer, "the receiver has a newer generation")?;
-                    return Err(Stop::Fenced(message));
+                    return self.outdated(newer, "the receiver has a newer generation", message);
                 }
                 if matches!(refused.code(), RefusedCode::Version | RefusedCode::Domain) {
                     return Err(Stop::Again(anyhow!(message)));
@@ -354,7 +356,7 @@ impl<'a> Active<'a> {
     }
 
     /// Another site owns the guest.
-    fn outdated(&mut self, generation: u64, reason: &str) -> Result<(), Stop> {
+    fn outdated(&mut self, generation: u64, reason: &str, message: String) -> Result<(), Stop> {
         // First of all, so that it holds whatever becomes of guest and shim now.
         self.worker.protection.fenced = true;
         self.worker.registry.save(&self.worker.protection)?;
@@ -362,7 +364,7 @@ impl<'a> Active<'a> {
         self.worker.tell_taken(newer);
         self.worker.own(&Event::Outdated(newer), reason)?;
         self.attached.shim.fence()?;
-        Err(Stop::Fenced(reason.to_owned()))
+        Err(Stop::Fenced(message))
     }
 
     /// What is needed to resume the guest should the shim be lost.
