@@ -21,6 +21,7 @@ use super::moving::HAND_OVER_LIMIT;
 use super::resume::{Resume, resume};
 use super::{Answer, Input, Phase, RETRY, Stop, Worker};
 use crate::encode::PartEncoder;
+use crate::failover::END_LIMIT;
 use crate::link::LinkEvent;
 use crate::quiesce::Frozen;
 use crate::quiesce::stage::Stage;
@@ -147,6 +148,9 @@ impl<'a> Active<'a> {
             }
             self.attached.shim.fence()?;
             return Err(Stop::Fenced("another site owns this guest".to_owned()));
+        }
+        if let Some(failover) = &self.worker.failover {
+            failover.runs();
         }
         {
             let mut status = self.worker.shared.status();
@@ -352,6 +356,17 @@ impl<'a> Active<'a> {
                 }
                 Ok(())
             }
+        }
+    }
+
+    /// The stream is about to end. If somebody has ended the guest, its backup is not to start it because of that.
+    pub(super) fn rests_if_off(&self, stop: &Stop) {
+        let Some(failover) = self.worker.failover.as_ref().filter(|_| matches!(stop, Stop::Off(_))) else { return };
+        if !self.worker.how_it_ended().is_meant() {
+            return;
+        }
+        if let Err(error) = self.worker.runtime.block_on(failover.rests(END_LIMIT)) {
+            tracing::warn!(domain = self.worker.protection.name, "the guest was ended: {error}");
         }
     }
 
