@@ -113,23 +113,30 @@ impl Watch {
         }
     }
 
-    fn go_on(&self) {
-        // A request that is under way is looked after again.
-        let Ok(mut capture) = self.capture.try_lock() else { return };
-        if let Err(error) = capture.go_on() {
-            tracing::warn!(domain = self.domain, "let the guest go on: {error}");
-        }
+    fn go_on(self: &Arc<Self>) {
+        let _ = self.within_limit(|this| {
+            // A request that is under way: it is looked at again.
+            let Ok(mut capture) = this.capture.try_lock() else { return };
+            if let Err(error) = capture.go_on() {
+                tracing::warn!(domain = this.domain, "let the guest go on: {error}");
+            }
+        });
     }
 
-    /// Within [`LIMIT`], whatever hangs.
     fn look(self: &Arc<Self>) -> Look {
+        self.within_limit(|this| this.stop()).unwrap_or_else(Look::Unknown)
+    }
+
+    /// Does something that may hang; an error if it is not done within [`LIMIT`].
+    fn within_limit<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self) -> T + Send + 'static,
+    ) -> Result<T, String> {
         let (sender, answer) = channel();
         let this = self.clone();
-        let spawned = std::thread::Builder::new().name("stop".to_owned()).spawn(move || sender.send(this.stop()));
-        if let Err(error) = spawned {
-            return Look::Unknown(error.to_string());
-        }
-        answer.recv_timeout(LIMIT).unwrap_or_else(|_| Look::Unknown(format!("no answer within {LIMIT:?}")))
+        let spawned = std::thread::Builder::new().name("monitor".to_owned()).spawn(move || sender.send(work(&this)));
+        spawned.map_err(|error| error.to_string())?;
+        answer.recv_timeout(LIMIT).map_err(|_| format!("no answer within {LIMIT:?}"))
     }
 
     fn stop(&self) -> Look {

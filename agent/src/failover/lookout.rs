@@ -29,8 +29,8 @@ const LOOK: Duration = Duration::from_millis(200);
 const GRACE: Duration = deadline::LOOK.saturating_add(LIMIT);
 /// How long libvirt may take to say which process the guest is.
 const LIBVIRT_LIMIT: Duration = Duration::from_secs(5);
-/// How long QEMU's monitor may take, where nothing hurries.
-const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+/// How long a guest may take to go on before it is looked again whether it may.
+const GO_ON_LIMIT: Duration = Duration::from_millis(500);
 
 /// A running lookout; dropping it ends it.
 #[derive(Debug)]
@@ -151,8 +151,11 @@ impl Watch {
         }
         let went = self.guest().and_then(|guest| {
             let Some(guest) = guest else { return Ok(false) };
-            let mut monitor = Monitor::connect(&guest.monitor, CONNECT_LIMIT)?;
-            Ok(rescue::go_on(&self.permission, &mut monitor)?)
+            let permission = self.permission.clone();
+            within(GO_ON_LIMIT, move || {
+                let mut monitor = Monitor::connect(&guest.monitor, GO_ON_LIMIT)?;
+                Ok(rescue::go_on(&permission, &mut monitor)?)
+            })
         });
         match went {
             Ok(true) => tracing::warn!(domain = self.domain, "the guest may run again, and goes on"),

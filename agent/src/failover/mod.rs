@@ -41,6 +41,8 @@ const TICK: Duration = Duration::from_millis(50);
 const STAND_DOWN_LOOK: Duration = Duration::from_millis(20);
 /// How long the backup may take to stand down when it is asked to for good.
 pub const STAND_DOWN_LIMIT: Duration = Duration::from_secs(15);
+/// How long, when this agent is told to end: that is no reason to take its guests.
+pub const END_LIMIT: Duration = Duration::from_secs(3);
 
 /// What happens.
 #[derive(Debug)]
@@ -59,6 +61,8 @@ enum Event {
     /// Another site owns the guest.
     Taken(u64),
     SetAutomatic(bool),
+    /// The guest runs, or was ended by somebody.
+    Runs(bool),
     Answered(u64, Result<Allowed, String>),
 }
 
@@ -68,6 +72,7 @@ struct Seen {
     /// Nothing is said of the guest any more.
     ended: bool,
     automatic: bool,
+    runs: bool,
     backup: Backup,
     fenced: Option<u64>,
     contradiction: Option<u64>,
@@ -136,8 +141,16 @@ impl Failover {
         core.set_automatic(automatic);
         let (fenced, contradiction) = (None, None);
         let witness = String::new();
-        let seen =
-            Seen { ended: false, automatic, backup: core.backup(), fenced, contradiction, stream: None, witness };
+        let seen = Seen {
+            ended: false,
+            automatic,
+            runs: true,
+            backup: core.backup(),
+            fenced,
+            contradiction,
+            stream: None,
+            witness,
+        };
         let shared = Arc::new(Shared { permission, seen: Mutex::new(seen) });
         let (events, heard) = mpsc::unbounded_channel();
         let lookout = Lookout::start(config.clone(), protection, path)?;
@@ -150,6 +163,7 @@ impl Failover {
             witness: config.witness.is_set().then(|| Witness::new(config.witness.clone())),
             shared: shared.clone(),
             automatic,
+            runs: true,
             stream: None,
             said: String::new(),
             inputs,
@@ -214,24 +228,48 @@ impl Failover {
         self.shared.permission.allows()
     }
 
+    /// The guest is paused, and goes on when it may.
+    pub fn stay_stopped(&self) {
+        self.shared.permission.set_stopped(true);
+    }
+
     /// The generation in which another site owns the guest.
     pub fn fenced(&self) -> Option<u64> {
         self.shared.seen().fenced
+    }
+
+    /// The guest runs.
+    pub fn runs(&self) {
+        self.tell(Event::Runs(true));
+    }
+
+    /// Somebody has ended the guest: that its host is silent then, or is shut down, is no reason to take it. Has the backup stand down
+    /// until it runs again, and waits for that.
+    pub async fn rests(&self, limit: Duration) -> Result<(), String> {
+        self.tell(Event::Runs(false));
+        self.has_stood_down(limit, |seen| !seen.runs).await
     }
 
     /// Has the backup stand down for good, and waits until it has. Where it does not in time everything is as before.
     pub async fn stand_down(&self, limit: Duration) -> Result<(), String> {
         let before = self.shared.seen().automatic;
         self.set_automatic(false);
+        let stood = self.has_stood_down(limit, |seen| !seen.automatic).await;
+        if stood.is_err() {
+            self.set_automatic(before);
+        }
+        stood
+    }
+
+    async fn has_stood_down(&self, limit: Duration, heard: fn(&Seen) -> bool) -> Result<(), String> {
         let until = Instant::now() + limit;
         loop {
             let seen = self.shared.seen().clone();
             // What another site owns does not run here, and nothing is to be asked of it.
-            if seen.fenced.is_some() || (!seen.automatic && seen.backup == Backup::Disarmed && self.allows()) {
+            if seen.fenced.is_some() || (heard(&seen) && seen.backup == Backup::Disarmed && self.allows()) {
                 return Ok(());
             }
             if Instant::now() >= until {
-                self.set_automatic(before);
                 let why = match seen.stream {
                     None => "it cannot be reached",
                     Some(false) => "it has no [witness] any more",
@@ -301,6 +339,7 @@ fn sentence(seen: &Seen, allows: bool) -> String {
         Backup::Armed => {
             format!("the backup site takes the guest by itself when this host is silent and its lease has ended{why}")
         }
+        Backup::Disarmed if !seen.runs => "the backup site does not take the guest: it was ended here".to_owned(),
         Backup::Disarmed if !seen.automatic => {
             "the backup site does not take the guest: that is off for the time being".to_owned()
         }
@@ -331,6 +370,7 @@ struct Driver {
     witness: Option<Witness>,
     shared: Arc<Shared>,
     automatic: bool,
+    runs: bool,
     /// The newest stream, and whereby the backup is spoken to on it, if it can be.
     stream: Option<(u64, Option<mpsc::Sender<ToReceiver>>)>,
     /// Why the witness did not grant the last claim.
@@ -380,7 +420,11 @@ impl Driver {
             Event::Taken(generation) => self.core.taken(generation),
             Event::SetAutomatic(automatic) => {
                 self.automatic = automatic;
-                self.core.set_automatic(automatic);
+                self.core.set_automatic(automatic && self.runs);
+            }
+            Event::Runs(runs) => {
+                self.runs = runs;
+                self.core.set_automatic(self.automatic && runs);
             }
             Event::Answered(number, answer) => self.answered(number, answer),
         }
@@ -463,6 +507,7 @@ impl Driver {
         *seen = Seen {
             ended: false,
             automatic: self.automatic,
+            runs: self.runs,
             backup: self.core.backup(),
             fenced: self.core.fenced(),
             contradiction: self.core.contradiction(),

@@ -21,6 +21,7 @@ use super::moving::HAND_OVER_LIMIT;
 use super::resume::{Resume, resume};
 use super::{Answer, Input, Phase, RETRY, Stop, Worker};
 use crate::encode::PartEncoder;
+use crate::failover::END_LIMIT;
 use crate::link::LinkEvent;
 use crate::quiesce::Frozen;
 use crate::quiesce::stage::Stage;
@@ -148,6 +149,9 @@ impl<'a> Active<'a> {
             self.attached.shim.fence()?;
             return Err(Stop::Fenced("another site owns this guest".to_owned()));
         }
+        if let Some(failover) = &self.worker.failover {
+            failover.runs();
+        }
         {
             let mut status = self.worker.shared.status();
             status.monitor = self.attached.monitor.kind();
@@ -274,7 +278,10 @@ impl<'a> Active<'a> {
                 self.io_error = what;
                 Ok(())
             }
-            Input::Outdated(generation) => self.outdated(generation, "the witness has a newer generation"),
+            Input::Outdated(generation) => {
+                let reason = "the witness has another owner, in a newer generation";
+                self.outdated(generation, reason, reason.to_owned())
+            }
             Input::DevicesChanged if self.ended.is_some() => Ok(()),
             Input::DevicesChanged => {
                 self.xml_changed = true;
@@ -314,8 +321,7 @@ impl<'a> Active<'a> {
                 }
                 if refused.code() == RefusedCode::Fenced {
                     let newer = refused.position.map_or(0, |position| position.generation);
-                    self.outdated(newer, "the receiver has a newer generation")?;
-                    return Err(Stop::Fenced(message));
+                    return self.outdated(newer, "the receiver has a newer generation", message);
                 }
                 if matches!(refused.code(), RefusedCode::Version | RefusedCode::Domain) {
                     return Err(Stop::Again(anyhow!(message)));
@@ -353,8 +359,19 @@ impl<'a> Active<'a> {
         }
     }
 
+    /// The stream is about to end. If somebody has ended the guest, its backup is not to start it because of that.
+    pub(super) fn rests_if_off(&self, stop: &Stop) {
+        let Some(failover) = self.worker.failover.as_ref().filter(|_| matches!(stop, Stop::Off(_))) else { return };
+        if !self.worker.how_it_ended().is_meant() {
+            return;
+        }
+        if let Err(error) = self.worker.runtime.block_on(failover.rests(END_LIMIT)) {
+            tracing::warn!(domain = self.worker.protection.name, "the guest was ended: {error}");
+        }
+    }
+
     /// Another site owns the guest.
-    fn outdated(&mut self, generation: u64, reason: &str) -> Result<(), Stop> {
+    fn outdated(&mut self, generation: u64, reason: &str, message: String) -> Result<(), Stop> {
         // First of all, so that it holds whatever becomes of guest and shim now.
         self.worker.protection.fenced = true;
         self.worker.registry.save(&self.worker.protection)?;
@@ -362,7 +379,7 @@ impl<'a> Active<'a> {
         self.worker.tell_taken(newer);
         self.worker.own(&Event::Outdated(newer), reason)?;
         self.attached.shim.fence()?;
-        Err(Stop::Fenced(reason.to_owned()))
+        Err(Stop::Fenced(message))
     }
 
     /// What is needed to resume the guest should the shim be lost.

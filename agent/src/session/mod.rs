@@ -470,6 +470,7 @@ impl Worker {
                         Err(stop) => stop,
                         Ok(never) => match never {},
                     };
+                    active.rests_if_off(&stop);
                     link.abort();
                     let reached = active.worker.shared.status().durable_epoch > 0;
                     first &= !reached;

@@ -443,7 +443,10 @@ impl Worker {
         // Its shim was lost: nobody else resumes it.
         let connection = Connection::open(&self.config.libvirt_uri)?;
         match connection.domain_by_uuid(&self.uuid) {
-            Ok(domain) if domain.state()?.0 == DomainState::Paused => domain.resume()?,
+            Ok(domain) if domain.state()?.0 == DomainState::Paused => match &self.failover {
+                Some(failover) if !failover.allows() => failover.stay_stopped(),
+                _ => domain.resume()?,
+            },
             Ok(_) => {}
             Err(error) if error.is_no_such_domain() => {}
             Err(error) => return Err(error.into()),
