@@ -244,16 +244,18 @@ fn a_host_that_reaches_nobody_stops_its_guest_before_it_is_taken() -> Result<()>
 fn the_observer_sees_where_it_executes_and_that_two_do() -> Result<()> {
     let scene = Scene::new("failover-observer", guest())?;
     let observer = Observer::start(&scene.rig, &scene.guest.name)?;
-    scene.protect(&["--interval", "100ms"])?;
-    scene.wait_durable()?;
+    scene.rig.client().ping(scene.guest.address, ANSWER)?;
     let second = Duration::from_secs(1);
     ensure!(observer.executes(At::A, second) && observer.seen(At::B).first.is_none());
+    // Before there are cuts: one that is under way at that moment ends its own pause.
     let site = scene.rig.site(At::A);
     site.virsh(&["suspend", &scene.guest.name])?;
     std::thread::sleep(3 * second);
     ensure!(!observer.executes(At::A, 2 * second), "a paused guest executes");
     site.virsh(&["resume", &scene.guest.name])?;
     wait_for("the guest to execute", ANSWER, || Ok(observer.executes(At::A, second).then_some(())))?;
+    scene.protect(&["--interval", "100ms"])?;
+    scene.wait_durable()?;
     ensure!(observer.both().is_none());
     scene.rig.set_link(false)?;
     scene.activate()?;
