@@ -66,6 +66,8 @@ pub struct Config {
     pub frozen_limit_ms: u32,
     /// What protection may cost this host.
     pub limits: Limits,
+    /// The witness of automatic failover.
+    pub witness: vmdr_etcd::Config,
 }
 
 /// What is possible for `freeze_limit_ms`: the `vmdr` command waits for 60 s.
@@ -99,6 +101,7 @@ impl Default for Config {
             freeze_limit_ms: 20_000,
             frozen_limit_ms: 5_000,
             limits: Limits::default(),
+            witness: vmdr_etcd::Config::default(),
         }
     }
 }
@@ -135,6 +138,7 @@ impl Config {
             }
         }
         config.limits.check()?;
+        config.witness.check()?;
         Ok(config)
     }
 
@@ -201,6 +205,11 @@ mod tests {
         assert_eq!(Config::parse("").unwrap().interval_ms, 100);
         let error = format!("{:#}", Config::parse("[limits.guest]\nbandwidth = \"slow\"").unwrap_err());
         assert!(error.starts_with("limits.guest.bandwidth: \"slow\" is no bandwidth"), "{error}");
+        let error =
+            Config::parse("[witness]\nendpoints = [\"http://e:1\"]\nlease_seconds = 2").unwrap_err().to_string();
+        assert!(error.contains("[witness]: lease_seconds = 2: it is from 5 to 600"), "{error}");
+        let error = Config::parse("[witness]\nendpoint = \"http://e:1\"").unwrap_err().to_string();
+        assert!(error.starts_with("line 2, column 1: unknown field `endpoint`"), "{error}");
         let config = Config::parse("[limits.domain.db1]\nmemory_bytes = 134217728").unwrap();
         assert_eq!([config.arena_bytes_of("db1"), config.arena_bytes_of("web1")], [128 << 20, 256 << 20]);
     }

@@ -1,6 +1,8 @@
 //! The control socket: what the `vmdr` command asks of an agent.
 
+mod failover;
 mod ownership;
+mod status;
 
 use std::pin::Pin;
 use std::time::Duration;
@@ -34,9 +36,8 @@ use crate::link::Questions;
 use crate::preflight::domain::PASSTHROUGH_INTERVAL_MS_MIN;
 use crate::preflight::{self, DomainOptions, Finding, HostFacts, Severity};
 use crate::quiesce;
-use crate::registry::Protection;
+use crate::registry::{Mode, Protection};
 use crate::session::{Answer, Input, Phase, Session, rest};
-use vmdr_daemon::guest_channel::GuestChannel;
 
 const RECEIVER_REMEDY: &str = "start vmdr-receiver there, correct the address, or pair the two hosts (`vmdr pair`)";
 /// How long a session may take for what it was asked, the receiver's acknowledgement included.
@@ -111,7 +112,14 @@ impl AgentService for Control {
 
     async fn protect(&self, request: Request<ProtectRequest>) -> Result<Response<Self::ProtectStream>, Status> {
         let request = request.into_inner();
+        let mode = failover::mode(&request)?;
         let interval = self.interval(request.interval_ms)?;
+        if let Some(mode) = mode
+            && let Some(uuid) = self.agent.find(&request.domain)
+            && self.agent.sessions().get(&uuid).is_some_and(|session| !session.is_over())
+        {
+            return self.change_failover(&uuid, mode, &request).await;
+        }
         let receiver =
             if request.receiver.is_empty() { self.agent.config.receiver.clone() } else { Some(request.receiver) };
         let Some(receiver) = receiver else {
@@ -136,16 +144,24 @@ impl AgentService for Control {
         let ours = self.agent.config.ownerships().get(&examined.uuid).map_err(|e| Status::internal(e.to_string()))?;
         let ours = ours.filter(|ours| ours.role == Role::Owner && examined.stored_generation == 0);
         let generation = ours.map_or(0, |ours| ours.generation);
+        if mode == Some(Mode::Auto) {
+            failover::possible(&self.agent, &examined.uuid).await?;
+        }
         let (sender, progress) = mpsc::channel(REPORTS_MAX);
-        self.begin(examined, receiver, interval, every, generation, sender)?;
+        self.begin(examined, receiver, interval, every, generation, mode.unwrap_or_default(), sender)?;
         Ok(Response::new(Box::pin(ReceiverStream::new(progress))))
     }
 
     async fn unprotect(&self, request: Request<DomainRequest>) -> Result<Response<UnprotectReply>, Status> {
         let name = request.into_inner().domain;
         let _one_at_a_time = self.agent.administration.lock().await;
+        let uuid = self.agent.find(&name);
+        if let Some(uuid) = &uuid
+            && self.phase(uuid) != Some(Phase::Moving)
+        {
+            failover::stand_down(&self.agent, uuid, &name).await?;
+        }
         let session = {
-            let uuid = self.agent.find(&name);
             let mut sessions = self.agent.sessions();
             let moving = |session: &Session| session.shared.status().phase == Phase::Moving;
             if uuid.as_ref().and_then(|uuid| sessions.get(uuid)).is_some_and(moving) {
@@ -163,9 +179,14 @@ impl AgentService for Control {
             session.end(Input::Unprotect);
             agent.registry.remove(&session.protection.uuid)?;
             agent.ended(&session.protection)?;
+            // It runs as any other does.
+            let _ = std::fs::remove_file(agent.config.ownerships().permission(&session.protection.uuid));
             Ok(session.protection.clone())
         })
         .await?;
+        if protection.is_automatic() {
+            failover::release(&self.agent, &protection.uuid).await;
+        }
         let why = "its protection was ended";
         if let Err(error) = rest::tell(&self.agent.trust, &protection, why).await {
             let domain = &protection.name;
@@ -185,12 +206,23 @@ impl AgentService for Control {
     }
 
     async fn suspend(&self, request: Request<DomainRequest>) -> Result<Response<SuspendReply>, Status> {
-        let epoch = self.ask(&request.into_inner().domain, ANSWER_LIMIT, Input::Suspend).await?;
-        Ok(Response::new(SuspendReply { epoch }))
+        let name = request.into_inner().domain;
+        let uuid = self.agent.find(&name).unwrap_or_default();
+        let _one_at_a_time = self.agent.administration.lock().await;
+        failover::stand_down(&self.agent, &uuid, &name).await?;
+        let suspended = self.ask(&name, ANSWER_LIMIT, Input::Suspend).await;
+        if suspended.is_err() {
+            failover::stand_up(&self.agent, &uuid);
+        }
+        Ok(Response::new(SuspendReply { epoch: suspended? }))
     }
 
     async fn resume(&self, request: Request<DomainRequest>) -> Result<Response<ResumeReply>, Status> {
-        self.ask(&request.into_inner().domain, ANSWER_LIMIT, Input::Resume).await?;
+        let name = request.into_inner().domain;
+        self.ask(&name, ANSWER_LIMIT, Input::Resume).await?;
+        if let Some(uuid) = self.agent.find(&name) {
+            failover::stand_up(&self.agent, &uuid);
+        }
         Ok(Response::new(ResumeReply {}))
     }
 
@@ -270,7 +302,7 @@ impl AgentService for Control {
             .filter(|session| name.is_empty() || session.protection.name == name || session.protection.uuid == name)
             .map(|session| {
                 let owner = self.agent.config.ownerships().get(&session.protection.uuid).ok().flatten();
-                DomainStatus { owner: owner.map(|o| o.describe()).unwrap_or_default(), ..domain_status(session) }
+                DomainStatus { owner: owner.map(|o| o.describe()).unwrap_or_default(), ..status::of(session) }
             })
             .collect();
         if domains.is_empty() && !name.is_empty() {
@@ -327,7 +359,32 @@ impl Control {
         Ok(Interval { asked, ms })
     }
 
+    fn phase(&self, uuid: &str) -> Option<Phase> {
+        self.agent.sessions().get(uuid).map(|session| session.shared.status().phase)
+    }
+
+    /// Of a domain that is protected already, nothing else can be changed.
+    async fn change_failover(
+        &self,
+        uuid: &str,
+        mode: Mode,
+        request: &ProtectRequest,
+    ) -> Result<Response<Reports>, Status> {
+        if request.interval_ms > 0 || !request.receiver.is_empty() || request.application_every_seconds > 0 {
+            return Err(Status::already_exists(format!(
+                "domain {} is already protected: only its failover can be changed",
+                request.domain
+            )));
+        }
+        let _one_at_a_time = self.agent.administration.lock().await;
+        failover::set(&self.agent, uuid, mode).await?;
+        let message = format!("failover of domain {} is {}", request.domain, mode.name());
+        let done = Progress { step: "failover".to_owned(), message, ..Default::default() };
+        Ok(Response::new(Box::pin(tokio_stream::once(Ok(done)))))
+    }
+
     /// Begins a protection, unless something was found against it.
+    #[allow(clippy::too_many_arguments)]
     fn begin(
         &self,
         examined: Examined,
@@ -335,6 +392,7 @@ impl Control {
         interval: Interval,
         application_every_seconds: u64,
         generation: u64,
+        mode: Mode,
         reports: mpsc::Sender<Result<Progress, Status>>,
     ) -> Result<(), Status> {
         if let Some(error) = refusals(&examined) {
@@ -361,6 +419,8 @@ impl Control {
             application_every_seconds,
             holds_to_move: false,
             moving: None,
+            // Until there is a recovery point nothing could be taken: it is made automatic then.
+            failover: Mode::Manual,
         };
         self.agent.registry.save(&protection).map_err(|error| internal(&error))?;
         if let Err(error) = self.agent.start(protection, true) {
@@ -368,7 +428,7 @@ impl Control {
             return Err(internal(&error));
         }
         // Goes on when the command goes away: what was asked for is done.
-        tokio::spawn(follow(self.agent.clone(), examined, reports));
+        tokio::spawn(follow(self.agent.clone(), examined, mode, reports));
         Ok(())
     }
 
@@ -472,7 +532,7 @@ fn refusals(examined: &Examined) -> Option<Status> {
 }
 
 /// Reports on a session until it is protected or has failed. A failure takes everything back.
-async fn follow(agent: Agent, examined: Examined, progress: mpsc::Sender<Result<Progress, Status>>) {
+async fn follow(agent: Agent, examined: Examined, mode: Mode, progress: mpsc::Sender<Result<Progress, Status>>) {
     for warning in examined.findings.iter().filter(|finding| finding.severity == Severity::Warning) {
         let message = format!("warning: {}: {} ({})", warning.subject, warning.fact, warning.remedy);
         let _ = progress.send(Ok(Progress { step: "check".to_owned(), message, ..Default::default() })).await;
@@ -508,6 +568,18 @@ async fn follow(agent: Agent, examined: Examined, progress: mpsc::Sender<Result<
                 return;
             }
             Phase::Protected if durable > 0 => {
+                if mode == Mode::Auto {
+                    let _one_at_a_time = agent.administration.lock().await;
+                    if let Err(status) = failover::set(&agent, &examined.uuid, mode).await {
+                        let message = format!(
+                            "domain {} is protected, but its failover is manual: {}",
+                            examined.name,
+                            status.message()
+                        );
+                        let _ = progress.send(Err(Status::new(status.code(), message))).await;
+                        return;
+                    }
+                }
                 let message = format!("domain {} is protected: epoch {durable} is durable", examined.name);
                 let _ =
                     progress.send(Ok(Progress { step: "protected".to_owned(), message, ..Default::default() })).await;
@@ -529,78 +601,6 @@ async fn follow(agent: Agent, examined: Examined, progress: mpsc::Sender<Result<
                 let _ = progress.try_send(Ok(report));
             }
         }
-    }
-}
-
-/// What `status` and the metrics tell of a session.
-pub fn domain_status(session: &Session) -> DomainStatus {
-    let tools = session.shared.tools().as_ref().and_then(GuestChannel::tools);
-    let status = session.shared.status();
-    let figures = &status.figures;
-    DomainStatus {
-        name: session.protection.name.clone(),
-        uuid: session.protection.uuid.clone(),
-        role: "protected".to_owned(),
-        state: status.shown_phase().name().to_owned(),
-        generation: status.generation,
-        epoch: status.epoch,
-        durable_epoch: status.durable_epoch,
-        rpo_seconds: figures.rpo_seconds().unwrap_or(0.0),
-        rpo_worst_hour_seconds: figures.rpo_worst_seconds(),
-        pause_p50_seconds: figures.pause_seconds(0.5),
-        pause_p99_seconds: figures.pause_seconds(0.99),
-        dirty_pages_per_epoch: figures.pages_per_epoch(),
-        bytes_per_epoch: figures.bytes_per_epoch(),
-        link_bytes_per_second: figures.link_bytes_per_second(),
-        last_error: status.last_error.clone(),
-        peer: session.protection.receiver.clone(),
-        interval_ms: session.protection.interval_ms,
-        paused_ratio: figures.paused_ratio(),
-        advice: advice(status.shown_phase()).to_owned(),
-        stored_bytes: 0,
-        monitor: status.monitor.to_owned(),
-        since_unix_ns: status.since_unix_ns,
-        limited_by: session.shared.limits.limited_by(),
-        guest_clock_offset_seconds: tools.as_ref().and_then(|tools| tools.clock_offset_seconds),
-        guest_tools: tools.map(|tools| tools.software).unwrap_or_default(),
-        application_every_seconds: session.protection.application_every_seconds,
-        application_cut_unix_ns: status.application.cut_unix_ns,
-        application_frozen_seconds: status.application.frozen.as_secs_f64(),
-        application_error: status.application.error.clone(),
-        // What only a receiver knows.
-        ..DomainStatus::default()
-    }
-}
-
-fn advice(phase: Phase) -> &'static str {
-    match phase {
-        Phase::Starting => "wait: the guest is being put under protection",
-        Phase::Disconnected => "check the receiver and the network: the guest runs on unprotected until they are back",
-        Phase::Seeding => "wait for the first copy; until then only an older recovery point, if any, can be activated",
-        Phase::Resync => {
-            "wait: the standby is being brought level; the older recovery point can be activated meanwhile"
-        }
-        Phase::Protected => {
-            "nothing to do; `vmdr activate` at the backup site brings the guest up there, `vmdr move` here takes it there"
-        }
-        Phase::Behind => "nothing is lost yet: more is written than the link takes, the recovery point grows older",
-        Phase::Stalled => "see to the guest's storage: no recovery point is made until it answers again",
-        Phase::Held => "the guest is paused and its standby level with it; `vmdr release` lets it go on",
-        Phase::Paused => "somebody stopped the guest: resume it (`virsh resume`), epochs then go on",
-        Phase::Suspended => "when you are done: `vmdr resume`; until then the recovery point stays and grows older",
-        Phase::ShutOff => "nothing is wrong: protection goes on when the guest is started",
-        Phase::Crashed => {
-            "start the guest (`virsh start`), which gives up the recovery point with its memory, or `vmdr activate` it at \
-             the backup site"
-        }
-        Phase::Failed => "see the last error; `vmdr unprotect` and `vmdr protect` begin anew",
-        Phase::Fenced => {
-            "another site owns this guest: `vmdr reprotect` there protects it to here, `vmdr failback` there brings it home; if that site is gone for good: `vmdr own --force` here"
-        }
-        Phase::Moving => {
-            "the guest is paused until it is known whether the other site has taken it: see to the link and the receiver; if that site is gone for good: `vmdr own --force`"
-        }
-        Phase::Over => "the guest is owned by this host again: `vmdr reprotect` protects it",
     }
 }
 

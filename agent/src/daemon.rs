@@ -18,6 +18,7 @@ use vmdr_trust::Trust;
 
 use crate::config::Config;
 use crate::control;
+use crate::failover::END_LIMIT;
 use crate::limits;
 use crate::registry::{Protection, Registry};
 use crate::session::{Input, Session};
@@ -102,6 +103,26 @@ impl Agent {
             "not protected any more",
         )?;
         Ok(())
+    }
+
+    /// This agent ends, as it was told to. Its guests are not to be taken because of that: whoever starts it again arms their
+    /// backups again. One that does not answer may take its guest, which is stopped before.
+    async fn stand_down(&self) {
+        let automatic: Vec<_> = self
+            .sessions()
+            .values()
+            .filter_map(|session| Some((session.protection.name.clone(), session.failover.clone()?)))
+            .collect();
+        let standing = automatic.into_iter().map(|(domain, failover)| {
+            tokio::spawn(async move {
+                if let Err(error) = failover.stand_down(END_LIMIT).await {
+                    tracing::warn!(domain, "the guest is stopped when its lease ends: {error}");
+                }
+            })
+        });
+        for one in standing.collect::<Vec<_>>() {
+            let _ = one.await;
+        }
     }
 
     /// Reads the limits again (SIGHUP). A file with a mistake changes nothing.
@@ -220,6 +241,7 @@ pub async fn run(path: &Path) -> anyhow::Result<()> {
         _ = terminate.recv() => tracing::info!("SIGTERM"),
         _ = interrupt.recv() => tracing::info!("SIGINT"),
     }
+    agent.stand_down().await;
     let sessions: Vec<Session> = std::mem::take(&mut *agent.sessions()).into_values().collect();
     tokio::task::spawn_blocking(move || {
         for mut session in sessions {

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use vmdr_shim::monitor::Address;
+use vmdr_shim::permission::Permission;
 use vmdr_shim::rescue;
 use vmdr_shim::state_page::StatePage;
 
@@ -35,8 +36,8 @@ pub struct Guard {
 }
 
 impl Guard {
-    /// Watches the shim whose state page is at `page`, beside the guest with this monitor.
-    pub fn watch(domain: String, page: PathBuf, monitor: Address) -> std::io::Result<Self> {
+    /// Watches the shim whose state page is at `page`, beside the guest with this monitor and `permission`.
+    pub fn watch(domain: String, page: PathBuf, permission: PathBuf, monitor: Address) -> std::io::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let state = StatePage::open(&page)?;
@@ -57,14 +58,14 @@ impl Guard {
                 silent += 1;
                 let Some(process) = process_state(state.pid()) else {
                     tracing::error!(domain, pid = state.pid(), "the shim died");
-                    resume_if_left_paused(&domain, &page, &monitor);
+                    resume_if_left_paused(&domain, &page, &permission, &monitor);
                     return;
                 };
                 let limit = if process == 'T' || process == 't' { STOPPED_LOOKS } else { SILENT_LOOKS };
                 if silent > limit {
                     tracing::error!(domain, pid = state.pid(), silent, %process, "the shim hangs: killing it");
                     kill(state.pid());
-                    resume_if_left_paused(&domain, &page, &monitor);
+                    resume_if_left_paused(&domain, &page, &permission, &monitor);
                     return;
                 }
             }
@@ -87,13 +88,22 @@ impl Drop for Guard {
 }
 
 /// Resumes the guest if the state page says that a shim that is gone has paused it; tried for [`RESUME_LIMIT`].
-/// Whether it is known not to be left paused.
-pub fn resume_if_left_paused(domain: &str, page: &Path, monitor: &Address) -> bool {
+/// Whether it is known not to be left paused: one that may not run now is stopped, and goes on when it may.
+pub fn resume_if_left_paused(domain: &str, page: &Path, permission: &Path, monitor: &Address) -> bool {
     // Without a page there was no shim, or it ended as it should.
     let Ok(state) = StatePage::open(page) else { return true };
+    let permission = match Permission::open(permission) {
+        Ok(permission) => Some(permission),
+        // A shim of an older version.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(error) => {
+            tracing::error!(domain, "whether the guest may run is not known, so it is not resumed: {error}");
+            return false;
+        }
+    };
     let until = Instant::now() + RESUME_LIMIT;
     loop {
-        match rescue::resume_if_left_paused(&state, monitor) {
+        match rescue::resume_if_left_paused(&state, permission.as_ref(), monitor) {
             Ok(false) => return true,
             Ok(true) => {
                 tracing::warn!(domain, "the guest had been left paused and runs again");
@@ -111,6 +121,11 @@ pub fn resume_if_left_paused(domain: &str, page: &Path, monitor: &Address) -> bo
 /// Whether the process of a state page lives.
 pub fn alive(page: &Path) -> bool {
     StatePage::open(page).is_ok_and(|state| process_state(state.pid()).is_some())
+}
+
+/// Whether a guest's shim has QEMU's word that the guest stands still, and has not resumed it since.
+pub fn stands_still(page: &Path) -> bool {
+    StatePage::open(page).is_ok_and(|state| process_state(state.pid()).is_some() && state.standing())
 }
 
 /// The letter of `/proc/PID/stat`; nothing: the process is gone (or a zombie).

@@ -18,6 +18,7 @@ pub mod config;
 pub mod control;
 pub mod daemon;
 pub mod encode;
+pub mod failover;
 pub mod guard;
 pub mod limits;
 pub mod link;

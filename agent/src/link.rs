@@ -12,18 +12,20 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use hyper_util::rt::TokioIo;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::{SendTimeoutError, TrySendError};
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Endpoint;
 use vmdr_proto::replication::replication_client::ReplicationClient;
 use vmdr_proto::replication::{
-    DescribeReply, DescribeRequest, Durable, FromReceiver, GiveBackReply, GiveBackRequest, HashesReply, HashesRequest,
-    Heartbeat, NamePointReply, NamePointRequest, Open, OwnerReply, OwnerRequest, Position, ProbeReply, ProbeRequest,
-    Refused, RestReply, RestRequest, ReverseReply, ReverseRequest, SettleReply, SettleRequest, ToReceiver,
-    from_receiver, to_receiver,
+    DescribeReply, DescribeRequest, Disarm, Durable, FromReceiver, GiveBackReply, GiveBackRequest, HashesReply,
+    HashesRequest, Heartbeat, NamePointReply, NamePointRequest, Open, OwnerReply, OwnerRequest, Position, ProbeReply,
+    ProbeRequest, Refused, RestReply, RestRequest, ReverseReply, ReverseRequest, SettleReply, SettleRequest,
+    ToReceiver, from_receiver, to_receiver,
 };
 use vmdr_proto::{MESSAGE_BYTES_MAX, REPLICATION_VERSION};
 use vmdr_trust::{Partner, PeerInfo, Trust};
 
+use crate::failover::Failover;
 use crate::limits::Guest;
 use crate::limits::wire::Throttled;
 
@@ -40,6 +42,8 @@ const PING_LIMIT: Duration = Duration::from_secs(15);
 const RETRY_MIN: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(2);
 const HEARTBEAT: Duration = Duration::from_secs(1);
+/// The number of the only request to stand down that is made where failover is manual.
+const DISARM: u64 = 1;
 /// How often a session that waits for the link looks whether it is to end.
 const SEND_LOOK: Duration = Duration::from_millis(100);
 
@@ -58,6 +62,8 @@ pub struct Target {
     pub trust: Trust,
     /// How fast to send.
     pub limits: Arc<Guest>,
+    /// If the receiver takes the guest by itself: who has to do with that.
+    pub failover: Option<Failover>,
 }
 
 /// What a session hears of its link.
@@ -67,6 +73,8 @@ pub enum LinkEvent {
     Up {
         /// What the receiver has.
         position: Position,
+        /// Whether it has stood down, if it can take guests by itself.
+        disarmed: Option<bool>,
         /// For this connection's messages. Closed when it ends.
         sender: mpsc::Sender<ToReceiver>,
     },
@@ -74,6 +82,8 @@ pub enum LinkEvent {
     Durable(Durable),
     /// The guest was taken over, in this generation.
     Taken(u64),
+    /// A receiver that nobody has armed from here says now that it has stood down.
+    Disarmed,
     /// What the receiver has turned out to be damaged: all is to be compared.
     Compare,
     /// The receiver refused something and ended the stream.
@@ -241,6 +251,11 @@ async fn connect<T: Send + 'static>(
     let (mut client, peer) = client(&target.trust, &target.receiver, &target.limits).await?;
     note_partner(target, peer).await?;
     let (sender, outgoing) = mpsc::channel(MESSAGES_MAX);
+    // What arms and disarms does not wait behind what is copied.
+    let (beside, first) = mpsc::channel(MESSAGES_MAX);
+    let mut beside = Some(beside);
+    let open_stream = target.failover.as_ref().map(|failover| Stream { failover, number: failover.opening() });
+    let stream = open_stream.as_ref().map_or(0, |stream| stream.number);
     let open = Open {
         protocol_version: REPLICATION_VERSION,
         domain_uuid: target.domain_uuid.clone(),
@@ -250,7 +265,8 @@ async fn connect<T: Send + 'static>(
     };
     let sent = sender.send(ToReceiver { message: Some(to_receiver::Message::Open(open)) }).await;
     sent.map_err(|_| "the stream ended before it began".to_owned())?;
-    let replies = client.replicate(ReceiverStream::new(outgoing)).await;
+    let outgoing = ReceiverStream::new(outgoing).merge(ReceiverStream::new(first));
+    let replies = client.replicate(outgoing).await;
     let mut replies =
         replies.map_err(|status| format!("receiver {}: {}", target.receiver, status.message()))?.into_inner();
     let mut heartbeat = tokio::time::interval(HEARTBEAT);
@@ -282,10 +298,33 @@ async fn connect<T: Send + 'static>(
                 welcome = true;
                 let Some(sender) = own.take() else { continue };
                 beats = Some(sender.downgrade());
-                LinkEvent::Up { position: message.position.unwrap_or_default(), sender }
+                let disarmed = message.failover.map(|failover| failover.disarmed);
+                match (&target.failover, beside.take()) {
+                    (Some(failover), Some(beside)) => failover.opened(stream, disarmed, beside),
+                    // Failover is manual, whatever was before: nobody is to take the guest.
+                    (None, Some(beside)) if disarmed == Some(false) => {
+                        let disarm = to_receiver::Message::Disarm(Disarm { number: DISARM });
+                        let _ = beside.try_send(ToReceiver { message: Some(disarm) });
+                    }
+                    _ => {}
+                }
+                LinkEvent::Up { position: message.position.unwrap_or_default(), disarmed, sender }
             }
             from_receiver::Message::Welcome(_) | from_receiver::Message::Heartbeat(_) => continue,
-            from_receiver::Message::Armed(_) | from_receiver::Message::Disarmed(_) => continue,
+            from_receiver::Message::Armed(armed) => {
+                if let Some(failover) = &target.failover {
+                    failover.armed(stream, armed.number);
+                }
+                continue;
+            }
+            from_receiver::Message::Disarmed(disarmed) => match &target.failover {
+                Some(failover) => {
+                    failover.disarmed(stream, disarmed.number);
+                    continue;
+                }
+                None if disarmed.number == DISARM => LinkEvent::Disarmed,
+                None => continue,
+            },
             from_receiver::Message::Compare(_) => LinkEvent::Compare,
             from_receiver::Message::Durable(durable) => LinkEvent::Durable(durable),
             from_receiver::Message::Refused(refused) => LinkEvent::Refused(refused),
@@ -294,6 +333,18 @@ async fn connect<T: Send + 'static>(
         if events.send(wrap(event)).is_err() {
             return Ok(());
         }
+    }
+}
+
+/// A stream that is being opened, or was; it has ended when this is dropped.
+struct Stream<'a> {
+    failover: &'a Failover,
+    number: u64,
+}
+
+impl Drop for Stream<'_> {
+    fn drop(&mut self) {
+        self.failover.closed(self.number);
     }
 }
 

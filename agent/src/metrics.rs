@@ -26,7 +26,7 @@ struct Sample {
 }
 
 /// Name, type, help.
-const FAMILIES: [(&str, &str, &str); 13] = [
+const FAMILIES: [(&str, &str, &str); 14] = [
     ("vmdr_protected", "gauge", "1 while epochs become durable."),
     ("vmdr_generation", "gauge", "Generation in which this host runs the guest."),
     ("vmdr_epoch", "gauge", "Newest epoch cut."),
@@ -40,6 +40,11 @@ const FAMILIES: [(&str, &str, &str); 13] = [
     ("vmdr_sent_bytes_total", "counter", "Payload bytes sent to the receiver."),
     ("vmdr_sent_disk_bytes_total", "counter", "Bytes of disk content sent, before compression."),
     ("vmdr_pending_bytes", "gauge", "Bytes known to be dirty and not captured yet."),
+    (
+        "vmdr_agent_domain_lease_seconds",
+        "gauge",
+        "For how long the guest may run by its lease; automatic failover only.",
+    ),
 ];
 
 fn text(agent: &Agent) -> String {
@@ -65,6 +70,7 @@ fn text(agent: &Agent) -> String {
                 Some(figures.sent_bytes as f64),
                 Some(figures.sent_disk_bytes as f64),
                 Some(status.pending_bytes as f64),
+                session.failover.as_ref().map(crate::failover::Failover::lease_seconds),
             ];
             Sample { labels, values }
         })

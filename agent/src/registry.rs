@@ -7,6 +7,27 @@ use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use vmdr_daemon::durable;
 
+/// Who activates a guest whose host is silent.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// The operator.
+    #[default]
+    Manual,
+    /// The backup site by itself.
+    Auto,
+}
+
+impl Mode {
+    /// As commands call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Manual => "manual",
+            Self::Auto => "auto",
+        }
+    }
+}
+
 /// One protected domain.
 #[derive(Clone, Debug, Deserialize, Serialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
@@ -38,6 +59,16 @@ pub struct Protection {
     /// The guest is being moved to the receiver's site.
     #[serde(default)]
     pub moving: Option<Moving>,
+    /// Who activates it at the backup site.
+    #[serde(default)]
+    pub failover: Mode,
+}
+
+impl Protection {
+    /// Whether the backup site takes it by itself.
+    pub fn is_automatic(&self) -> bool {
+        self.failover == Mode::Auto
+    }
 }
 
 /// A move that is not done. It is written before the receiver is asked.
@@ -95,6 +126,11 @@ impl Registry {
         Ok(all)
     }
 
+    /// The entry of a domain, as it was last written.
+    pub fn get(&self, uuid: &str) -> anyhow::Result<Protection> {
+        read(&self.path(uuid))
+    }
+
     /// Writes an entry: whole or not at all.
     pub fn save(&self, protection: &Protection) -> anyhow::Result<()> {
         let path = self.path(&protection.uuid);
@@ -138,6 +174,7 @@ mod tests {
             holds_to_move: true,
             moving: Some(Moving { epoch: 7, cut_unix_ns: 1, generation: 2, taken: false, protect_back: true }),
             application_every_seconds: 900,
+            failover: Mode::Auto,
         };
         registry.save(&one).unwrap();
         fs::write(directory.path().join("protected/x.json"), "{").unwrap();
@@ -149,6 +186,8 @@ mod tests {
         let old = r#"{"name":"db","uuid":"u","receiver":"b:7420","interval_ms":100,"generation":1,"fenced":false}"#;
         let old: Protection = serde_json::from_str(old).unwrap();
         assert_eq!((old.id.as_str(), old.suspended, old.application_every_seconds), ("", None, 0));
+        assert!(!old.is_automatic());
+        assert_eq!(registry.get(&one.uuid).unwrap(), one);
         registry.remove(&one.uuid).unwrap();
         registry.remove(&one.uuid).unwrap();
         assert_eq!(registry.load().unwrap().len(), 1);

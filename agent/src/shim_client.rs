@@ -114,11 +114,8 @@ impl ShimClient {
         self.state_after(to_shim::Request::Resume(Resume {}))
     }
 
-    /// See `shim.proto`. A shim of version 2 cannot: then nothing is done.
+    /// See `shim.proto`.
     pub fn end_mirrors(&mut self) -> Result<(), ShimError> {
-        if self.version < 3 {
-            return Ok(());
-        }
         self.state_after(to_shim::Request::EndMirrors(EndMirrors {})).map(drop)
     }
 
@@ -234,8 +231,6 @@ mod tests {
         let (mut client, state) = ShimClient::connect(&path, GREETING_LIMIT).unwrap();
         assert_eq!((client.version(), state.protocol_version), (SHIM_VERSION - 1, SHIM_VERSION - 1));
         client.state().unwrap();
-        // What it does not know is not asked of it; the connection stays good.
-        client.end_mirrors().unwrap();
         client.state().unwrap();
     }
 

@@ -81,6 +81,25 @@ pub struct Common {
     pub receiver_socket: PathBuf,
 }
 
+/// Who activates a guest at the backup site.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Failover {
+    /// The backup site by itself, with a witness.
+    Auto,
+    /// The operator, with `vmdr activate`.
+    Manual,
+}
+
+impl Failover {
+    /// As the agent calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Manual => "manual",
+        }
+    }
+}
+
 /// The form of results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Output {
@@ -127,7 +146,7 @@ pub enum Command {
     /// each second at most, and a shorter interval is refused.
     #[command(
         verbatim_doc_comment,
-        after_help = "Examples:\n  vmdr protect web1\n  vmdr protect web1 --interval 1s --receiver 10.0.9.2:7420\n  vmdr protect web1 --receiver '[fd00:9::2]:7420'"
+        after_help = "Examples:\n  vmdr protect web1\n  vmdr protect web1 --interval 1s --receiver 10.0.9.2:7420\n  vmdr protect web1 --receiver '[fd00:9::2]:7420'\n  vmdr protect web1 --failover auto     also of a domain that is protected already"
     )]
     Protect {
         /// Name or UUID
@@ -141,6 +160,9 @@ pub enum Command {
         /// Make application-consistent points so often, like 15m [default: only on request]
         #[arg(long, value_name = "TIME", value_parser = whole_seconds)]
         application_every: Option<u64>,
+        /// Who activates it there: the operator, or the site by itself [default: manual]
+        #[arg(long, value_enum, value_name = "auto|manual", hide_possible_values = true)]
+        failover: Option<Failover>,
     },
     /// Pause a protected guest with its standby level with it
     ///

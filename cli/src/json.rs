@@ -300,9 +300,28 @@ pub struct DomainStatus {
     alarm: Option<String>,
     silent: Option<String>,
     silent_seconds: Option<f64>,
+    failover: Option<Failover>,
     exported: Option<cold::Exported>,
     last_error: Option<String>,
     advice: Option<String>,
+}
+
+/// Of a domain that its backup site takes by itself.
+#[derive(Serialize)]
+pub struct Failover {
+    stance: String,
+    lease_seconds: Option<f64>,
+    message: String,
+}
+
+impl From<&control::FailoverStatus> for Failover {
+    fn from(status: &control::FailoverStatus) -> Self {
+        Self {
+            stance: status.stance.clone(),
+            lease_seconds: (status.lease_seconds > 0.0).then_some(status.lease_seconds),
+            message: text::one_line(&status.message),
+        }
+    }
 }
 
 /// Application-consistent points of a domain.
@@ -385,6 +404,7 @@ impl DomainStatus {
             alarm: word(&status.alarm),
             silent: word(&status.silent),
             silent_seconds: (!status.silent.is_empty()).then_some(status.silent_seconds),
+            failover: status.failover.as_ref().map(Failover::from),
             exported: cold::Exported::new(status),
             last_error: word(&status.last_error),
             advice: word(&status.advice),

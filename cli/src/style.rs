@@ -26,7 +26,7 @@ impl Tone {
             "starting" | "seeding" | "resync" | "behind" | "stalled" | "held" | "paused" | "suspended" | "shut off" => {
                 Tone::Care
             }
-            "disconnected" | "failed" | "fenced" | "crashed" => Tone::Bad,
+            "disconnected" | "stopped" | "failed" | "fenced" | "crashed" => Tone::Bad,
             _ => Tone::Plain,
         }
     }

@@ -71,6 +71,10 @@ async fn an_application_consistent_point_is_the_agents() {
     host.run(&["protect", "web1", "--application-every", "15m"]).await.succeeded();
     assert!(host.calls().contains(&"application every 900".to_owned()), "{:?}", host.calls());
     assert_eq!(host.run(&["protect", "web1", "--application-every", "100ms"]).await.code, 2);
+    let ran = host.run(&["protect", "web1", "--failover", "auto"]).await;
+    assert!(ran.succeeded().ends_with("web1 is protected, its failover is auto\n"), "{}", ran.stdout);
+    assert!(host.calls().contains(&"failover auto".to_owned()), "{:?}", host.calls());
+    assert_eq!(host.run(&["protect", "web1", "--failover", "sometimes"]).await.code, 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -31,7 +31,7 @@ pub mod shim {
 /// The version of the agent-receiver protocol spoken here (history in `replication.proto`).
 pub const REPLICATION_VERSION: u32 = 1;
 /// The version of the agent-shim protocol spoken here (history in `shim.proto`).
-pub const SHIM_VERSION: u32 = 3;
+pub const SHIM_VERSION: u32 = 4;
 /// The oldest version of the agent-shim protocol that is still spoken: the one before, because a shim outlives the agent
 /// that started it.
 pub const SHIM_VERSION_MIN: u32 = SHIM_VERSION - 1;

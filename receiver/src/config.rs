@@ -14,6 +14,7 @@ use vmdr_proto::{RECEIVER_PORT, RECEIVER_SOCKET};
 use crate::cold::ColdConfig;
 use crate::drill::checks;
 use crate::encryption::EncryptionConfig;
+use crate::failover::FailoverConfig;
 use crate::history;
 use crate::silence::AlarmConfig;
 use crate::store::{Retention, StoreOptions};
@@ -65,6 +66,10 @@ pub struct Config {
     pub drill: DrillConfig,
     /// When silence of an agent is an alarm, and who is told.
     pub alarm: AlarmConfig,
+    /// The witness of automatic failover; without one no guest is taken by itself.
+    pub witness: vmdr_etcd::Config,
+    /// When a silent host's guest is taken, and what is done before.
+    pub failover: FailoverConfig,
     /// Object storage for recovery points.
     pub cold: ColdConfig,
     /// Keys of the state directory.
@@ -253,6 +258,8 @@ impl Default for Config {
             verify: VerifyConfig::default(),
             drill: DrillConfig::default(),
             alarm: AlarmConfig::default(),
+            witness: vmdr_etcd::Config::default(),
+            failover: FailoverConfig::default(),
             cold: ColdConfig::default(),
             encryption: EncryptionConfig::default(),
             plan: None,
@@ -357,6 +364,12 @@ impl Config {
         if let Some(what) = config.alarm.nonsense() {
             return Err(invalid(text.find("[alarm]").unwrap_or(0), what));
         }
+        if let Err(error) = config.witness.check() {
+            return Err(invalid(text.find("[witness]").unwrap_or(0), error.to_string()));
+        }
+        if let Some(what) = config.failover.nonsense(config.witness.is_set()) {
+            return Err(invalid(text.find("[failover]").unwrap_or(0), what));
+        }
         if let Err(what) = config.retention.policy() {
             return Err(invalid(text.find("retention").unwrap_or(0), what));
         }
@@ -405,6 +418,8 @@ mod tests {
              copy_bytes_per_second = 7\n[drill.domain.web1]\nevery_seconds = 0\nchecks = []\n\
              [retention]\nbudget_bytes = 2097152\ntiers = [{ every_seconds = 0, for_seconds = 60 }]\n\
              [alarm]\nafter_seconds = 9\nhook = [\"/bin/page\", \"oncall\"]\nhook_timeout_seconds = 4\n\
+             [witness]\nendpoints = [\"http://e:1\"]\n[failover]\nafter_seconds = 5\n\
+             fence_command = [\"/bin/fence\", \"a\"]\nfence_timeout_seconds = 6\n\
              [cold]\nurl = \"s3://b/p\"\nendpoint = \"https://s\"\nregion = \"r\"\nkey_file = \"/k\"\nold_key_files = [\"/o\"]\n\
              every_seconds = 3600\ndomains = [\"web1\"]\nkeep = [{ every_seconds = 1, for_seconds = 2 }]\n\
              grace_seconds = 7\nbytes_per_second = 8\nparallel = 9\n\
@@ -449,6 +464,12 @@ mod tests {
                 after_seconds: 9,
                 hook: vec!["/bin/page".to_owned(), "oncall".to_owned()],
                 hook_timeout_seconds: 4,
+            },
+            witness: vmdr_etcd::Config { endpoints: vec!["http://e:1".to_owned()], ..vmdr_etcd::Config::default() },
+            failover: FailoverConfig {
+                after_seconds: 5,
+                fence_command: vec!["/bin/fence".to_owned(), "a".to_owned()],
+                fence_timeout_seconds: 6,
             },
             cold: ColdConfig {
                 url: "s3://b/p".to_owned(),
@@ -501,6 +522,9 @@ mod tests {
             ("[encryption]\nkey_file = \"k\"", "1:1: ", "absolute"),
             ("[cold]\nkey_file = \"k\"", "1:1: ", "absolute"),
             ("[cold]\nurl = \"s3://b\"\nkey_file = \"/k\"\nevery_seconds = 3", "1:1: ", "at least"),
+            ("[witness]\nuser = \"u\"", "1:1: ", "endpoints are missing"),
+            ("[failover]\nafter_seconds = 5", "1:1: ", "[witness] is missing"),
+            ("\n[failover]\nfence_command = [\"x\"]\n[witness]\nendpoints = [\"http://e\"]", "2:1: ", "absolute"),
             ("[cold]\nkeep = [{ every_seconds = 9, for_seconds = 8 }]", "1:1: ", "no sense"),
         ] {
             let error = parse(text).unwrap_err().to_string();

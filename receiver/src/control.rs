@@ -28,13 +28,14 @@ use crate::activate::files::remove_tree;
 use crate::activate::host::{Host, LocalHost};
 use crate::activate::memory::{self, Memory};
 use crate::activate::record::ActiveDirectory;
-use crate::activate::record::{PointId, Step};
+use crate::activate::record::{PointId, RecordError, Step};
 use crate::activate::run::{Activated, Activation, Standby, age_seconds, unix_ns};
 use crate::activate::thaw;
 use crate::activate::{ActivateError, Settings, findings, plan};
 use crate::cold;
 use crate::daemon::Receiver;
 use crate::drill;
+use crate::failover;
 use crate::group;
 use crate::history;
 use crate::recovery::applied::{Applied, Outcome};
@@ -177,8 +178,12 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
         ("ready", format!("no agent is connected; if its host is lost: `vmdr activate {name}`"))
     };
     let silent = receiver.silence.alarm(&domain, &last_error);
+    let hindered = receiver.failover.troubles().contains_key(&uuid);
     let rest = receiver.silence.rest(uuid).filter(|_| state == "ready" && !domain.receiving);
     let advice = match (&silent, rest) {
+        _ if hindered => {
+            format!("put right what keeps it from being taken, or `vmdr activate {name}`, which does not wait for it")
+        }
         (Some(_), _) => format!(
             "find out whether its host is lost; if it is: `vmdr activate {name}`. If its protection was ended on purpose: \
              `vmdr forget {name}`"
@@ -236,8 +241,26 @@ fn domain_status(receiver: &Receiver, domain: DomainSummary) -> DomainStatus {
         silent: silent.as_ref().map(|silent| silent.sentence.clone()).unwrap_or_default(),
         silent_seconds: silent.map_or(0.0, |silent| silent.seconds),
         export_error: receiver.cold.exported(uuid).error,
+        failover: receiver.failover.status(receiver, uuid),
         ..DomainStatus::default()
     }
+}
+
+/// Why a guest is activated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cause {
+    /// Somebody has asked for it.
+    Asked,
+    /// It was handed over, and this generation is in force because of that.
+    HandedOver {
+        /// See above.
+        generation: u64,
+    },
+    /// Its host, which owned it in this generation, is silent.
+    Silence {
+        /// See above.
+        generation: u64,
+    },
 }
 
 /// The store, seen from an activation.
@@ -246,6 +269,8 @@ struct StoredStandby<'a> {
     uuid: Uuid,
     ownerships: &'a Ownerships,
     name: &'a str,
+    /// Who is told that it is this site's.
+    told: Option<&'a Receiver>,
     /// Also a point that is known to be damaged.
     damaged: bool,
 }
@@ -261,6 +286,9 @@ impl Standby for StoredStandby<'_> {
         self.store.set_frozen(&uuid, true)?;
         // Before libvirt is asked to start anything: its hook looks there.
         self.ownerships.transition(&uuid, self.name, &Event::Activating(to), "activated here")?;
+        if let Some(receiver) = self.told {
+            failover::owned(receiver, self.uuid, to);
+        }
         Ok(())
     }
 
@@ -296,7 +324,7 @@ fn plan_with(
     (settings, host): (&Settings, &LocalHost),
 ) -> Result<ActivationPlan, Status> {
     let (store, id) = (&receiver.store, uuid.to_string());
-    let standby = StoredStandby { store, uuid, ownerships: &receiver.ownerships, name, damaged };
+    let standby = StoredStandby { store, uuid, ownerships: &receiver.ownerships, name, told: None, damaged };
     let active = receiver.active_directory(uuid);
     let record = active.read(uuid).map_err(|e| Status::internal(e.to_string()))?;
     let runs = host.guest(uuid).map_err(hypervisor_status)?.is_some_and(|g| g.state.is_active());
@@ -347,14 +375,14 @@ pub(crate) fn activate(
     requested: (Instant, u64),
     progress: &mut dyn FnMut(&str),
 ) -> Result<ActivationReport, Status> {
-    activate_in(receiver, request, None, requested, progress)
+    activate_in(receiver, request, Cause::Asked, requested, progress)
 }
 
-/// The same, unless the domain has another generation than this one by now.
+/// The same for this cause, unless the domain has another generation by now than it had, or was to have.
 pub(crate) fn activate_in(
     receiver: &Arc<Receiver>,
     request: &ActivateRequest,
-    only: Option<u64>,
+    cause: Cause,
     requested: (Instant, u64),
     progress: &mut dyn FnMut(&str),
 ) -> Result<ActivationReport, Status> {
@@ -368,25 +396,26 @@ pub(crate) fn activate_in(
             lock.blocking_lock()
         }
     };
-    if let Some(only) = only {
-        let generation = store.position(&id).map_err(|e| store_status(&e))?.generation;
-        if generation != only {
-            let message = format!("domain {name} is in generation {generation} by now, not {only}");
-            return Err(Status::aborted(message));
-        }
-    }
+    still(receiver, uuid, &name, cause)?;
+    let handed_over = matches!(cause, Cause::HandedOver { .. });
     drill::run::make_way(receiver, uuid, drill::run::MAKE_WAY_MAX, progress);
     let chosen = history::choose(store, &id, request)?;
     let host = connect(receiver)?;
-    let standby =
-        StoredStandby { store, uuid, ownerships: &receiver.ownerships, name: &name, damaged: request.damaged };
+    let standby = StoredStandby {
+        store,
+        uuid,
+        ownerships: &receiver.ownerships,
+        name: &name,
+        told: (cause == Cause::Asked).then_some(&**receiver),
+        damaged: request.damaged,
+    };
     let settings = receiver.settings(&name, uuid);
-    if let (Some(_), Some(wrong)) = (only, settings.mapping.trouble.first()) {
+    if let (true, Some(wrong)) = (handed_over, settings.mapping.trouble.first()) {
         // It has been handed over, and waits for this host: until the plan is in order again.
         return Err(Status::unavailable(format!("{}: {}", wrong.subject, wrong.fact)));
     }
     let (applied, ran_before) =
-        apply_before(receiver, request, only, (&settings, &host), (uuid, &name), chosen, progress)?;
+        apply_before(receiver, request, handed_over, (&settings, &host), (uuid, &name), chosen, progress)?;
     let activation = Activation {
         uuid,
         name: &name,
@@ -454,12 +483,37 @@ pub(crate) fn activate_in(
     })
 }
 
+/// Whether a domain is where this cause has found it. One that is taken from a silent host comes into the very generation that the
+/// witness has given to this site: that is recorded here, before anything is done.
+fn still(receiver: &Receiver, uuid: Uuid, name: &str, cause: Cause) -> Result<(), Status> {
+    let stored = receiver.store.position(&uuid.to_string()).map_err(|e| store_status(&e))?.generation;
+    let aborted = || {
+        let message = format!("domain {name} is in generation {stored} by now, and not activated because of {cause:?}");
+        Err(Status::aborted(message))
+    };
+    let generation = match cause {
+        Cause::Asked => return Ok(()),
+        Cause::HandedOver { generation } if generation == stored => return Ok(()),
+        Cause::HandedOver { .. } => return aborted(),
+        Cause::Silence { generation } => generation + 1,
+    };
+    let internal = |error: RecordError| Status::internal(error.to_string());
+    let active = receiver.active_directory(uuid);
+    match active.read(uuid).map_err(internal)?.map(|record| record.step) {
+        None | Some(Step::Planned { .. }) if stored + 1 == generation => {
+            active.write(uuid, name, &Step::Planned { generation }).map_err(internal)
+        }
+        Some(step) if stored == generation && step.generation() == generation => Ok(()),
+        _ => aborted(),
+    }
+}
+
 /// The recovery plan, and what it has run before: once it is clear that nothing refuses the activation, and only if there will be
 /// one.
 fn apply_before<'a>(
     receiver: &Receiver,
     request: &ActivateRequest,
-    only: Option<u64>,
+    handed_over: bool,
     (settings, host): (&'a Settings, &LocalHost),
     (uuid, name): (Uuid, &'a str),
     chosen: Option<StoredPoint>,
@@ -480,9 +534,7 @@ fn apply_before<'a>(
         return Ok((Some(applied), Vec::new()));
     }
     // One that was handed over stands still already: it is better off with the addresses that it has.
-    if only.is_none()
-        && let Some(why) = guest::refusal(&applied.original, recovery)
-    {
+    if !handed_over && let Some(why) = guest::refusal(&applied.original, recovery) {
         return Err(Status::failed_precondition(format!("{name} was not activated, nothing was changed: {why}")));
     }
     let mut ran = Vec::new();
@@ -496,7 +548,7 @@ fn apply_before<'a>(
         }
         let id = StoredPoint { generation: point.generation, epoch: point.epoch };
         let outcome = applied.before(&id.to_string(), progress);
-        if let (Some(failed), Some(_)) = (&outcome.failed, only) {
+        if let (Some(failed), true) = (&outcome.failed, handed_over) {
             // The guest is this host's already and stands still: it runs nowhere else.
             tracing::error!(%uuid, "{failed}; it was handed over, and is activated all the same");
         } else if let Some(failed) = outcome.failed {
@@ -526,6 +578,7 @@ fn forget(receiver: &Arc<Receiver>, wanted: &str) -> Result<ForgetReply, Status>
     let lock = receiver.activation_lock(uuid);
     let _one_at_a_time = lock.blocking_lock();
     let id = uuid.to_string();
+    failover::may_forget(receiver, uuid, &summary.name)?;
     // What a drill has made lies beside what is deleted.
     drill::run::end(receiver, uuid, "the domain is forgotten").map_err(|error| {
         let name = &summary.name;

@@ -34,6 +34,7 @@ use crate::config::Config;
 use crate::control::ControlService;
 use crate::drill::record::{Book, Outcome};
 use crate::drill::{self, Drills};
+use crate::failover;
 use crate::group::{self, Groups as DomainGroups};
 use crate::metrics::{DomainSample, DrillSample, Metrics, Sample};
 use crate::recovery::{self, watch::Watched};
@@ -96,6 +97,8 @@ pub struct Receiver {
     pub metrics: Metrics,
     /// Since when nothing was heard of agents.
     pub silence: silence::Watches,
+    /// Guests that are taken when their host is silent.
+    pub failover: failover::Failover,
     /// Which domains this host owns.
     pub ownerships: Ownerships,
     /// Standbys that are being made of what is here already.
@@ -143,6 +146,7 @@ impl Receiver {
             troubles,
             cold: Cold::new(config.cold.clone()),
             silence: silence::Watches::new(&config.alarm),
+            failover: failover::Failover::new(&config.witness, &config.failover),
             config,
             audit,
             trust,
@@ -179,6 +183,7 @@ impl Receiver {
     pub fn forget_session(&self, uuid: Uuid) {
         self.sessions().remove(&uuid);
         self.silence.forget(uuid);
+        failover::forgotten(self, uuid);
     }
 
     /// The lock under which a domain is activated or forgotten.
@@ -244,6 +249,7 @@ impl Receiver {
             drill: drill(&d.uuid),
             silent_seconds: silent(&d),
             alarm: self.silence.alarm(&d, "").is_some(),
+            armed: Uuid::parse_str(&d.uuid).ok().and_then(|uuid| self.failover.is_armed(uuid)),
             name: d.name,
             generation: d.position.generation,
             epoch: d.position.epoch,
@@ -297,6 +303,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     recovery::watch::start(&receiver).context("start the thread that looks at the recovery plan")?;
     drill::tend::start(&receiver).context("start the thread that looks after drills")?;
     silence::start(&receiver).context("start the thread that raises alarms")?;
+    failover::start(&receiver).context("start the thread that takes guests of silent hosts")?;
 
     let listener = listen(receiver.config.listen).await?;
     let address = listener.local_addr().context("ask for the address listened on")?;

@@ -13,6 +13,7 @@
 //! - [`verify`]: points are read again in the background.
 //! - [`drill`]: an activation rehearsed on a copy, cut off from everything.
 //! - [`silence`]: alarms where nothing is heard of a protected host; [`running`]: the clock for that.
+//! - [`failover`]: guests are taken when their host is silent and has no lease any more.
 //! - [`daemon`]: all of it together; [`config`], [`metrics`], [`stats`].
 
 pub mod access;
@@ -23,6 +24,7 @@ pub mod control;
 pub mod daemon;
 pub mod drill;
 pub mod encryption;
+pub mod failover;
 pub mod group;
 pub mod hashes;
 pub mod history;

@@ -115,6 +115,8 @@ pub struct DomainSample {
     pub silent_seconds: Option<f64>,
     /// That is too long.
     pub alarm: bool,
+    /// It is taken when its host is silent and has no lease; `None`: its failover is not automatic.
+    pub armed: Option<bool>,
     /// A stream is open.
     pub receiving: bool,
     /// It was activated here.
@@ -169,7 +171,7 @@ impl Metrics {
             let _ = writeln!(out, "{name} {checked}");
         }
         type Value = fn(&DomainSample) -> Option<f64>;
-        let gauges: [(&str, &str, Value); 18] = [
+        let gauges: [(&str, &str, Value); 19] = [
             ("vmdr_receiver_domain_generation", "Stored generation.", |d| Some(d.generation as f64)),
             ("vmdr_receiver_domain_durable_epoch", "Newest durable epoch.", |d| Some(d.epoch as f64)),
             ("vmdr_receiver_domain_recovery_point_age_seconds", "Age of the newest recovery point.", |d| {
@@ -206,6 +208,11 @@ impl Metrics {
             ("vmdr_receiver_domain_alarm", "1 while nothing was heard of its agent for too long.", |d| {
                 Some(f64::from(d.alarm))
             }),
+            (
+                "vmdr_receiver_domain_failover_armed",
+                "1 while it is taken when its host is lost, 0 while it is not.",
+                |d| d.armed.map(f64::from),
+            ),
             ("vmdr_receiver_domain_receiving", "1 while a stream is open.", |d| Some(f64::from(d.receiving))),
             ("vmdr_receiver_domain_active", "1 once it was activated here.", |d| Some(f64::from(d.active))),
         ];
@@ -253,10 +260,12 @@ mod tests {
             drill: Some(DrillSample { ended_seconds: 1.5, passed: true, rto_seconds: None }),
             silent_seconds: Some(1.5),
             alarm: true,
+            armed: Some(true),
             receiving: true,
             active: false,
         };
-        let none = DomainSample { name: "new".to_owned(), recovery_point_age_seconds: None, ..domain.clone() };
+        let none =
+            DomainSample { name: "new".to_owned(), recovery_point_age_seconds: None, armed: None, ..domain.clone() };
         Sample { domains: vec![domain, none], free_bytes: 5, plan: Some((2, 1.5)) }
     }
 
@@ -287,6 +296,7 @@ mod tests {
             "vmdr_receiver_domain_active{domain=\"new\",uuid=\"u\"} 0",
             "vmdr_receiver_domain_silent_seconds{domain=\"new\",uuid=\"u\"} 1.5",
             "vmdr_receiver_domain_alarm{domain=\"new\",uuid=\"u\"} 1",
+            "vmdr_receiver_domain_failover_armed{domain=\"we\\\"b\\\\1\\n\",uuid=\"u\"} 1",
             "vmdr_receiver_domain_drill_passed{domain=\"new\",uuid=\"u\"} 1",
             "vmdr_receiver_domain_drill_timestamp_seconds{domain=\"new\",uuid=\"u\"} 1.5",
         ] {

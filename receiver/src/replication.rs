@@ -22,15 +22,16 @@ use vmdr_audit::{Entry, Outcome};
 use vmdr_proto::REPLICATION_VERSION;
 use vmdr_proto::replication::replication_server::Replication;
 use vmdr_proto::replication::{
-    Compare, DescribeReply, DescribeRequest, FromReceiver, GiveBackReply, GiveBackRequest, HashesReply, HashesRequest,
-    NamePointReply, NamePointRequest, Open, OwnerReply, OwnerRequest, ProbeReply, ProbeRequest, Refused, RefusedCode,
-    RestReply, RestRequest, ReverseReply, ReverseRequest, SettleReply, SettleRequest, Taken, ToReceiver, Welcome,
-    from_receiver, to_receiver,
+    Arm, Armed, Compare, DescribeReply, DescribeRequest, Disarm, Disarmed, FromReceiver, GiveBackReply,
+    GiveBackRequest, HashesReply, HashesRequest, NamePointReply, NamePointRequest, Open, OwnerReply, OwnerRequest,
+    ProbeReply, ProbeRequest, Refused, RefusedCode, RestReply, RestRequest, ReverseReply, ReverseRequest, SettleReply,
+    SettleRequest, Taken, ToReceiver, Welcome, from_receiver, to_receiver,
 };
 use vmdr_trust::PeerInfo;
 
 use crate::activate::run::{age_seconds, unix_ns};
 use crate::daemon::Receiver;
+use crate::failover::{self, Word};
 use crate::hashes;
 use crate::history;
 use crate::probe;
@@ -235,20 +236,24 @@ async fn serve(receiver: Arc<Receiver>, from: PeerInfo, mut incoming: Streaming<
     if let Err(error) = noted {
         tracing::error!(%uuid, %error, "note that a stream was opened");
     }
+    let (of, whose, generation) = (Arc::clone(&receiver), from.clone(), ingest.generation());
+    let failover = tokio::task::spawn_blocking(move || failover::opened(&of, uuid, number, &whose, generation)).await;
+    // One that ended by itself has promised nothing.
+    let failover = failover.unwrap_or_default();
     let position = ingest.position();
     tracing::info!(domain = %name, %uuid, %peer, host, generation = position.generation, epoch = position.epoch, "stream opened");
-    let welcome = Welcome { protocol_version: REPLICATION_VERSION, position: Some(position.into()), failover: None };
+    let welcome = Welcome { protocol_version: REPLICATION_VERSION, position: Some(position.into()), failover };
     if replies.send(reply(from_receiver::Message::Welcome(welcome))).await.is_err() {
         return;
     }
 
     let (queue, messages) = mpsc::channel(QUEUE_MESSAGES);
-    let of = Arc::clone(&receiver);
+    let (of, whose) = (Arc::clone(&receiver), from.clone());
     let answers = replies.clone();
     let runtime = tokio::runtime::Handle::current();
     let thread = std::thread::Builder::new().name(format!("ingest {name}")).spawn(move || {
         let _entered = runtime.enter();
-        let mut stream = Stream { receiver: &of, uuid, ingest, replies: &answers };
+        let mut stream = Stream { receiver: &of, uuid, number, host: &whose, ingest, replies: &answers };
         stream.run(messages)
     });
     let thread = match thread {
@@ -290,13 +295,17 @@ async fn pass_on(
         match message {
             Ok(Some(message)) => {
                 receiver.silence.heard(uuid, number);
+                receiver.failover.heard(uuid, number);
                 let mut queued = std::pin::pin!(queue.send(message));
                 loop {
                     match tokio::time::timeout(BUSY_LOOK, &mut queued).await {
                         Ok(Ok(())) => break,
                         Ok(Err(_)) => return None,
                         // A store that is busy for long, or whose disk hangs, is not the agent's silence.
-                        Err(_) => receiver.silence.not_read(uuid, number),
+                        Err(_) => {
+                            receiver.silence.not_read(uuid, number);
+                            receiver.failover.heard(uuid, number);
+                        }
                     }
                 }
             }
@@ -391,6 +400,9 @@ fn record(receiver: &Receiver, peer: &str, domain: Option<Uuid>, code: RefusedCo
 struct Stream<'a> {
     receiver: &'a Arc<Receiver>,
     uuid: Uuid,
+    /// Of the domain's streams.
+    number: u64,
+    host: &'a PeerInfo,
     ingest: Ingest,
     replies: &'a Replies,
 }
@@ -420,8 +432,11 @@ impl Stream<'_> {
                     Some(from_receiver::Message::Taken(Taken { generation }))
                 }
                 Some(to_receiver::Message::Open(_)) => return Err(corrupt("a second Open in a stream")),
-                Some(to_receiver::Message::Arm(_) | to_receiver::Message::Disarm(_)) => {
-                    return Err(corrupt("this receiver has no witness, and says so in its Welcome"));
+                Some(to_receiver::Message::Arm(Arm { number })) => {
+                    self.asked(Word::Arm)?.then_some(from_receiver::Message::Armed(Armed { number }))
+                }
+                Some(to_receiver::Message::Disarm(Disarm { number })) => {
+                    self.asked(Word::Disarm)?.then_some(from_receiver::Message::Disarmed(Disarmed { number }))
                 }
                 None => return Err(corrupt("an empty message, or one of a later version")),
             };
@@ -439,6 +454,15 @@ impl Stream<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Whether that was done. On a stream of before an activation: who owns the guest.
+    fn asked(&self, word: Word) -> Result<bool, Refusal> {
+        if !self.receiver.config.witness.is_set() {
+            return Err(corrupt("this receiver has no witness, and says so in its Welcome"));
+        }
+        self.ingest.is_newest()?;
+        Ok(failover::asked(self.receiver, self.uuid, self.number, self.host, &self.ingest, word))
     }
 
     fn end(&mut self, tail: PartTail) -> Result<from_receiver::Message, Refusal> {

@@ -94,6 +94,8 @@ struct Watch {
     token: u64,
     /// The domain as it was when its alarm was raised.
     raised: Option<DomainSummary>,
+    /// Why automatic failover has not brought the guest up here, as it was last looked at; empty: nothing is known of that.
+    trouble: String,
 }
 
 /// An alarm that stands.
@@ -145,7 +147,15 @@ impl Watches {
 
     fn fresh(&self, rest: Option<String>) -> Watch {
         let silence = Silence::new(self.bound.unwrap_or(Duration::MAX), self.clock.now());
-        Watch { silence, heard_unix_ns: 0, peer: String::new(), rest, token: token(), raised: None }
+        Watch {
+            silence,
+            heard_unix_ns: 0,
+            peer: String::new(),
+            rest,
+            token: token(),
+            raised: None,
+            trouble: String::new(),
+        }
     }
 
     /// One that is stored here: from now on it is waited for.
@@ -237,8 +247,12 @@ impl Watches {
         let now = unix_ns(SystemTime::now());
         let host = if watch.peer.is_empty() { String::new() } else { format!(" on {}", watch.peer) };
         let bound = self.bound.unwrap_or_default().as_secs();
-        let mut sentence =
-            format!("nothing was heard of the agent{host} for {} s (bound {bound} s)", silence.as_secs());
+        let mut sentence = String::new();
+        if !watch.trouble.is_empty() {
+            sentence.push_str(&format!("{}; ", watch.trouble));
+        }
+        sentence
+            .push_str(&format!("nothing was heard of the agent{host} for {} s (bound {bound} s)", silence.as_secs()));
         if watch.heard_unix_ns == 0 {
             sentence.push_str(", which is since this receiver was started");
         }
@@ -372,7 +386,9 @@ fn look(receiver: &Receiver, hooks: Option<&SyncSender<Environment>>) {
     let now = silence.clock.now();
     let mut notices: Vec<_> = locked(&silence.forgotten).drain(..).map(|notice| (false, notice)).collect();
     let concerned = |watch: &Watch| watch.raised.is_some() || watch.silence.is_too_long(now);
-    if silence.watches().values().any(concerned) {
+    // One lock after the other.
+    let concerned = silence.watches().values().any(concerned);
+    if concerned || receiver.failover.is_in_trouble() {
         notices.extend(changes(receiver, now));
     }
     for (alarm, notice) in notices {
@@ -384,6 +400,7 @@ fn look(receiver: &Receiver, hooks: Option<&SyncSender<Environment>>) {
 fn changes(receiver: &Receiver, now: Duration) -> Vec<(bool, Notice)> {
     let silence = &receiver.silence;
     let domains = receiver.store.domains();
+    let mut troubles = receiver.failover.troubles();
     let mut changed = Vec::new();
     for (uuid, watch) in silence.watches().iter_mut() {
         let id = uuid.to_string();
@@ -394,8 +411,12 @@ fn changes(receiver: &Receiver, now: Duration) -> Vec<(bool, Notice)> {
         if !awaited {
             watch.silence.wait_from(now);
         }
-        let alarm = awaited && watch.silence.is_too_long(now);
-        if alarm != watch.raised.is_some()
+        let trouble = troubles.remove(uuid).unwrap_or_default();
+        // Told once more where it is silent and known already: that it is not taken is news.
+        let news = !trouble.is_empty() && watch.trouble.is_empty();
+        watch.trouble = trouble;
+        let alarm = !watch.trouble.is_empty() || (awaited && watch.silence.is_too_long(now));
+        if (alarm != watch.raised.is_some() || news)
             && let Some(domain) = domain.or(watch.raised.as_ref())
         {
             changed.push((*uuid, domain.clone(), alarm));
@@ -411,7 +432,7 @@ fn changes(receiver: &Receiver, now: Duration) -> Vec<(bool, Notice)> {
         let mut watches = silence.watches();
         let Some(watch) = watches.get_mut(&uuid) else { continue };
         // It may have been heard, or have said that it rests, since.
-        if alarm && (watch.rest.is_some() || !watch.silence.is_too_long(now)) {
+        if alarm && watch.trouble.is_empty() && (watch.rest.is_some() || !watch.silence.is_too_long(now)) {
             continue;
         }
         watch.raised = alarm.then(|| domain.clone());

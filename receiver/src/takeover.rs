@@ -35,9 +35,10 @@ use vmdr_proto::replication::{
 use crate::activate::host::{Host, LocalHost};
 use crate::activate::record::Step;
 use crate::activate::run::unix_ns;
-use crate::control;
+use crate::control::{self, Cause};
 use crate::daemon::Receiver;
 use crate::drill;
+use crate::failover;
 use crate::store::{Ingest, StoreError};
 
 const FILE: &str = "takeover.json";
@@ -130,8 +131,14 @@ pub fn take(
         _ => (RefusedCode::Io, error.to_string()),
     })?;
     tracing::info!(domain = %uuid, generation = asked.generation, epoch = asked.epoch, "taken over");
+    failover::owned(receiver, uuid, asked.generation);
     bring_up(Arc::clone(receiver), uuid);
     Ok(asked.generation)
+}
+
+/// Whether a domain was handed over to this site in the generation that is stored.
+pub fn has_taken(receiver: &Receiver, uuid: Uuid, generation: u64) -> anyhow::Result<bool> {
+    Ok(read(receiver, uuid)?.is_some_and(|takeover| takeover.generation == generation))
 }
 
 /// Goes on with everything that was taken over and is not done.
@@ -199,7 +206,13 @@ fn run_until_known(
         }
         let request = ActivateRequest { domain: uuid.to_string(), ..ActivateRequest::default() };
         let mut progress = |step: &str| tracing::info!(domain = %uuid, step, "hand-over");
-        match control::activate_in(receiver, &request, Some(takeover.generation), requested, &mut progress) {
+        match control::activate_in(
+            receiver,
+            &request,
+            Cause::HandedOver { generation: takeover.generation },
+            requested,
+            &mut progress,
+        ) {
             Ok(_) => {
                 takeover.up = true;
                 write(receiver, uuid, &takeover)?;
@@ -365,6 +378,7 @@ pub fn give_back(receiver: &Arc<Receiver>, request: &GiveBackRequest) -> Result<
     let name = receiver.store.domains().into_iter().find(|d| d.uuid == id).map(|d| d.name).unwrap_or_default();
     let recorded = receiver.ownerships.transition(&id, &name, &Event::Outdated(generation), "given back");
     recorded.map_err(|e| Status::internal(e.to_string()))?;
+    failover::given_back(receiver, uuid)?;
     receiver.store.carry_on(&id, generation).map_err(|e| control::store_status(&e))?;
     let cleared = crate::activate::clear::remove(active.path()).and_then(|()| durable::remove(&path(receiver, uuid)));
     let gone = cleared.and_then(|()| match std::fs::remove_dir_all(active.path()) {

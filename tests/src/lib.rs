@@ -15,6 +15,8 @@
 //! - [`scene`]: what most end-to-end cases begin with.
 //! - [`pair`]: the same where either site protects to the other.
 //! - [`nbd_store`]: a guest's own storage that can be disturbed: flushes that take long, writes that are refused.
+//! - [`etcd`]: a witness in the network between the sites.
+//! - [`observer`]: at which site the guest executes, all the time.
 //! - [`knot`]: a name server that takes signed updates.
 //! - [`wait`]: waiting with a limit.
 //!
@@ -22,6 +24,7 @@
 
 pub mod client;
 pub mod daemon;
+pub mod etcd;
 pub mod exec;
 pub mod footprint;
 pub mod guest;
@@ -30,6 +33,7 @@ pub mod images;
 pub mod knot;
 pub mod leftovers;
 pub mod nbd_store;
+pub mod observer;
 pub mod oracle;
 pub mod pair;
 pub mod random;

@@ -78,6 +78,15 @@ impl At {
     }
 }
 
+/// Which packets of a site are dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Those that it gets.
+    In,
+    /// Those that it gets, and those that it sends.
+    Both,
+}
+
 /// The two sites, the link and the client.
 pub struct Rig {
     id: String,
@@ -213,6 +222,33 @@ impl Rig {
             exec::run(namespace.net_command("nft").arg(drop))?;
         }
         Ok(())
+    }
+
+    /// Drops what passes between a site and an address on the replication link, in addition to what is dropped already.
+    pub fn cut(&self, at: At, peer: Ipv4Addr, way: Way) -> Result<()> {
+        let mut rules = "add table inet vmdr_cut; \
+                         add chain inet vmdr_cut in { type filter hook input priority 0; }; \
+                         add chain inet vmdr_cut out { type filter hook output priority 0; }; "
+            .to_owned();
+        rules.push_str(&format!("add rule inet vmdr_cut in ip saddr {peer} drop"));
+        if way == Way::Both {
+            rules.push_str(&format!("; add rule inet vmdr_cut out ip daddr {peer} drop"));
+        }
+        exec::run(self.site(at).namespace()?.net_command("nft").arg(rules)).map(|_| ())
+    }
+
+    /// Nothing is dropped at a site any more because of [`Rig::cut`].
+    pub fn mend(&self, at: At) -> Result<()> {
+        // Deleting a table that is not there is no error for `add` + `delete`.
+        let clear = "add table inet vmdr_cut; delete table inet vmdr_cut";
+        exec::run(self.site(at).namespace()?.net_command("nft").arg(clear)).map(|_| ())
+    }
+
+    /// A program in the network between the sites that ends with the rig. Its first child there is the program itself.
+    pub fn wan_program(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command.args(["-t", &self.wan.pid1().to_string(), "--net", "--pid", "--", program]);
+        command
     }
 
     /// Starts a relay between the sites at [`RELAY_ADDRESS`]:[`PORT`] that passes connections on to the receiver at `to`.

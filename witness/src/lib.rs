@@ -27,7 +27,7 @@ pub use holder::{Backup, Holder, May};
 pub use rule::{Allowed, Claim, Over, Owner, View, allows};
 pub use silence::Silence;
 pub use standby::{Stance, Standby};
-pub use terms::{DRIFT_PPM, Terms, TermsError};
+pub use terms::{DRIFT_PPM, TTL_MAX, Terms, TermsError};
 
 /// A moment by the clock of one host: time since whatever that clock counts from. It has to go on while the host is
 /// suspended (`CLOCK_BOOTTIME`), and is never compared with another host's.

@@ -135,6 +135,11 @@ impl Standby {
         self.obstacle.as_ref()
     }
 
+    /// Whether nothing was heard of the host for too long.
+    pub fn is_silent(&self, now: Time) -> bool {
+        self.silence.is_too_long(now)
+    }
+
     /// A stream was opened, which ends those before it. Says whether it has stood down.
     pub fn opened(&mut self, stream: u64, now: Time) -> bool {
         self.silence.opened(stream, now);

@@ -6,7 +6,8 @@ use std::time::Duration;
 pub const DRIFT_PPM: u32 = 500;
 /// Shortest life of a lease at the witness. etcd counts in seconds, and an election there takes one or two.
 const TTL_MIN: Duration = Duration::from_secs(3);
-const TTL_MAX: Duration = Duration::from_secs(600);
+/// Longest life of a lease at the witness.
+pub const TTL_MAX: Duration = Duration::from_secs(600);
 
 /// The terms of a lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -46,6 +46,9 @@ pub struct Config {
     pub directory: PathBuf,
     /// The disks, in the order in which parts number them.
     pub disks: Vec<DiskConfig>,
+    /// Says whether the guest may run ([`crate::permission`]). None: it always may.
+    #[serde(default)]
+    pub permission: Option<PathBuf>,
     /// See [`ARENA_BYTES`].
     pub arena_bytes: u64,
     /// See [`CUT_PAGES_MAX`].

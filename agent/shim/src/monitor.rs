@@ -6,7 +6,9 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -47,6 +49,17 @@ impl Address {
     }
 }
 
+/// Ends a connection under whoever waits on it.
+#[derive(Debug)]
+pub struct Breaker(UnixStream);
+
+impl Breaker {
+    /// Nothing comes or goes any more.
+    pub fn break_off(&self) {
+        let _ = self.0.shutdown(Shutdown::Both);
+    }
+}
+
 /// A connection to a guest's monitor.
 pub enum Monitor {
     /// See [`Address::Socket`].
@@ -63,6 +76,14 @@ impl Monitor {
             Address::Libvirt { uri, uuid } => {
                 Passthrough::connect(uri, *uuid, limit).map(|passthrough| Self::Passthrough(Box::new(passthrough)))
             }
+        }
+    }
+
+    /// What ends this connection from elsewhere; nothing where others can talk to QEMU all the same.
+    pub fn breaker(&self) -> io::Result<Option<Breaker>> {
+        match self {
+            Self::Direct(qmp) => Ok(Some(Breaker(qmp.try_clone()?))),
+            Self::Passthrough(_) => Ok(None),
         }
     }
 

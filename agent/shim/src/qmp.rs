@@ -130,6 +130,11 @@ impl Qmp {
         Ok(qmp)
     }
 
+    /// The same connection, for whoever is to end it.
+    pub fn try_clone(&self) -> io::Result<UnixStream> {
+        self.stream.try_clone()
+    }
+
     /// Sends commands in one write; QEMU executes them in order.
     pub fn send<const N: usize>(&mut self, commands: [Command<'_>; N]) -> Result<[Sent; N], QmpError> {
         let mut text = Vec::with_capacity(128 * N);

@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -20,8 +20,10 @@ use vmdr_proto::{SHIM_VERSION, SHIM_VERSION_MIN};
 use crate::arena::Arena;
 use crate::capture::{Capture, CaptureError, NoCut, Whole};
 use crate::config::Config;
+use crate::deadline::{self, Watch, lock};
 use crate::disk::Disk;
 use crate::nbd::{Export, Server};
+use crate::permission::Permission;
 use crate::state_page::StatePage;
 
 /// How often the heartbeat in the state page rises.
@@ -77,9 +79,25 @@ pub fn run(config: Config) -> anyhow::Result<End> {
     })?;
     let directory = config.directory.clone();
     let listener = listen(&config.control_socket())?;
-    let mut capture = Capture::new(config, page, arena, disks)?;
-    let end = serve(&listener, &mut capture)?;
-    let runs = capture.detach();
+    let permission = match &config.permission {
+        Some(path) => {
+            let opened = Permission::open(path);
+            Some(Arc::new(opened.with_context(|| format!("whether the guest may run: {}", path.display()))?))
+        }
+        None => None,
+    };
+    let (domain, monitor, qemu_pid) = (config.domain_name.clone(), config.monitor.clone(), config.qemu_pid);
+    let capture = Capture::new(config, page.clone(), permission.clone(), arena, disks)?;
+    let breaker = capture.breaker().context("keep hold of the monitor's connection")?;
+    let capture = Arc::new(Mutex::new(capture));
+    if let Some(permission) = permission {
+        let qemu = deadline::process(qemu_pid).context("find QEMU's process")?;
+        let capture = capture.clone();
+        let watch = Watch { domain, permission, page, capture, monitor, breaker, qemu };
+        watch.start().context("look at the deadline")?;
+    }
+    let end = serve(&listener, &capture)?;
+    let runs = lock(&capture).detach();
     if let Some(nbd) = nbd {
         nbd.stop();
     }
@@ -103,16 +121,17 @@ fn listen(path: &Path) -> anyhow::Result<UnixListener> {
     Ok(listener)
 }
 
-fn serve(listener: &UnixListener, capture: &mut Capture) -> anyhow::Result<End> {
+fn serve(listener: &UnixListener, capture: &Mutex<Capture>) -> anyhow::Result<End> {
     // Without a guest and without an agent.
     let mut alone = Instant::now();
     loop {
-        if !capture.is_gone() {
+        if !lock(capture).is_gone() {
             alone = Instant::now();
         }
         if !readable(listener)? {
+            let mut capture = lock(capture);
             if let Err(error) = capture.idle()
-                && !outlives(capture, &error)
+                && !outlives(&mut capture, &error)
             {
                 return ended(&error);
             }
@@ -140,14 +159,15 @@ fn outlives(capture: &mut Capture, error: &CaptureError) -> bool {
 }
 
 /// Serves one connection; an error means that it is over, not the shim.
-fn converse(stream: &UnixStream, capture: &mut Capture) -> Result<End, FrameError> {
+fn converse(stream: &UnixStream, capture: &Mutex<Capture>) -> Result<End, FrameError> {
     let (mut from, mut to) = (stream, stream);
     // Of the agent's protocol, once it has said one that is spoken here.
     let mut version = None;
     loop {
         if !readable(stream)? {
+            let mut capture = lock(capture);
             if let Err(error) = capture.idle()
-                && !outlives(capture, &error)
+                && !outlives(&mut capture, &error)
             {
                 tracing::error!("{error}");
                 return Ok(End::GuestGone);
@@ -165,7 +185,7 @@ fn converse(stream: &UnixStream, capture: &mut Capture) -> Result<End, FrameErro
                 let spoken = format!("shim protocols {SHIM_VERSION_MIN} to {SHIM_VERSION} are spoken here");
                 (failed(&format!("{spoken}, not {}", hello.protocol_version), false), Next::Goes)
             }
-            Some(request) if version.is_some() => answer(capture, request),
+            Some(request) if version.is_some() => answer(&mut lock(capture), request),
             _ => (failed("a request before hello, or one that is not known here", false), Next::Goes),
         };
         if let (from_shim::Reply::State(state), Some(version)) = (&mut reply, version) {

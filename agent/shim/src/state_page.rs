@@ -23,6 +23,7 @@ struct Page {
     pid: AtomicU64,
     heartbeat: AtomicU64,
     paused: AtomicU64,
+    standing: AtomicU64,
 }
 
 /// The mapping. Every field is one word that is read and written whole.
@@ -87,6 +88,16 @@ impl StatePage {
     /// Says so, before `stop` and after `cont`.
     pub fn set_paused(&self, paused: bool) {
         self.get().paused.store(u64::from(paused), Ordering::Release);
+    }
+
+    /// Whether QEMU has answered a `stop` of the shim's, and no `cont` was sent since.
+    pub fn standing(&self) -> bool {
+        self.get().standing.load(Ordering::SeqCst) != 0
+    }
+
+    /// Says so, after `stop` was answered and before `cont` is sent.
+    pub fn set_standing(&self, standing: bool) {
+        self.get().standing.store(u64::from(standing), Ordering::SeqCst);
     }
 
     fn map(file: &File) -> io::Result<Self> {

@@ -10,12 +10,13 @@ use vmdr_hypervisor::domain_xml::DomainXml;
 use vmdr_hypervisor::libvirt::{Connection, DomainState};
 use vmdr_proto::control::{MoveReport, MoveRequest, OwnReply, OwnRequest, Progress, ProtectRequest};
 use vmdr_proto::replication::{GiveBackRequest, OwnerReply, OwnerRequest, ReverseRequest, ReverseState};
+use vmdr_shim::permission::May;
 use vmdr_trust::Trust;
 
-use super::{ANSWER_LIMIT, Control, blocking, internal, refusals};
+use super::{ANSWER_LIMIT, Control, blocking, failover, internal, refusals};
 use crate::daemon::Agent;
 use crate::link::Questions;
-use crate::registry::Protection;
+use crate::registry::{Mode, Protection};
 use crate::session::{Input, Phase, attach};
 
 /// Between two questions how far the other site is.
@@ -80,8 +81,10 @@ pub(super) async fn move_away(
     tell(reports, step("pause the guest with its last epoch", String::new()));
     // Whoever comes next finds it moving, or as it was.
     let one_at_a_time = agent.administration.lock().await;
+    failover::stand_down(agent, &protection.uuid, &protection.name).await?;
     if let Err(refused) = control.ask(&protection.name, ANSWER_LIMIT, Input::HoldToMove).await {
         release(control, &protection).await;
+        failover::stand_up(agent, &protection.uuid);
         return Err(refused);
     }
     tell(reports, step("hand it over", String::new()));
@@ -107,6 +110,7 @@ pub(super) async fn move_away(
         Ok(Err(why)) => {
             if phase_of(agent, &protection.uuid) == Some(Phase::Held) {
                 release(control, &protection).await;
+                failover::stand_up(agent, &protection.uuid);
             }
             return Err(Status::failed_precondition(format!("domain {}: {why}", protection.name)));
         }
@@ -195,6 +199,7 @@ struct Described {
 /// Protects a guest that came here from another site, back to there. Ends when the session has begun; reports go on.
 pub(super) async fn reprotect(control: &Control, request: ProtectRequest, reports: Reports) -> Result<(), Status> {
     let agent = control.agent.clone();
+    let mode = failover::mode(&request)?.unwrap_or_default();
     let interval = control.interval(request.interval_ms)?;
     let receiver = if request.receiver.is_empty() { agent.config.receiver.clone() } else { Some(request.receiver) };
     let receiver = receiver.ok_or_else(|| {
@@ -224,7 +229,7 @@ pub(super) async fn reprotect(control: &Control, request: ProtectRequest, report
     let begun = async {
         reverse(&agent.trust, &receiver, &described, generation, &reports).await?;
         let examined = control.examine(&described.name, Some(&receiver)).await?;
-        control.begin(examined, receiver, interval, every, generation, reports)
+        control.begin(examined, receiver, interval, every, generation, mode, reports)
     };
     let begun = begun.await;
     if let (Err(_), Some(before)) = (&begun, before) {
@@ -271,6 +276,13 @@ async fn make_room(agent: &Agent, uuid: &str) -> Result<Option<Protection>, Stat
     let session = {
         let mut sessions = agent.sessions();
         match sessions.get(uuid) {
+            // Its backup may be armed, and be the only one who knows whether it takes the guest.
+            Some(session) if session.protection.is_automatic() && session.failover.is_some() && !session.is_over() => {
+                let name = session.protection.name.clone();
+                return Err(Status::failed_precondition(format!(
+                    "failover of domain {name} is automatic: first `vmdr protect {name} --failover manual`"
+                )));
+            }
             Some(session) if gives_way(session.shared.status().phase) => sessions.remove(uuid),
             Some(session) => {
                 let name = session.protection.name.clone();
@@ -356,7 +368,9 @@ pub(super) async fn own(control: &Control, request: OwnRequest) -> Result<OwnRep
         _ => return Err(Status::not_found(format!("nothing is recorded of domain {}", request.domain))),
     };
     let owner = ours.as_ref().is_some_and(|ours| ours.role == Role::Owner);
-    if owner && agent.config.ownerships().is_confirmed(&uuid) {
+    // One that the backup site takes by itself: the way out of that, where neither it nor the witness will be heard again.
+    let way_out = request.force && agent.registry.get(&uuid).is_ok_and(|protection| protection.is_automatic());
+    if owner && !way_out && agent.config.ownerships().is_confirmed(&uuid) {
         return Err(Status::already_exists(format!("this host owns domain {name} already, in generation {known}")));
     }
     if owner && !request.force {
@@ -378,6 +392,9 @@ pub(super) async fn own(control: &Control, request: OwnRequest) -> Result<OwnRep
         let given = questions.give_back(back).await.map_err(Status::failed_precondition)?;
         Event::GivenBack(given.generation)
     };
+    if request.force {
+        failover::claim_by_force(&agent, &uuid, &name, ours.as_ref()).await?;
+    }
     let reason = if request.force { format!("forced: {}", request.reason) } else { "given back".to_owned() };
     let owned = {
         let (agent, uuid, name) = (agent.clone(), uuid.clone(), name.clone());
@@ -408,7 +425,10 @@ async fn run_again(agent: &Agent, uuid: &str, generation: u64) -> Result<bool, S
             protection.generation = generation;
             protection.fenced = false;
             protection.moving = None;
+            // Whoever was to take it by itself is not to do that unasked.
+            protection.failover = Mode::Manual;
             again.registry.save(protection)?;
+            crate::failover::open(&again.config.ownerships().permission(&id), May::Always)?.set(May::Always);
         }
         let parsed = id.parse()?;
         let connection = Connection::open(&again.config.libvirt_uri)?;

@@ -21,6 +21,7 @@ use super::moving::HAND_OVER_LIMIT;
 use super::resume::{Resume, resume};
 use super::{Answer, Input, Phase, RETRY, Stop, Worker};
 use crate::encode::PartEncoder;
+use crate::failover::END_LIMIT;
 use crate::link::LinkEvent;
 use crate::quiesce::Frozen;
 use crate::quiesce::stage::Stage;
@@ -148,7 +149,14 @@ impl<'a> Active<'a> {
             self.attached.shim.fence()?;
             return Err(Stop::Fenced("another site owns this guest".to_owned()));
         }
-        self.worker.shared.status().monitor = self.attached.monitor.kind();
+        if let Some(failover) = &self.worker.failover {
+            failover.runs();
+        }
+        {
+            let mut status = self.worker.shared.status();
+            status.monitor = self.attached.monitor.kind();
+            status.heeds = self.attached.state.may.is_some();
+        }
         self.worker.open_channel(&self.attached.domain);
         self.end_hold_to_move()?;
         let held = self.attached.state.held;
@@ -270,12 +278,17 @@ impl<'a> Active<'a> {
                 self.io_error = what;
                 Ok(())
             }
+            Input::Outdated(generation) => {
+                let reason = "the witness has another owner, in a newer generation";
+                self.outdated(generation, reason, reason.to_owned())
+            }
             Input::DevicesChanged if self.ended.is_some() => Ok(()),
             Input::DevicesChanged => {
                 self.xml_changed = true;
                 self.look_at_devices()
             }
-            Input::Link(LinkEvent::Up { position, sender }) => {
+            Input::Link(LinkEvent::Up { position, disarmed, sender }) => {
+                self.worker.shared.status().backup_disarmed = disarmed;
                 if self.worker.protection.generation == 0 {
                     self.worker.protection.generation = position.generation.max(1);
                     self.worker.registry.save(&self.worker.protection)?;
@@ -307,14 +320,8 @@ impl<'a> Active<'a> {
                     )));
                 }
                 if refused.code() == RefusedCode::Fenced {
-                    // First of all, so that it holds whatever becomes of guest and shim now.
-                    self.worker.protection.fenced = true;
-                    self.worker.registry.save(&self.worker.protection)?;
                     let newer = refused.position.map_or(0, |position| position.generation);
-                    let newer = newer.max(self.worker.protection.generation + 1);
-                    self.worker.own(&Event::Outdated(newer), "the receiver has a newer generation")?;
-                    self.attached.shim.fence()?;
-                    return Err(Stop::Fenced(message));
+                    return self.outdated(newer, "the receiver has a newer generation", message);
                 }
                 if matches!(refused.code(), RefusedCode::Version | RefusedCode::Domain) {
                     return Err(Stop::Again(anyhow!(message)));
@@ -331,12 +338,18 @@ impl<'a> Active<'a> {
             Input::Link(LinkEvent::Taken(generation)) => {
                 self.sender = None;
                 tracing::info!(domain = self.worker.protection.name, generation, "the other site has taken the guest");
+                self.worker.tell_taken(generation);
                 self.attached.shim.fence()?;
                 Err(Stop::Unsettled)
             }
             Input::Link(LinkEvent::Down(_)) if self.worker.protection.moving.is_some() => Err(Stop::Unsettled),
+            Input::Link(LinkEvent::Disarmed) => {
+                self.worker.shared.status().backup_disarmed = Some(true);
+                Ok(())
+            }
             Input::Link(LinkEvent::Down(reason)) => {
                 self.sender = None;
+                self.worker.shared.status().backup_disarmed = None;
                 self.worker.set_error(reason);
                 if self.worker.shared.status().phase != Phase::Held && self.ended.is_none() {
                     self.worker.set_phase(Phase::Disconnected);
@@ -344,6 +357,29 @@ impl<'a> Active<'a> {
                 Ok(())
             }
         }
+    }
+
+    /// The stream is about to end. If somebody has ended the guest, its backup is not to start it because of that.
+    pub(super) fn rests_if_off(&self, stop: &Stop) {
+        let Some(failover) = self.worker.failover.as_ref().filter(|_| matches!(stop, Stop::Off(_))) else { return };
+        if !self.worker.how_it_ended().is_meant() {
+            return;
+        }
+        if let Err(error) = self.worker.runtime.block_on(failover.rests(END_LIMIT)) {
+            tracing::warn!(domain = self.worker.protection.name, "the guest was ended: {error}");
+        }
+    }
+
+    /// Another site owns the guest.
+    fn outdated(&mut self, generation: u64, reason: &str, message: String) -> Result<(), Stop> {
+        // First of all, so that it holds whatever becomes of guest and shim now.
+        self.worker.protection.fenced = true;
+        self.worker.registry.save(&self.worker.protection)?;
+        let newer = generation.max(self.worker.protection.generation + 1);
+        self.worker.tell_taken(newer);
+        self.worker.own(&Event::Outdated(newer), reason)?;
+        self.attached.shim.fence()?;
+        Err(Stop::Fenced(message))
     }
 
     /// What is needed to resume the guest should the shim be lost.
@@ -611,7 +647,15 @@ impl<'a> Active<'a> {
     fn look_at_guest(&mut self) -> Result<bool, Stop> {
         self.guest_looked = Instant::now();
         let state = self.attached.shim.state()?;
-        if state.gone { Err(Stop::GuestGone("QEMU ended".to_owned())) } else { Ok(state.held) }
+        if state.gone {
+            return Err(Stop::GuestGone("QEMU ended".to_owned()));
+        }
+        if state.stopped {
+            self.worker.set_phase(Phase::Stopped);
+        } else if self.worker.shared.status().phase == Phase::Stopped {
+            self.worker.set_phase(Phase::Disconnected);
+        }
+        Ok(state.held)
     }
 
     /// The guest runs again after a hold.
@@ -692,6 +736,10 @@ impl<'a> Active<'a> {
                 let why = if self.io_error.is_empty() { "" } else { " - " };
                 self.worker.set_error(format!("{}{why}{}", no.message, self.io_error));
                 self.worker.set_phase(Phase::Paused);
+            }
+            NoPartReason::NotPermitted => {
+                self.worker.set_error(no.message.clone());
+                self.worker.set_phase(Phase::Stopped);
             }
             NoPartReason::Mirror => self.mend_mirrors(&no.message)?,
             NoPartReason::NoSpace => again = Duration::from_millis(20),

@@ -18,12 +18,15 @@ use vmdr_shim::capture::{bitmaps, exports};
 use vmdr_shim::config::{self as shim_config, Config as ShimConfig, DiskConfig};
 use vmdr_shim::inject;
 use vmdr_shim::monitor::Address;
+use vmdr_shim::permission::{May, Permission};
 
 use super::off::{NotRunning, Off};
 use crate::arena_map::ArenaMap;
 use crate::config::Config;
+use crate::failover;
 use crate::guard::{self, Guard};
 use crate::preflight::{self, DomainOptions, HostFacts};
+use crate::registry::Protection;
 use crate::shim_client::ShimClient;
 
 /// A shim's configuration, in its directory.
@@ -57,14 +60,25 @@ pub struct Attached {
     pub adopted: bool,
 }
 
+/// A shim's configuration.
+pub fn config_file(directory: &Path) -> PathBuf {
+    directory.join(CONFIG)
+}
+
 /// Directory of a domain's shim.
 pub fn directory(config: &Config, uuid: &Uuid) -> PathBuf {
     config.runtime_dir.join(uuid.to_string())
 }
 
 /// See the module. The guest must be running, or have ended with a shim beside it that has what it wrote last; otherwise
-/// the error is [`NotRunning`]. `protection`: the id of the protection.
-pub fn attach(config: &Config, connection: &Connection, uuid: &Uuid, protection: &str) -> anyhow::Result<Attached> {
+/// the error is [`NotRunning`].
+pub fn attach(
+    config: &Config,
+    connection: &Connection,
+    uuid: &Uuid,
+    protection: &Protection,
+) -> anyhow::Result<Attached> {
+    let permission = permission(config, protection)?;
     let domain = match connection.domain_by_uuid(uuid) {
         Ok(domain) => domain,
         Err(error) if error.is_no_such_domain() => {
@@ -87,19 +101,29 @@ pub fn attach(config: &Config, connection: &Connection, uuid: &Uuid, protection:
     let page = shim_config::state_page(&directory);
     let qemu_pid = domain.qemu_pid()?;
     if let Some((shim, state)) = adopt(&directory, &disks, qemu_pid) {
+        ensure!(
+            !protection.is_automatic() || state.may.is_some(),
+            "the shim beside domain {} is of an older version, which does not look whether the guest may run: `vmdr protect \
+             --failover manual`",
+            domain.name()
+        );
         let arena = ArenaMap::open(state.pid, state.arena_fd, state.arena_bytes)?;
-        let guard = Guard::watch(domain.name().to_owned(), page, monitor.clone()).context("watch the shim")?;
+        let guard = watch(&domain, page, permission, &monitor)?;
         tracing::info!(domain = domain.name(), pid = state.pid, "going on with the shim that runs");
         return Ok(Attached { domain, qemu_pid, machine, monitor, disks, shim, state, arena, guard, adopted: true });
     }
-    clear(&domain, &live, &directory, &monitor, &disks)?;
+    clear(config, &domain, &live, &directory, &monitor, &disks)?;
+    if state != DomainState::Running && Permission::open(&permission).is_ok_and(|permission| permission.stopped()) {
+        bail!("domain {} may not run now, and stands still", domain.name());
+    }
     if state != DomainState::Running {
         bail!("domain {} is {state:?}: it has to be running to be protected", domain.name());
     }
     let shim_settings = ShimConfig {
         domain_name: domain.name().to_owned(),
         domain_uuid: uuid.to_string(),
-        protection: protection.to_owned(),
+        protection: protection.id.clone(),
+        permission: Some(permission.clone()),
         qemu_pid: qemu_pid as i32,
         qemu_uid: std::fs::metadata(format!("/proc/{qemu_pid}")).context("find QEMU's user")?.uid(),
         monitor: monitor.clone(),
@@ -122,8 +146,24 @@ pub fn attach(config: &Config, connection: &Connection, uuid: &Uuid, protection:
         format!("start the shim (its log: {})", log_file(config, &shim_settings.domain_uuid).display())
     })?;
     let arena = ArenaMap::open(state.pid, state.arena_fd, state.arena_bytes)?;
-    let guard = Guard::watch(domain.name().to_owned(), page, monitor.clone()).context("watch the shim")?;
+    let guard = watch(&domain, page, permission, &monitor)?;
     Ok(Attached { domain, qemu_pid, machine, monitor, disks, shim, state, arena, guard, adopted: false })
+}
+
+fn watch(domain: &Domain, page: PathBuf, permission: PathBuf, monitor: &Address) -> anyhow::Result<Guard> {
+    Guard::watch(domain.name().to_owned(), page, permission, monitor.clone()).context("watch the shim")
+}
+
+/// The file that says whether the guest may run. It always may where nobody takes it by himself; where somebody does, and there
+/// is none, it may not.
+fn permission(config: &Config, protection: &Protection) -> anyhow::Result<PathBuf> {
+    let path = config.ownerships().permission(&protection.uuid);
+    if protection.is_automatic() {
+        failover::open(&path, May::Never)?;
+    } else {
+        failover::open(&path, May::Always)?.set(May::Always);
+    }
+    Ok(path)
 }
 
 /// Devices may have come since `protect`.
@@ -190,7 +230,7 @@ pub fn remove(
     {
         return Ok(());
     }
-    clear(&domain, &live, &directory, &monitor, &disks)?;
+    clear(config, &domain, &live, &directory, &monitor, &disks)?;
     inject::unwatch(domain.qemu_pid()? as i32, &config.shim_program()?)?;
     if !suspend {
         bitmaps::remove_all(&monitor, protection).context("take vmdr's dirty bitmaps out of QEMU")?;
@@ -255,13 +295,14 @@ fn adopt_ended(config: &Config, domain: Domain, uuid: &Uuid) -> Option<Attached>
     let directory = directory(config, uuid);
     let settings = ShimConfig::read(&directory.join(CONFIG)).ok()?;
     let (mut shim, state) = ShimClient::connect(&shim_config::control_socket(&directory), ADOPT_LIMIT).ok()?;
-    if shim.version() < 2 || !state.gone {
+    if !state.gone {
         return None;
     }
     let attached = || -> anyhow::Result<_> {
         let arena = ArenaMap::open(state.pid, state.arena_fd, state.arena_bytes)?;
         let page = shim_config::state_page(&directory);
-        let guard = Guard::watch(domain.name().to_owned(), page, settings.monitor.clone()).context("watch the shim")?;
+        let permission = config.ownerships().permission(&uuid.to_string());
+        let guard = watch(&domain, page, permission, &settings.monitor)?;
         Ok((DomainXml::from_element(&domain.live_xml()?)?.machine, arena, guard))
     };
     let (machine, arena, guard) = match attached() {
@@ -304,12 +345,20 @@ fn refuse_foreign_jobs(domain: &Domain, live: &Element, directory: &Path) -> any
 }
 
 /// Removes what a shim that is dead or unusable left behind.
-fn clear(domain: &Domain, live: &Element, directory: &Path, monitor: &Address, disks: &[Disk]) -> anyhow::Result<()> {
+fn clear(
+    config: &Config,
+    domain: &Domain,
+    live: &Element,
+    directory: &Path,
+    monitor: &Address,
+    disks: &[Disk],
+) -> anyhow::Result<()> {
     refuse_foreign_jobs(domain, live, directory)?;
     let page = shim_config::state_page(directory);
     if let Ok(state) = vmdr_shim::state_page::StatePage::open(&page) {
         kill_shim(state.pid(), directory);
-        if !guard::resume_if_left_paused(domain.name(), &page, monitor) {
+        let permission = config.ownerships().permission(&domain.uuid().to_string());
+        if !guard::resume_if_left_paused(domain.name(), &page, &permission, monitor) {
             bail!("domain {} was left paused by a shim and cannot be resumed yet", domain.name());
         }
         if let Err(error) = exports::end_leftovers(monitor) {
@@ -323,6 +372,13 @@ fn clear(domain: &Domain, live: &Element, directory: &Path, monitor: &Address, d
     }
     let _ = std::fs::remove_dir_all(directory);
     Ok(())
+}
+
+/// Ends the shim of this directory.
+pub fn kill_shim_of(directory: &Path) {
+    if let Ok(state) = vmdr_shim::state_page::StatePage::open(&shim_config::state_page(directory)) {
+        kill_shim(state.pid(), directory);
+    }
 }
 
 /// Ends a shim. Its pid may have been given to another process since: only one that has its directory's name is it.

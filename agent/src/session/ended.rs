@@ -21,9 +21,6 @@ pub(super) struct Ended {
 impl Active<'_> {
     /// QEMU is gone. Nothing more can happen to the guest.
     pub(super) fn guest_gone(&mut self, message: &str) -> Result<(), Stop> {
-        if self.attached.shim.version() < 2 {
-            return Err(Stop::Off(Some("its shim is of an older version".to_owned())));
-        }
         let state = self.attached.shim.state()?;
         if !state.gone {
             return Err(anyhow!("{message}").into());

@@ -37,6 +37,7 @@ use vmdr_daemon::ownership::{Event, Ownerships};
 use vmdr_guest_channel::PORT;
 use vmdr_hypervisor::domain_xml::channel_socket;
 use vmdr_hypervisor::libvirt::{Connection, Domain};
+use vmdr_shim::permission::May;
 use vmdr_trust::Trust;
 
 use self::active::Active;
@@ -47,6 +48,7 @@ use self::moving::Moved;
 use self::off::{NotRunning, Off};
 use self::rest::Resting;
 use crate::config::Config;
+use crate::failover::{self, Failover};
 use crate::guard;
 use crate::limits;
 use crate::link::{self, LinkEvent, Target};
@@ -83,6 +85,8 @@ pub enum Phase {
     Held,
     /// Somebody else stopped the guest.
     Paused,
+    /// It may not run now, because the backup site may have taken it.
+    Stopped,
     /// Taken off for a while, on request.
     Suspended,
     /// The guest was ended by itself or by somebody.
@@ -112,6 +116,7 @@ impl Phase {
             Self::Stalled => "stalled",
             Self::Held => "held",
             Self::Paused => "paused",
+            Self::Stopped => "stopped",
             Self::Suspended => "suspended",
             Self::ShutOff => "shut off",
             Self::Crashed => "crashed",
@@ -148,6 +153,10 @@ pub struct Status {
     pub figures: Figures,
     /// Application-consistent points.
     pub application: Application,
+    /// Whether the shim looks if the guest may run.
+    pub heeds: bool,
+    /// Whether the receiver has stood down, if it can take guests by itself and there is a stream to it.
+    pub backup_disarmed: Option<bool>,
 }
 
 impl Status {
@@ -198,6 +207,8 @@ pub enum Input {
     DevicesChanged,
     /// An I/O error has stopped the guest: of which disk, and why.
     IoError(String),
+    /// Another site owns the guest, in this generation.
+    Outdated(u64),
     /// Take mirrors, watch and shim off; answered with the epoch of the recovery point that stays.
     Suspend(Answer<u64>),
     /// Put them back on; answered when that begins.
@@ -232,7 +243,8 @@ impl Input {
             Self::Application(answer) => drop(answer.send(Err(why))),
             // Thawed with that.
             Self::Frozen(late) => drop(late),
-            Self::Link(_) | Self::DevicesChanged | Self::IoError(_) | Self::Unprotect | Self::Shutdown => {}
+            Self::Link(_) | Self::DevicesChanged | Self::IoError(_) => {}
+            Self::Outdated(_) | Self::Unprotect | Self::Shutdown => {}
         }
     }
 }
@@ -244,6 +256,8 @@ pub struct Session {
     pub protection: Protection,
     /// What it is doing.
     pub shared: Arc<Shared>,
+    /// Whether the backup site takes the guest by itself: how that stands.
+    pub failover: Option<Failover>,
     inputs: Sender<Input>,
     thread: Option<JoinHandle<()>>,
 }
@@ -272,6 +286,8 @@ impl Session {
                 waiting_since: None,
                 figures: Figures::default(),
                 application: Application::default(),
+                heeds: false,
+                backup_disarmed: None,
             }),
             ending: AtomicBool::new(false),
             limits,
@@ -280,7 +296,17 @@ impl Session {
         let (inputs, received) = channel();
         let uuid = protection.uuid.parse().context("the domain's UUID")?;
         let ownerships = config.ownerships();
+        let failover = if !protection.is_automatic() {
+            None
+        } else if protection.fenced {
+            failover::open(&ownerships.permission(&protection.uuid), May::Never)?.set(May::Never);
+            None
+        } else {
+            let holder = trust.id().context("this host's identity")?;
+            Some(Failover::start(&config, &protection, holder, inputs.clone(), &runtime)?)
+        };
         let worker = Worker {
+            failover: failover.clone(),
             config,
             registry,
             trust,
@@ -299,7 +325,7 @@ impl Session {
             .name(format!("session {}", protection.name))
             .spawn(move || worker.run(first))
             .context("start the session's thread")?;
-        Ok(Self { protection, shared, inputs, thread: Some(thread) })
+        Ok(Self { protection, shared, failover, inputs, thread: Some(thread) })
     }
 
     /// Tells it something. A session that has ended hears nothing.
@@ -320,6 +346,10 @@ impl Session {
             && thread.join().is_err()
         {
             tracing::error!(domain = self.protection.name, "the session's thread had panicked");
+        }
+        // Whoever comes next has the only word.
+        if let Some(failover) = &self.failover {
+            failover.end();
         }
     }
 }
@@ -379,6 +409,8 @@ struct Worker {
     application_due: Option<Instant>,
     /// While nothing is sent on purpose.
     resting: Option<Resting>,
+    /// If the backup site takes the guest by itself.
+    failover: Option<Failover>,
 }
 
 impl Worker {
@@ -438,6 +470,7 @@ impl Worker {
                         Err(stop) => stop,
                         Ok(never) => match never {},
                     };
+                    active.rests_if_off(&stop);
                     link.abort();
                     let reached = active.worker.shared.status().durable_epoch > 0;
                     first &= !reached;
@@ -446,7 +479,8 @@ impl Worker {
                     drop(active);
                     *self.shared.tools() = None;
                     if matches!(stop, Stop::Again(_)) && !guard::alive(&page) {
-                        guard::resume_if_left_paused(&self.protection.name, &page, &monitor);
+                        let permission = self.ownerships.permission(&self.protection.uuid);
+                        guard::resume_if_left_paused(&self.protection.name, &page, &permission, &monitor);
                     }
                     stop
                 }
@@ -536,7 +570,7 @@ impl Worker {
 
     fn attach(&self) -> anyhow::Result<Attached> {
         let connection = Connection::open(&self.config.libvirt_uri)?;
-        attach::attach(&self.config, &connection, &self.uuid, &self.protection.id)
+        attach::attach(&self.config, &connection, &self.uuid, &self.protection)
     }
 
     fn link(&self) -> tokio::task::JoinHandle<()> {
@@ -547,6 +581,7 @@ impl Worker {
             generation: self.protection.generation,
             trust: self.trust.clone(),
             limits: self.shared.limits.clone(),
+            failover: self.failover.clone(),
         };
         self.runtime.spawn(link::run(target, self.inputs.clone(), Input::Link))
     }

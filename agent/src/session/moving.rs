@@ -15,6 +15,7 @@
 //! Only when the guest was seen to run there is what is left of it here ended. If it does not come to run there, it stays
 //! here, paused, until the operator decides (`vmdr activate` there, `vmdr own` here).
 
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
@@ -27,7 +28,8 @@ use vmdr_shim::config as shim_config;
 
 use super::active::Active;
 use super::{Answer, Input, Phase, Stop, Worker, attach};
-use crate::link::{Closed, Questions, send};
+use crate::failover::Failover;
+use crate::link::{Closed, LinkEvent, Questions, send};
 use crate::registry::Moving;
 use crate::shim_client::ShimClient;
 
@@ -35,6 +37,8 @@ use crate::shim_client::ShimClient;
 pub(super) const HAND_OVER_LIMIT: Duration = Duration::from_secs(20);
 /// Between two questions whether the guest runs there: they are part of its downtime.
 const OWNER_LOOK: Duration = Duration::from_millis(50);
+/// How long a guest that is to be started waits for its permission before it is looked at from the beginning.
+const PERMISSION_LIMIT: Duration = Duration::from_secs(10);
 /// How long a shim may take to answer.
 const SHIM_LIMIT: Duration = Duration::from_millis(500);
 
@@ -64,7 +68,9 @@ impl Active<'_> {
         match input {
             // The shim keeps the guest paused, the registry leads back to the end of the move.
             Input::Unprotect => Err(Stop::Shutdown),
-            Input::Link(_) | Input::DevicesChanged | Input::IoError(_) | Input::Shutdown => self.hear_ordinary(input),
+            Input::Link(_) | Input::DevicesChanged | Input::IoError(_) | Input::Outdated(_) | Input::Shutdown => {
+                self.hear_ordinary(input)
+            }
             waiting => {
                 waiting.refuse(BEING_MOVED);
                 Ok(())
@@ -157,6 +163,9 @@ impl Worker {
             }
             tracing::info!(domain = self.protection.name, "the guest is this host's again: this protection is over");
             self.registry.remove(&self.protection.uuid).map_err(|error| failed(self, error))?;
+            if let Some(failover) = self.failover.take() {
+                failover.end();
+            }
             self.set_phase(Phase::Over);
             return Err(Some(Stop::Shutdown));
         }
@@ -177,6 +186,9 @@ impl Worker {
 
     /// A host that was started anew asks before its guest runs; then it starts it, if libvirt was to.
     pub(super) fn confirm(&mut self) -> anyhow::Result<()> {
+        if let Some(generation) = self.failover.as_ref().and_then(Failover::fenced) {
+            return self.fence(generation, "another site owns the guest");
+        }
         let uuid = self.protection.uuid.clone();
         if self.protection.generation == 0 || self.ownerships.is_confirmed(&uuid) {
             return Ok(());
@@ -195,8 +207,12 @@ impl Worker {
                 self.fence(generation, "the receiver has a newer generation")?;
             }
             Known::NotTaken => {
+                let autostart = domain.autostart()?;
+                if autostart {
+                    self.wait_for_permission()?;
+                }
                 self.owned()?;
-                if domain.autostart()? {
+                if autostart {
                     tracing::info!(domain = self.protection.name, "still owned by this host: starting it");
                     domain.start(false)?;
                 }
@@ -205,7 +221,46 @@ impl Worker {
         Ok(())
     }
 
+    /// The backup site takes the guest by itself: it is not started before it may run, for which the backup or the witness has to
+    /// be heard.
+    fn wait_for_permission(&self) -> anyhow::Result<()> {
+        let Some(failover) = &self.failover else { return Ok(()) };
+        if failover.allows() {
+            return Ok(());
+        }
+        // There is nothing to be sent on it but what the driver of the failover sends.
+        let link = self.link();
+        let mut stream = None;
+        let until = Instant::now() + PERMISSION_LIMIT;
+        while !failover.allows() && Instant::now() < until && !self.shared.is_ending() {
+            match self.received.recv_timeout(OWNER_LOOK) {
+                Ok(Input::Link(LinkEvent::Up { sender, .. })) => stream = Some(sender),
+                Ok(ends @ (Input::Unprotect | Input::Shutdown)) => {
+                    // Heard by who comes next.
+                    let _ = self.inputs.send(ends);
+                    break;
+                }
+                Ok(input) => input.refuse("the guest is not started yet: it is not known whether it may run"),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        link.abort();
+        drop(stream);
+        anyhow::ensure!(failover.allows(), "the guest is not started: {}", failover.status().message);
+        Ok(())
+    }
+
+    /// Another site owns the guest.
+    pub(super) fn tell_taken(&self, generation: u64) {
+        if let Some(failover) = &self.failover {
+            failover.taken(generation);
+        }
+    }
+
     fn fence(&mut self, generation: u64, reason: &str) -> anyhow::Result<()> {
+        self.tell_taken(generation);
+        let generation = generation.max(self.protection.generation + 1);
         self.own(&Event::Outdated(generation), reason)?;
         self.protection.fenced = true;
         self.registry.save(&self.protection)?;
@@ -241,6 +296,9 @@ impl Worker {
         self.own(&Event::KeptHere, why)?;
         self.protection.moving = None;
         self.registry.save(&self.protection)?;
+        if let Some(failover) = &self.failover {
+            failover.set_automatic(true);
+        }
         self.set_error(why.to_owned());
         if let Some(mover) = self.mover.take() {
             let _ = mover.send(Err(format!("{why}; it runs here, as before")));
@@ -291,6 +349,7 @@ impl Worker {
                     return Ok(true);
                 }
                 Known::Taken(generation) => {
+                    self.tell_taken(generation);
                     self.own(&Event::Outdated(generation), "moved")?;
                     self.protection.fenced = true;
                     self.protection.moving = Some(Moving { taken: true, generation, ..moving });
@@ -384,7 +443,10 @@ impl Worker {
         // Its shim was lost: nobody else resumes it.
         let connection = Connection::open(&self.config.libvirt_uri)?;
         match connection.domain_by_uuid(&self.uuid) {
-            Ok(domain) if domain.state()?.0 == DomainState::Paused => domain.resume()?,
+            Ok(domain) if domain.state()?.0 == DomainState::Paused => match &self.failover {
+                Some(failover) if !failover.allows() => failover.stay_stopped(),
+                _ => domain.resume()?,
+            },
             Ok(_) => {}
             Err(error) if error.is_no_such_domain() => {}
             Err(error) => return Err(error.into()),

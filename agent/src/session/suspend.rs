@@ -93,7 +93,7 @@ impl Worker {
                     | Input::Application(_)
                     | Input::Frozen(_)),
                 ) => waiting.refuse("the domain is suspended, not protected"),
-                Ok(Input::Link(_) | Input::DevicesChanged | Input::IoError(_)) => {}
+                Ok(Input::Link(_) | Input::DevicesChanged | Input::IoError(_) | Input::Outdated(_)) => {}
                 Err(RecvTimeoutError::Timeout) => {
                     // Suspended or not: a host that was started anew asks before the guest runs, and then starts it.
                     if let Err(error) = self.confirm() {

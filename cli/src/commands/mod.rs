@@ -4,7 +4,9 @@ use std::io::{ErrorKind, Write};
 
 use vmdr_proto::control;
 
-use crate::args::{self, AuditAction, Cli, Command, GroupAction, Output, PeersAction, PlanAction, PointAction};
+use crate::args::{
+    self, AuditAction, Cli, Command, Failover, GroupAction, Output, PeersAction, PlanAction, PointAction,
+};
 use crate::failure::Failure;
 use crate::json;
 use crate::style::{Style, Tone};
@@ -30,8 +32,15 @@ pub async fn run(cli: &Cli) -> Result<(), Failure> {
     match &cli.command {
         Command::Doctor { domain } => protected_side::doctor(common, out, domain.as_ref()).await,
         Command::Prepare { domain } => protected_side::prepare(common, out, domain).await,
-        Command::Protect { domain, interval, receiver, application_every } => {
-            protected_side::protect(common, out, domain, *interval, receiver.as_deref(), *application_every).await
+        Command::Protect { domain, interval, receiver, application_every, failover } => {
+            let request = protected_side::protect_request(
+                domain,
+                *interval,
+                receiver.as_deref(),
+                *application_every,
+                failover.map(Failover::name),
+            );
+            protected_side::protect(common, out, domain, request).await
         }
         Command::Hold { domain } => protected_side::hold(common, out, domain).await,
         Command::Release { domain } => protected_side::release(common, out, domain).await,

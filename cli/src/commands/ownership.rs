@@ -67,7 +67,7 @@ pub async fn reprotect(
     interval: Option<Interval>,
     receiver: Option<&str>,
 ) -> Result<(), Failure> {
-    let request = protect_request(domain, interval, receiver, None);
+    let request = protect_request(domain, interval, receiver, None, None);
     let mut agent = client::agent(common).await?;
     let stream = agent.reprotect(request).await;
     let stream = stream.map_err(|status| Failure::from_status(Daemon::Agent, "reprotect", &status))?;

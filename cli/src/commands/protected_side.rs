@@ -77,13 +77,14 @@ pub(super) fn protect_request(
     interval: Option<Interval>,
     receiver: Option<&str>,
     application_every: Option<u64>,
+    failover: Option<&str>,
 ) -> ProtectRequest {
     ProtectRequest {
         domain: domain.0.clone(),
         interval_ms: interval.map_or(0, |interval| interval.ms),
         receiver: receiver.unwrap_or_default().to_owned(),
         application_every_seconds: application_every.unwrap_or(0),
-        ..ProtectRequest::default()
+        failover: failover.unwrap_or_default().to_owned(),
     }
 }
 
@@ -103,21 +104,15 @@ pub(super) fn protected(
 }
 
 /// Starts protection and waits for the first recovery point.
-pub async fn protect(
-    common: &Common,
-    out: Out,
-    domain: &Domain,
-    interval: Option<Interval>,
-    receiver: Option<&str>,
-    application_every: Option<u64>,
-) -> Result<(), Failure> {
-    let request = protect_request(domain, interval, receiver, application_every);
+pub async fn protect(common: &Common, out: Out, domain: &Domain, request: ProtectRequest) -> Result<(), Failure> {
+    let failover = request.failover.clone();
     let mut agent = client::agent(common).await?;
     let stream =
         agent.protect(request).await.map_err(|status| Failure::from_status(Daemon::Agent, "protect", &status))?;
     let outcome = progress::follow(Daemon::Agent, "protect", stream.into_inner()).await?;
     protected(out, "protect", domain, &outcome, || {
-        format!("{}\n", out.paint(Tone::Good, &format!("{} is protected", text::one_line(&domain.0))))
+        let and = if failover.is_empty() { String::new() } else { format!(", its failover is {failover}") };
+        format!("{}\n", out.paint(Tone::Good, &format!("{} is protected{and}", text::one_line(&domain.0))))
     })
 }
 

@@ -18,7 +18,7 @@ use crate::{json, text};
 const NAME_COLUMNS: usize = 18;
 
 /// States that last, and in which nothing happens: since when is worth a line.
-const QUIET: [&str; 7] = ["suspended", "shut off", "crashed", "paused", "held", "failed", "fenced"];
+const QUIET: [&str; 8] = ["suspended", "shut off", "crashed", "paused", "stopped", "held", "failed", "fenced"];
 
 type Rows = Vec<(Daemon, control::DomainStatus)>;
 
@@ -108,6 +108,7 @@ fn table(out: Out, rows: &Rows) -> String {
             ("  last error: ", &status.last_error),
             ("  no application-consistent point: ", &status.application_error),
             ("  ALARM: ", &status.silent),
+            ("  failover: ", &failover_text(status)),
             ("  alarm: ", &status.alarm),
             ("  export: ", &status.export_error),
             ("  advice: ", &status.advice),
@@ -120,6 +121,19 @@ fn table(out: Out, rows: &Rows) -> String {
         table.row(cells(*daemon, status), below);
     }
     table.render(out.style)
+}
+
+/// Whether the backup site takes the guest by itself; nothing where it never does.
+fn failover_text(status: &control::DomainStatus) -> String {
+    let Some(failover) = &status.failover else { return String::new() };
+    let lease = if failover.lease_seconds > 0.0 {
+        format!(", lease for {}", text::seconds(failover.lease_seconds))
+    } else {
+        String::new()
+    };
+    let stance = &failover.stance;
+    format!("automatic, the backup site is {stance}{lease}; {}", failover.message)
+        .replace("is unknown", "is not heard of")
 }
 
 /// How the last drill went; nothing where there was none.

@@ -328,11 +328,15 @@ impl Agent for Daemon {
     type ProtectStream = Stream;
 
     async fn protect(&self, request: Request<ProtectRequest>) -> Result<Response<Stream>, Status> {
-        let ProtectRequest { domain, interval_ms, receiver, application_every_seconds, .. } = request.into_inner();
+        let ProtectRequest { domain, interval_ms, receiver, application_every_seconds, failover } =
+            request.into_inner();
         self.asked("protect", &domain)?;
         self.calls.lock().unwrap().push(format!("interval {interval_ms} receiver {receiver}").trim_end().to_owned());
         if application_every_seconds > 0 {
             self.calls.lock().unwrap().push(format!("application every {application_every_seconds}"));
+        }
+        if !failover.is_empty() {
+            self.calls.lock().unwrap().push(format!("failover {failover}"));
         }
         let mut messages = vec![
             progress("check", 0, 0, "", "warning: clock: kvmclock stands still in every pause"),
@@ -429,8 +433,14 @@ impl Agent for Daemon {
             advice: "wait for the first copy to end".into(),
             ..protected("db1")
         };
+        let armed = FailoverStatus {
+            stance: "armed".into(),
+            lease_seconds: 12.4,
+            message: "the backup site takes the guest by itself when this host is silent and its lease has ended"
+                .into(),
+        };
         let domains = match domain.as_str() {
-            "" => vec![protected("web1"), seeding],
+            "" => vec![DomainStatus { failover: Some(armed), ..protected("web1") }, seeding],
             "db1" => vec![seeding],
             "held" => vec![DomainStatus { state: "held".into(), durable_epoch: 1001, ..protected("held") }],
             "web1" => vec![protected("web1")],

@@ -28,6 +28,17 @@ if ! grep -q '"may_run": true' "$record"; then
     exit 1
 fi
 grep -q '"ask_first": true' "$record" || exit 0
+# What vmdr-agent has said of a guest that its backup site takes by itself: nanoseconds since the host was started.
+permission='{confirmed}'/$uuid.may
+if [ -e "$permission" ]; then
+    until=$(od -A n -t u8 -j 8 -N 8 "$permission" | tr -d ' ')
+    read -r now rest < /proc/uptime
+    if [ "${{until:-0}}" -le $(( (${{now%.*}} + 1) * 1000000000 )) ]; then
+        echo "vmdr: domain $1 may not run here now: its backup site may have taken it, and vmdr-agent has neither a lease at the" \
+            "witness nor an answer of that site. 'vmdr status $1' says more" >&2
+        exit 1
+    fi
+fi
 [ -e '{confirmed}'/"$uuid" ] && exit 0
 echo "vmdr: this host was started anew, and was not told yet that it still owns domain $1. vmdr-agent asks the backup" \
     "site and starts it then; 'vmdr own $1 --force --reason TEXT' if that site is gone" >&2
@@ -88,6 +99,23 @@ mod tests {
         assert!(run("stopped").0);
         all.confirm(UUID).unwrap();
         assert!(run("prepare").0);
+        // The second word of the file is what counts: `Permission` of the shim writes it.
+        let uptime = fs::read_to_string("/proc/uptime").unwrap();
+        let seconds: u64 = uptime.split('.').next().unwrap().parse().unwrap();
+        for (until, may) in [
+            (0, false),
+            (i64::MAX as u64, true),
+            (seconds * 1_000_000_000, false),
+            ((seconds + 60) * 1_000_000_000, true),
+        ] {
+            let words: Vec<u8> = [7u64, until, 0].iter().flat_map(|word| word.to_ne_bytes()).collect();
+            fs::write(all.permission(UUID), words).unwrap();
+            let (found, said) = run("prepare");
+            assert_eq!((found, said.contains("may not run here now")), (may, !may), "{until}: {said}");
+        }
+        fs::write(all.permission(UUID), "").unwrap();
+        assert!(!run("prepare").0, "one that is not whole is none");
+        fs::remove_file(all.permission(UUID)).unwrap();
         all.transition(UUID, "web", &Event::Outdated(2), "").unwrap();
         let (may, said) = run("prepare");
         assert!(!may && said.contains("domain web is fenced"), "{said}");

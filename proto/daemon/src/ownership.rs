@@ -261,6 +261,11 @@ impl Ownerships {
         File::create(self.confirmed.join(uuid)).map(|_| ())
     }
 
+    /// The file that says until when a guest may run whose backup site takes it by itself: where the mark is, and lost with it.
+    pub fn permission(&self, uuid: &str) -> PathBuf {
+        self.confirmed.join(format!("{uuid}.may"))
+    }
+
     fn unconfirm(&self, uuid: &str) -> io::Result<()> {
         match fs::remove_file(self.confirmed.join(uuid)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),

@@ -30,6 +30,11 @@ impl Access {
 }
 
 impl Store {
+    /// Whether a guest was begun to be activated on what is stored of a domain.
+    pub fn is_frozen(&self, uuid: &str) -> Result<bool, StoreError> {
+        Ok(self.domain(uuid)?.shared().frozen)
+    }
+
     /// Who may have to do with a domain.
     pub fn access(&self, uuid: &str) -> Result<Access, StoreError> {
         Ok(self.domain(uuid)?.access())

@@ -58,6 +58,17 @@ impl Ingest {
         self.domain.shared().position
     }
 
+    /// Whether this is still the domain's newest stream, in the generation that is in force, and the domain a standby.
+    pub fn is_newest(&self) -> Result<(), StoreError> {
+        self.may_write()
+    }
+
+    /// Whether there is a recovery point of its generation.
+    pub fn has_point(&self) -> bool {
+        let shared = self.domain.shared();
+        shared.position.epoch > 0 && shared.point_generation == self.generation
+    }
+
     /// Whether the standby turned out to be damaged, so that the sender should compare all of it with what it has: said once
     /// for what is found, and not in the middle of an epoch of several parts.
     pub fn wants_comparison(&mut self) -> bool {

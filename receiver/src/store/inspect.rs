@@ -321,6 +321,7 @@ impl<'a> Looked<'a> {
                 }
                 "drill" => self.file(&path, "drills: how they went, and what there is of one"),
                 IMPORTED_FILE => self.file(&path, "which point of object storage the standby was made from"),
+                "failover.json" => self.file(&path, "automatic failover: what was promised to its host"),
                 EXPORTED_FILE => self.file(&path, "which point was last sent to object storage"),
                 "active" => self.file(&path, "an activation: its record and overlays"),
                 _ if name.starts_with("damaged-standby.") => {

@@ -239,6 +239,9 @@ pub enum Answer {
     Durable(Durable),
     Refused(Refused),
     Heartbeat(Heartbeat),
+    Taken(u64),
+    Armed(u64),
+    Disarmed(u64),
     /// The stream ended, with the status if it was not in order.
     End(Option<tonic::Status>),
 }
@@ -250,6 +253,9 @@ impl std::fmt::Debug for Answer {
             Answer::Durable(m) => m.fmt(f),
             Answer::Refused(m) => m.fmt(f),
             Answer::Heartbeat(m) => m.fmt(f),
+            Answer::Taken(generation) => write!(f, "taken (generation {generation})"),
+            Answer::Armed(number) => write!(f, "armed ({number})"),
+            Answer::Disarmed(number) => write!(f, "disarmed ({number})"),
             Answer::End(status) => write!(f, "the end ({status:?})"),
         }
     }
@@ -291,9 +297,10 @@ impl Stream {
                 from_receiver::Message::Durable(m) => Answer::Durable(m),
                 from_receiver::Message::Refused(m) => Answer::Refused(m),
                 from_receiver::Message::Heartbeat(m) => Answer::Heartbeat(m),
-                from_receiver::Message::Taken(m) => panic!("nothing was handed over: {m:?}"),
+                from_receiver::Message::Taken(m) => Answer::Taken(m.generation),
                 from_receiver::Message::Compare(m) => panic!("nothing is damaged: {m:?}"),
-                from_receiver::Message::Armed(_) | from_receiver::Message::Disarmed(_) => panic!("nothing was armed"),
+                from_receiver::Message::Armed(m) => Answer::Armed(m.number),
+                from_receiver::Message::Disarmed(m) => Answer::Disarmed(m.number),
             },
             Ok(Some(FromReceiver { message: None })) => panic!("an empty answer"),
             Ok(None) => Answer::End(None),

@@ -26,7 +26,12 @@ pub struct Config {
     pub password_file: Option<PathBuf>,
     /// How long an answer may take, in milliseconds.
     pub timeout_ms: u64,
+    /// How long a lease lives after it was last renewed, in seconds.
+    pub lease_seconds: u64,
 }
+
+/// What is possible for `lease_seconds`: stopping a guest in time takes some of it.
+const LEASE_SECONDS: std::ops::RangeInclusive<u64> = 5..=600;
 
 impl Default for Config {
     fn default() -> Self {
@@ -39,6 +44,7 @@ impl Default for Config {
             user: None,
             password_file: None,
             timeout_ms: 2000,
+            lease_seconds: 15,
         }
     }
 }
@@ -93,6 +99,10 @@ impl Config {
         if self.prefix.trim_end_matches('/').is_empty() {
             return wrong("prefix is empty".to_owned());
         }
+        if !LEASE_SECONDS.contains(&self.lease_seconds) {
+            let (from, to) = (LEASE_SECONDS.start(), LEASE_SECONDS.end());
+            return wrong(format!("lease_seconds = {}: it is from {from} to {to}", self.lease_seconds));
+        }
         if !(100..=60_000).contains(&self.timeout_ms) {
             return wrong(format!("timeout_ms = {}: it is from 100 to 60000", self.timeout_ms));
         }
@@ -146,6 +156,7 @@ mod tests {
             (Config { user: Some("u".to_owned()), ..tls() }, "password_file"),
             (Config { prefix: "/".to_owned(), ..tls() }, "prefix"),
             (Config { timeout_ms: 5, ..tls() }, "timeout_ms"),
+            (Config { lease_seconds: 4, ..tls() }, "lease_seconds"),
         ] {
             let what = config.check().unwrap_err().to_string();
             assert!(what.contains(word), "{what}");

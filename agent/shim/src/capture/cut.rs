@@ -223,6 +223,9 @@ impl Capture {
         let mut timing = Timing::default();
         let limit = self.cut_limit();
         self.end_own_pause()?;
+        if !self.may_run() || self.is_stopped() {
+            return Ok(Err(not_permitted()));
+        }
         if !self.was_running {
             let state = self.run_state()?;
             if state != "running" {
@@ -250,6 +253,7 @@ impl Capture {
         }
         timing.stop_ns = nanos(started);
         self.was_running = state == "running";
+        self.page.set_standing(true);
         if !self.was_running {
             // A guest in S3 was stopped all the same, and goes back there; any other was not ours to stop.
             if state == "suspended" {
@@ -336,6 +340,7 @@ impl Capture {
             match paused {
                 Ok(()) => return Ok(()),
                 Err(no) if no.reason == NoPartReason::NotRunning => return cancel(self),
+                Err(no) if no.reason == NoPartReason::NotPermitted && self.page.standing() => return cancel(self),
                 Err(no) => why = no.message,
             }
         }
@@ -393,12 +398,20 @@ impl Capture {
         Ok(())
     }
 
-    /// Resumes the guest that this cut stopped; answers with the time of the RESUME event in microseconds.
-    fn resume(&mut self) -> Result<Option<u64>, CaptureError> {
+    /// Resumes the guest that this cut stopped; answers with the time of the RESUME event in microseconds. A guest that may
+    /// not run stays as it is, and goes on when it may again.
+    pub(super) fn resume(&mut self) -> Result<Option<u64>, CaptureError> {
+        if !self.may_run() {
+            self.stay_stopped();
+            return Ok(None);
+        }
+        self.page.set_standing(false);
         let [cont] = self.qmp.send([("cont", None)])?;
         self.qmp.wait(cont, LATE_LIMIT)?;
+        let resumed = self.qmp.wait_event("RESUME", Duration::ZERO)?.map(|event| event.at_us);
+        self.look_after_cont()?;
         self.page.set_paused(false);
-        Ok(self.qmp.wait_event("RESUME", Duration::ZERO)?.map(|event| event.at_us))
+        Ok(resumed)
     }
 
     /// `stop` takes too long, storage hangs perhaps: queue `cont` behind it and end this cut.
@@ -559,6 +572,13 @@ fn not_running(state: &str) -> NoCut {
         _ => "vmdr did not stop it",
     };
     NoCut::new(NoPartReason::NotRunning, format!("the guest is {state}, and vmdr did not stop it: {why}"))
+}
+
+fn not_permitted() -> NoCut {
+    NoCut::new(
+        NoPartReason::NotPermitted,
+        "the guest may not run: its lease has ended, and the backup site has not said that it stands down",
+    )
 }
 
 fn ramblock_arguments() -> Value {

@@ -16,6 +16,7 @@ mod catch_up;
 mod cut;
 mod ending;
 pub mod exports;
+mod permitted;
 mod placement;
 mod storage;
 
@@ -43,7 +44,8 @@ use crate::config::Config;
 use crate::dirty_log::{DirtyLog, Run};
 use crate::disk::{Disk, Op, Taken};
 use crate::inject::{self, Origin};
-use crate::monitor::Monitor;
+use crate::monitor::{Breaker, Monitor};
+use crate::permission::{self, Permission};
 use crate::qmp::{COMMAND_LIMIT, Event, QmpError};
 use crate::ramblock;
 use crate::rescue;
@@ -122,6 +124,8 @@ pub struct Capture {
     config: Config,
     qmp: Monitor,
     page: Arc<StatePage>,
+    /// Whether the guest may run; none: it always may.
+    permission: Option<Arc<Permission>>,
     arena: Arena,
     disks: Vec<Arc<Disk>>,
     log: Option<DirtyLog>,
@@ -167,7 +171,13 @@ pub struct Capture {
 
 impl Capture {
     /// Connects to the guest's monitor. Nothing of the guest is changed yet.
-    pub fn new(config: Config, page: Arc<StatePage>, arena: Arena, disks: Vec<Arc<Disk>>) -> anyhow::Result<Self> {
+    pub fn new(
+        config: Config,
+        page: Arc<StatePage>,
+        permission: Option<Arc<Permission>>,
+        arena: Arena,
+        disks: Vec<Arc<Disk>>,
+    ) -> anyhow::Result<Self> {
         let mut qmp = Monitor::connect(&config.monitor, COMMAND_LIMIT)
             .with_context(|| format!("connect to QEMU's monitor ({:?})", config.monitor))?;
         let device_memory: File = memfd_create("vmdr-device-state", MemfdFlags::CLOEXEC)?.into();
@@ -195,6 +205,7 @@ impl Capture {
             config,
             qmp,
             page,
+            permission,
             arena,
             disks,
             log: None,
@@ -286,6 +297,11 @@ impl Capture {
         Ok(())
     }
 
+    /// What ends the connection to QEMU from another thread.
+    pub fn breaker(&self) -> std::io::Result<Option<Breaker>> {
+        self.qmp.breaker()
+    }
+
     /// This part and all before it are durable.
     pub fn release(&mut self, epoch: u64, part: u32) {
         while self.unreleased.front().is_some_and(|held| (held.part.epoch, held.part.part) <= (epoch, part)) {
@@ -339,6 +355,10 @@ impl Capture {
         }
         // The pause is no longer one that anybody may end.
         self.page.set_paused(false);
+        self.page.set_standing(true);
+        if let Some(permission) = &self.permission {
+            permission.set_stopped(false);
+        }
         tracing::error!(
             domain = self.config.domain_name,
             "fenced: another site owns this guest; it is paused and will not be resumed from here"
@@ -369,7 +389,9 @@ impl Capture {
         let _ = self.qmp.execute("remove-fd", Some(&serde_json::json!({ "fdset-id": DEVICE_FD_SET })));
         if let Err(error) = self.end_own_pause() {
             tracing::warn!(domain = self.config.domain_name, "end the pause: {error}; trying a new connection");
-            if let Err(error) = rescue::resume_if_left_paused(&self.page, &self.config.monitor) {
+            if let Err(error) =
+                rescue::resume_if_left_paused(&self.page, self.permission.as_deref(), &self.config.monitor)
+            {
                 tracing::error!(domain = self.config.domain_name, "the guest may be left paused: {error}");
             }
         }
@@ -422,6 +444,8 @@ impl Capture {
             held: self.held,
             gone: self.ending.gone,
             gone_reason: self.ending.reason.clone(),
+            may: self.permission.as_ref().map(|permission| permission::encode(permission.may())),
+            stopped: self.is_stopped(),
         }
     }
 
@@ -441,7 +465,7 @@ impl Capture {
     fn end_own_pause(&mut self) -> Result<(), CaptureError> {
         if self.page.paused() {
             tracing::warn!(domain = self.config.domain_name, "an earlier pause was not ended: ending it");
-            rescue::end_pause(&self.page, &mut self.qmp)?;
+            rescue::end_pause(&self.page, self.permission.as_deref(), &mut self.qmp)?;
         }
         Ok(())
     }
@@ -451,6 +475,9 @@ impl Capture {
             tracing::debug!(domain = self.config.domain_name, event = event.name, "QEMU event");
             // Somebody else ended the hold.
             self.held &= event.name != "RESUME";
+            if event.name == "RESUME" {
+                self.page.set_standing(false);
+            }
             self.ending.note(&event);
             self.last_event = event.name;
         }
