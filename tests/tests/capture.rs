@@ -73,6 +73,7 @@ impl Guest {
         let config = Config {
             domain_name: "bare-metal".to_owned(),
             domain_uuid: "00000000-0000-4000-8000-000000000000".to_owned(),
+            permission: None,
             protection: String::new(),
             qemu_pid: self.qemu.id() as i32,
             qemu_uid: 0,
@@ -84,7 +85,7 @@ impl Guest {
             cut_limit_ms: CUT_LIMIT_MS,
         };
         let page = Arc::new(StatePage::create(&self.path("state"))?);
-        let capture = Capture::new(config, page, Arena::new(256 << 20)?, Vec::new())?;
+        let capture = Capture::new(config, page, None, Arena::new(256 << 20)?, Vec::new())?;
         Ok(capture.with_helper(daemon::binary("vmdr-shim")?))
     }
 

@@ -235,6 +235,7 @@ impl Shipper {
             generation: 1,
             trust: receiver.agent()?,
             limits: vmdr_agent::limits::Guest::unlimited(),
+            failover: None,
         };
         runtime.spawn(link::run(target, to, |event| event));
         let sender = match events.recv_timeout(LIMIT).context("no word from the receiver")? {
