@@ -73,6 +73,7 @@ impl Guest {
         let config = Config {
             domain_name: "bare-metal".to_owned(),
             domain_uuid: "00000000-0000-4000-8000-000000000000".to_owned(),
+            permission: None,
             protection: String::new(),
             qemu_pid: self.qemu.id() as i32,
             qemu_uid: 0,

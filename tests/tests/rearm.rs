@@ -124,6 +124,7 @@ impl Guest {
         let config = Config {
             domain_name: "rearm".to_owned(),
             domain_uuid: "00000000-0000-4000-8000-000000000000".to_owned(),
+            permission: None,
             protection: String::new(),
             qemu_pid: self.pid(),
             qemu_uid: 0,

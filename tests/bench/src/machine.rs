@@ -169,6 +169,7 @@ impl Machine {
         let config = Config {
             domain_name: "bench".to_owned(),
             domain_uuid: "00000000-0000-4000-8000-000000000000".to_owned(),
+            permission: None,
             protection: String::new(),
             qemu_pid: self.pid(),
             qemu_uid: 0,
@@ -192,7 +193,8 @@ impl Machine {
         };
         let page = Arc::new(StatePage::create(&config.state_page()).context("make the state page")?);
         let arena_fd = arena.fd_number();
-        let mut capture = Capture::new(config, page, None, arena, disks.clone())?.with_helper(daemon::binary("vmdr-shim")?);
+        let mut capture =
+            Capture::new(config, page, None, arena, disks.clone())?.with_helper(daemon::binary("vmdr-shim")?);
         capture.arm(1, 1, Whole::Seed)?;
         if self.spec.devices {
             mirror(monitor, &socket)?;
