@@ -73,6 +73,7 @@ impl Guest {
         let config = Config {
             domain_name: "bare-metal".to_owned(),
             domain_uuid: "00000000-0000-4000-8000-000000000000".to_owned(),
+            permission: None,
             protection: String::new(),
             qemu_pid: self.qemu.id() as i32,
             qemu_uid: 0,
@@ -82,7 +83,6 @@ impl Guest {
             arena_bytes: 256 << 20,
             cut_pages_max: CUT_PAGES_MAX,
             cut_limit_ms: CUT_LIMIT_MS,
-            permission: None,
         };
         let page = Arc::new(StatePage::create(&self.path("state"))?);
         let capture = Capture::new(config, page, None, Arena::new(256 << 20)?, Vec::new())?;

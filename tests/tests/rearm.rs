@@ -124,6 +124,7 @@ impl Guest {
         let config = Config {
             domain_name: "rearm".to_owned(),
             domain_uuid: "00000000-0000-4000-8000-000000000000".to_owned(),
+            permission: None,
             protection: String::new(),
             qemu_pid: self.pid(),
             qemu_uid: 0,
@@ -133,7 +134,6 @@ impl Guest {
             arena_bytes: ARENA_BYTES,
             cut_pages_max: CUT_PAGES_MAX,
             cut_limit_ms: CUT_LIMIT_MS,
-            permission: None,
         };
         let page = Arc::new(StatePage::create(&self.path("state"))?);
         let capture = Capture::new(config, page, None, Arena::new(ARENA_BYTES)?, Vec::new())?;

@@ -169,6 +169,7 @@ impl Machine {
         let config = Config {
             domain_name: "bench".to_owned(),
             domain_uuid: "00000000-0000-4000-8000-000000000000".to_owned(),
+            permission: None,
             protection: String::new(),
             qemu_pid: self.pid(),
             qemu_uid: 0,
@@ -181,7 +182,6 @@ impl Machine {
             arena_bytes: ARENA_BYTES,
             cut_pages_max: CUT_PAGES_MAX,
             cut_limit_ms: CUT_LIMIT_MS,
-            permission: None,
         };
         fs::create_dir_all(&config.directory).context("make the shim's directory")?;
         let exports: Vec<_> = disks.iter().map(|disk| disk.clone() as Arc<dyn Export>).collect();
@@ -192,7 +192,8 @@ impl Machine {
         };
         let page = Arc::new(StatePage::create(&config.state_page()).context("make the state page")?);
         let arena_fd = arena.fd_number();
-        let mut capture = Capture::new(config, page, None, arena, disks.clone())?.with_helper(daemon::binary("vmdr-shim")?);
+        let mut capture =
+            Capture::new(config, page, None, arena, disks.clone())?.with_helper(daemon::binary("vmdr-shim")?);
         capture.arm(1, 1, Whole::Seed)?;
         if self.spec.devices {
             mirror(monitor, &socket)?;
