@@ -83,7 +83,6 @@ impl Guest {
             arena_bytes: 256 << 20,
             cut_pages_max: CUT_PAGES_MAX,
             cut_limit_ms: CUT_LIMIT_MS,
-            permission: None,
         };
         let page = Arc::new(StatePage::create(&self.path("state"))?);
         let capture = Capture::new(config, page, None, Arena::new(256 << 20)?, Vec::new())?;

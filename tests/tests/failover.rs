@@ -156,10 +156,9 @@ fn whatever_single_thing_fails_it_runs_on_and_when_its_host_is_lost_it_is_taken(
     case.finish()
 }
 
-/// Under `scripts/test --soak`; so is the last.
 #[test]
 fn an_etcd_that_is_killed_or_wiped_and_daemons_that_are_killed_do_not_stop_it() -> Result<()> {
-    for _ in 0..random::rounds(0, 3) {
+    for _ in 0..random::rounds(1, 3) {
         kills()?;
     }
     Ok(())
@@ -184,7 +183,7 @@ fn kills() -> Result<()> {
     case.wait_armed(true)?;
 
     let mut random = random::generator("failover-kills");
-    for round in 0..3 {
+    for round in 0..random::rounds(1, 3) {
         for at in [At::A, At::B] {
             let daemon = if at == At::A { &mut case.scene.agent } else { &mut case.scene.receiver };
             daemon.as_mut().context("a daemon")?.kill()?;
@@ -267,7 +266,7 @@ fn the_observer_sees_where_it_executes_and_that_two_do() -> Result<()> {
 /// The bound of the rule: user space cannot do better than to look at the clock first of all.
 #[test]
 fn a_host_that_was_frozen_runs_its_guest_for_no_longer_than_the_bound() -> Result<()> {
-    for _ in 0..random::rounds(0, 3) {
+    for _ in 0..random::rounds(1, 3) {
         let case = Case::new("failover-frozen")?;
         let seen = case.durable()?;
         let site = case.scene.rig.site(At::A);

@@ -182,7 +182,6 @@ impl Machine {
             arena_bytes: ARENA_BYTES,
             cut_pages_max: CUT_PAGES_MAX,
             cut_limit_ms: CUT_LIMIT_MS,
-            permission: None,
         };
         fs::create_dir_all(&config.directory).context("make the shim's directory")?;
         let exports: Vec<_> = disks.iter().map(|disk| disk.clone() as Arc<dyn Export>).collect();
