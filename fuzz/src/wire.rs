@@ -7,7 +7,7 @@ use vmdr_codec::{Counts, Digest, Disk, Encoder, Layout, PAGE_BYTES, RamBlock};
 use vmdr_proto::REPLICATION_VERSION;
 use vmdr_proto::replication::to_receiver::Message;
 use vmdr_proto::replication::{
-    Chunk, EpochKind, HandOver, Heartbeat, Open, PartBegin, PartCounts, PartEnd, ToReceiver,
+    Arm, Chunk, Disarm, EpochKind, HandOver, Heartbeat, Open, PartBegin, PartCounts, PartEnd, ToReceiver,
 };
 use vmdr_receiver::store::StoreOptions;
 
@@ -81,7 +81,7 @@ impl Sealer {
                 (end.digest_low, end.digest_high) = self.digest.halves();
                 end.counts = Some(counts(self.counts));
             }
-            Message::Open(_) | Message::Heartbeat(_) | Message::HandOver(_) => {}
+            Message::Open(_) | Message::Heartbeat(_) | Message::HandOver(_) | Message::Arm(_) | Message::Disarm(_) => {}
         }
     }
 }
@@ -180,6 +180,7 @@ pub fn messages() -> Vec<ToReceiver> {
         let cut_unix_ns = if last { epoch * 1_000_000_000 } else { 0 };
         all.push(Message::End(PartEnd { last, cut_unix_ns, application: last && epoch == 3, ..PartEnd::default() }));
     }
+    all.extend([Message::Arm(Arm { number: 1 }), Message::Disarm(Disarm { number: 2 })]);
     all.push(Message::HandOver(HandOver { generation: 2, epoch: 4, protect_back: false }));
     for message in &mut all {
         sealer.seal(message);

@@ -49,6 +49,7 @@ pub fn run(bytes: &[u8]) {
                 }
             }),
             Message::HandOver(over) => ingest.hand_over(over.epoch, over.generation),
+            Message::Arm(_) | Message::Disarm(_) => ingest.is_newest(),
             Message::Open(_) | Message::Heartbeat(_) => Ok(()),
         };
         match result {
