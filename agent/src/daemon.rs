@@ -140,7 +140,12 @@ impl Agent {
     fn restore(&self) -> anyhow::Result<()> {
         for entry in self.registry.load()? {
             match entry {
-                Ok(protection) => self.start(protection, false)?,
+                Ok(protection) => {
+                    let name = protection.name.clone();
+                    if let Err(error) = self.start(protection, false) {
+                        tracing::error!(domain = name, "it is NOT protected: {error:#}");
+                    }
+                }
                 Err(error) => {
                     tracing::error!("an entry of what is protected is damaged, that domain is NOT protected: {error:#}")
                 }

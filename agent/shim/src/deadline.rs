@@ -16,9 +16,10 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use crate::capture::Capture;
+use crate::capture::{Capture, CaptureError};
 use crate::monitor::{Address, Breaker, Monitor};
 use crate::permission::Permission;
+use crate::qmp::QmpError;
 use crate::rescue;
 use crate::state_page::StatePage;
 
@@ -69,6 +70,8 @@ enum Look {
     Still,
     /// A request has paused it, and does not let it go on.
     Paused,
+    /// QEMU does not answer in time.
+    Silent(String),
     /// It is not known.
     Unknown(String),
 }
@@ -100,8 +103,17 @@ impl Watch {
             match this.look() {
                 Look::Still => ask_at = Instant::now() + ASK_AGAIN,
                 Look::Paused => {}
-                Look::Unknown(_) if this.permission.allows() => {}
-                Look::Unknown(why) => {
+                Look::Silent(_) | Look::Unknown(_) if this.permission.allows() => {}
+                // It had said so, and nothing has resumed it since that it told of. Whatever holds its main loop up now (storage that
+                // hangs, a busy host) holds up a resumption as well.
+                Look::Silent(why) if this.page.standing() => {
+                    tracing::warn!(
+                        domain = this.domain,
+                        "the guest stands still, and QEMU is slow to say so again: {why}"
+                    );
+                    ask_at = Instant::now() + ASK_AGAIN;
+                }
+                Look::Silent(why) | Look::Unknown(why) => {
                     tracing::error!(
                         domain = this.domain,
                         "the guest may not run, and it is not known that it stands still: {why}. Its QEMU is killed"
@@ -124,7 +136,7 @@ impl Watch {
     }
 
     fn look(self: &Arc<Self>) -> Look {
-        self.within_limit(|this| this.stop()).unwrap_or_else(Look::Unknown)
+        self.within_limit(|this| this.stop()).unwrap_or_else(Look::Silent)
     }
 
     /// Does something that may hang; an error if it is not done within [`LIMIT`].
@@ -167,7 +179,11 @@ impl Watch {
 
     fn stop_through(&self, capture: &mut Capture, until: Instant) -> Look {
         let stopped = capture.stand_still(until.saturating_duration_since(Instant::now()));
-        stopped.map_or_else(|error| Look::Unknown(error.to_string()), |()| Look::Still)
+        match stopped {
+            Ok(()) => Look::Still,
+            Err(error @ CaptureError::MonitorLost(QmpError::Timeout { .. })) => Look::Silent(error.to_string()),
+            Err(error) => Look::Unknown(error.to_string()),
+        }
     }
 
     fn is_gone(&self) -> bool {

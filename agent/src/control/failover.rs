@@ -35,7 +35,15 @@ pub(super) async fn stand_down(agent: &Agent, uuid: &str, name: &str) -> Result<
             "domain {name} stays as it is, its failover automatic: {why}. If that site is gone for good: `vmdr own {name} --force \
              --reason TEXT`, after which failover is manual"
         ))
-    })
+    })?;
+    let recorded = agent.registry.get(uuid).is_ok_and(|entry| entry.fenced);
+    match failover.fenced().filter(|_| !recorded) {
+        // The session has yet to record it. Until then nothing is to let the guest run.
+        Some(generation) => Err(Status::failed_precondition(format!(
+            "another site owns domain {name}, in generation {generation}: nothing was changed; see `vmdr status {name}`"
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// It goes on, because nothing came of what was to be done, unless something is under way all the same.

@@ -17,8 +17,9 @@ use vmdr_proto::shim::State;
 use vmdr_shim::capture::{bitmaps, exports};
 use vmdr_shim::config::{self as shim_config, Config as ShimConfig, DiskConfig};
 use vmdr_shim::inject;
-use vmdr_shim::monitor::Address;
+use vmdr_shim::monitor::{Address, Monitor};
 use vmdr_shim::permission::{May, Permission};
+use vmdr_shim::rescue;
 
 use super::off::{NotRunning, Off};
 use crate::arena_map::ArenaMap;
@@ -32,6 +33,8 @@ use crate::shim_client::ShimClient;
 /// A shim's configuration, in its directory.
 const CONFIG: &str = "config.json";
 const START_LIMIT: Duration = Duration::from_secs(10);
+/// How long QEMU may take to take the connection by which a guest is let go on.
+const GO_ON_LIMIT: Duration = Duration::from_secs(5);
 /// How long a shim may take to end: it lets go of all of the guest's memory.
 const DETACH_LIMIT: Duration = Duration::from_secs(20);
 const ADOPT_LIMIT: Duration = Duration::from_millis(500);
@@ -113,8 +116,8 @@ pub fn attach(
         return Ok(Attached { domain, qemu_pid, machine, monitor, disks, shim, state, arena, guard, adopted: true });
     }
     clear(config, &domain, &live, &directory, &monitor, &disks)?;
-    if state != DomainState::Running && Permission::open(&permission).is_ok_and(|permission| permission.stopped()) {
-        bail!("domain {} may not run now, and stands still", domain.name());
+    if state != DomainState::Running {
+        go_on(&permission, &domain, &monitor, protection.fenced)?;
     }
     if state != DomainState::Running {
         bail!("domain {} is {state:?}: it has to be running to be protected", domain.name());
@@ -150,6 +153,21 @@ pub fn attach(
     Ok(Attached { domain, qemu_pid, machine, monitor, disks, shim, state, arena, guard, adopted: false })
 }
 
+/// A guest without a shim that was stopped because it might not run goes on if it may: nobody else would let it. An error where it
+/// does not run, or has begun to just now.
+fn go_on(permission: &Path, domain: &Domain, monitor: &Address, fenced: bool) -> anyhow::Result<()> {
+    let name = domain.name();
+    let permission = Permission::open(permission)?;
+    if !permission.stopped() {
+        return Ok(());
+    }
+    if fenced || !permission.allows() {
+        bail!("domain {name} may not run now, and stands still");
+    }
+    rescue::go_on(&permission, &mut Monitor::connect(monitor, GO_ON_LIMIT)?)?;
+    bail!("domain {name} stood still because it might not run, and goes on now");
+}
+
 fn watch(domain: &Domain, page: PathBuf, permission: PathBuf, monitor: &Address) -> anyhow::Result<Guard> {
     Guard::watch(domain.name().to_owned(), page, permission, monitor.clone()).context("watch the shim")
 }
@@ -161,7 +179,11 @@ fn permission(config: &Config, protection: &Protection) -> anyhow::Result<PathBu
     if protection.is_automatic() {
         failover::open(&path, May::Never)?;
     } else {
-        failover::open(&path, May::Always)?.set(May::Always);
+        let permission = failover::open(&path, May::Always)?;
+        // Of one that another site owns nothing is widened.
+        if !protection.fenced {
+            permission.set(May::Always);
+        }
     }
     Ok(path)
 }

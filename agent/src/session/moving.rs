@@ -208,9 +208,8 @@ impl Worker {
             }
             Known::NotTaken => {
                 let autostart = domain.autostart()?;
-                if autostart {
-                    self.wait_for_permission()?;
-                }
+                // Also if the operator is to start it: the hook refuses that until then.
+                self.wait_for_permission()?;
                 self.owned()?;
                 if autostart {
                     tracing::info!(domain = self.protection.name, "still owned by this host: starting it");

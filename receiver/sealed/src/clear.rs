@@ -116,8 +116,14 @@ impl SealedFile {
             writer.dirty.remove(block);
             writer.cleared.remove(block);
             if filled.is_err() {
-                // Whether it is durable is not known, so it is none.
-                writer.failed |= write_all(&*self.inner, &[0; ENTRY], entry_at(*block, 0)).is_err();
+                // Whether it is durable is not known, so it is none. Where there was no room for it nothing is there to be taken back.
+                let at = entry_at(*block, 0);
+                let mut there = [0; ENTRY];
+                let undone = self.read_inner(&mut there, at).and_then(|()| match there.iter().all(|byte| *byte == 0) {
+                    true => Ok(()),
+                    false => write_all(&*self.inner, &[0; ENTRY], at),
+                });
+                writer.failed |= undone.is_err();
             }
         }
         filled?;
@@ -138,6 +144,9 @@ impl SealedFile {
 
     /// That these blocks were cleared is durable: what they had before is not needed any more. Where this fails it only takes room.
     pub(crate) fn reclaim(&self, cleared: BTreeMap<u64, u64>) {
+        if cleared.is_empty() {
+            return;
+        }
         let all: Vec<_> = cleared.into_iter().collect();
         let Ok(stored) = self.inner.length() else { return };
         let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);

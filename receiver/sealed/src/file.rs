@@ -288,6 +288,9 @@ impl SealedFile {
             let entries = self.entries(&(first..first + GROUP_BLOCKS))?;
             for (i, sides) in entries.iter().enumerate().rev() {
                 let block = first + i as u64;
+                if self.is_hole(block, sides) {
+                    continue;
+                }
                 // Of what was cleared nothing is left but that it was.
                 let there = match sides.iter().flatten().any(|entry| entry.length == 0) {
                     true => {
@@ -687,8 +690,10 @@ impl File for SealedFile {
 
     fn sync(&self) -> io::Result<()> {
         let mut writer = self.writer();
+        // Where this fails, what they had stays: whether they are cleared on the disk is not known.
+        let cleared = std::mem::take(&mut writer.cleared);
         writer.sync_all(&*self.inner)?;
-        self.reclaim(std::mem::take(&mut writer.cleared));
+        self.reclaim(cleared);
         Ok(())
     }
 }

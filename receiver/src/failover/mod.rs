@@ -187,7 +187,15 @@ fn begin(receiver: &Receiver, domain: &Domain, core: &mut Core) -> Result<(), St
     core.book = Book::read(&domain.directory)?;
     let stored = receiver.store.position(&id).map_err(|error| error.to_string())?.generation;
     let frozen = receiver.store.is_frozen(&id).map_err(|error| error.to_string())?;
-    if frozen || takeover::has_taken(receiver, domain.uuid, stored).map_err(|error| format!("{error:#}"))? {
+    let record = || receiver.active_directory(domain.uuid).read(domain.uuid).map_err(|error| error.to_string());
+    let planned = match &core.book.stance {
+        // Ended between that its generation was raised and that it was frozen.
+        Stance::Taking { from } if stored == from.generation + 1 => {
+            matches!(record()?, Some(record) if matches!(record.step, Step::Planned { generation } if generation == stored))
+        }
+        _ => false,
+    };
+    if frozen || planned || takeover::has_taken(receiver, domain.uuid, stored).map_err(|error| format!("{error:#}"))? {
         let here = match &core.book.stance {
             Stance::Taking { from } if stored == from.generation + 1 => Some(from.clone()),
             _ => None,
@@ -196,8 +204,7 @@ fn begin(receiver: &Receiver, domain: &Domain, core: &mut Core) -> Result<(), St
         return match here {
             None => publish(domain, core, stored),
             Some(from) => {
-                let record = receiver.active_directory(domain.uuid).read(domain.uuid).map_err(|e| e.to_string())?;
-                if record.is_some_and(|record| matches!(record.step, Step::Running { .. })) {
+                if record()?.is_some_and(|record| matches!(record.step, Step::Running { .. })) {
                     return take::settled(receiver, domain, core);
                 }
                 // An earlier receiver was ended while it activated.
@@ -399,7 +406,7 @@ pub fn owned(receiver: &Receiver, uuid: Uuid, generation: u64) {
 pub fn may_forget(receiver: &Receiver, uuid: Uuid, name: &str) -> Result<(), Status> {
     let Some(domain) = receiver.failover.of(uuid) else { return Ok(()) };
     let core = domain.core();
-    if core.over || !matches!(core.book.stance, Stance::Taking { .. }) {
+    if core.taking.is_none() && (core.over || !matches!(core.book.stance, Stance::Taking { .. })) {
         return Ok(());
     }
     Err(Status::failed_precondition(format!(

@@ -506,15 +506,19 @@ impl Source for Image {
     }
 
     fn data_from(&self, offset: u64) -> Result<u64, JournalError> {
-        let at = self.file.data_from(offset).map_err(JournalError::io("read", &self.path))?;
-        let length = self.file.length().map_err(JournalError::io("read", &self.path))?;
-        let at = if at >= length { u64::MAX } else { at };
         // What is a hole and should not be one is something to look at, too.
         let sum = match &self.sums {
             Some(sums) => sums.data_from(offset / UNIT_BYTES as u64)?,
             None => u64::MAX,
         };
-        Ok(at.min(sum.saturating_mul(UNIT_BYTES as u64).max(offset)))
+        let sum = sum.saturating_mul(UNIT_BYTES as u64).max(offset);
+        if sum == offset {
+            // Before the image is asked, which may have to look far.
+            return Ok(offset);
+        }
+        let at = self.file.data_from(offset).map_err(JournalError::io("read", &self.path))?;
+        let length = self.file.length().map_err(JournalError::io("read", &self.path))?;
+        Ok(if at >= length { sum } else { at.min(sum) })
     }
 
     fn sums(&self, first: u64, into: &mut [u64]) -> Result<usize, JournalError> {
