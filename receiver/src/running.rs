@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
+use tokio::runtime::Handle;
 
 /// What counts at most between two steps.
 const STEP_MAX: Duration = Duration::from_secs(1);
@@ -47,9 +48,15 @@ impl RunningClock {
         self.inner().at(host())
     }
 
-    /// It runs.
-    pub fn step(&self) {
-        self.inner().step(host());
+    /// It runs, and so does whoever reads from the network: if not, this waits, and the clock stands still. `false`: the
+    /// runtime has ended.
+    pub fn step(&self, runtime: &Handle) -> bool {
+        let turn = runtime.spawn(async { tokio::time::sleep(Duration::from_millis(1)).await });
+        let runs = runtime.block_on(turn).is_ok();
+        if runs {
+            self.inner().step(host());
+        }
+        runs
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {

@@ -365,15 +365,9 @@ fn run_hooks(hook: &Hook, queue: &Queue<Environment>) {
 
 fn look_for_ever(of: &Weak<Receiver>, runtime: &Handle, hooks: Option<&SyncSender<Environment>>) {
     while let Some(receiver) = of.upgrade() {
-        if receiver.is_ending() {
+        if receiver.is_ending() || !receiver.silence.clock.step(runtime) {
             return;
         }
-        // Whoever reads from the network runs too: if not, this waits, and the clock stands still.
-        let turn = runtime.spawn(async { tokio::time::sleep(Duration::from_millis(1)).await });
-        if runtime.block_on(turn).is_err() {
-            return;
-        }
-        receiver.silence.clock.step();
         look(&receiver, hooks);
         drop(receiver);
         std::thread::sleep(LOOK);

@@ -26,10 +26,7 @@ impl SealedFile {
     /// Whether nothing was ever written to a block, or it was cleared since.
     pub(crate) fn is_hole(&self, block: u64, sides: &[Option<Entry>; SIDES as usize]) -> bool {
         let newest = sides.iter().flatten().max_by_key(|entry| entry.number);
-        newest.is_none_or(|entry| {
-            let about = self.about(block, (entry.number, entry.length));
-            entry.length == 0 && self.key.open(&entry.salt, entry.tag, &about, &mut []).is_ok()
-        })
+        newest.is_none_or(|entry| entry.length == 0 && self.open(block, entry, &mut []))
     }
 
     /// Makes whole blocks holes.

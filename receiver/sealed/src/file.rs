@@ -200,7 +200,7 @@ impl SealedFile {
     }
 
     /// Opens a version of a block; `slot` is what was read of its slot, and then its content.
-    fn open(&self, block: u64, entry: &Entry, slot: &mut [u8]) -> bool {
+    pub(crate) fn open(&self, block: u64, entry: &Entry, slot: &mut [u8]) -> bool {
         let Ok(length) = usize::try_from(entry.length) else { return false };
         let about = self.about(block, (entry.number, entry.length));
         if length == 0 {
@@ -291,17 +291,14 @@ impl SealedFile {
                 if self.is_hole(block, sides) {
                     continue;
                 }
-                // Of what was cleared nothing is left but that it was.
-                let there = match sides.iter().flatten().any(|entry| entry.length == 0) {
-                    true => {
-                        let now = self.load(block..block + 1, &mut [0; BLOCK])?[0];
-                        now.side.is_none() || now.length > 0
+                // The newest may not open, and what counts then have been cleared.
+                if sides.iter().flatten().any(|entry| entry.length == 0) {
+                    let now = self.load(block..block + 1, &mut [0; BLOCK])?[0];
+                    if now.side.is_some() && now.length == 0 {
+                        continue;
                     }
-                    false => sides.iter().any(Option::is_some),
-                };
-                if there {
-                    return Ok(Some(block));
                 }
+                return Ok(Some(block));
             }
         }
         Ok(None)

@@ -38,15 +38,9 @@ pub fn start(receiver: &Arc<Receiver>) -> io::Result<()> {
 fn look_for_ever(of: &Weak<Receiver>, runtime: &Handle) {
     let _entered = runtime.enter();
     while let Some(receiver) = of.upgrade() {
-        if receiver.is_ending() {
+        if receiver.is_ending() || !receiver.failover.clock.step(runtime) {
             return;
         }
-        // Whoever reads from the network runs too: if not, this waits, and the clock stands still.
-        let turn = runtime.spawn(async { tokio::time::sleep(Duration::from_millis(1)).await });
-        if runtime.block_on(turn).is_err() {
-            return;
-        }
-        receiver.failover.clock.step();
         let domains: Vec<_> = super::locked(&receiver.failover.domains).values().cloned().collect();
         for domain in domains {
             tick(&receiver, &domain);
